@@ -1,0 +1,1 @@
+//! Host-side benches of the workspace; see `benches/README.md`.

@@ -1,0 +1,219 @@
+//! The kernel families: one frozen config type each, one predicate for legality, one candidate list.
+//!
+//! A family is named after its mechanism, not after a chip; the chip is data in [`ArchSpec`].
+//! The Hopper family (`wgmma_tma`) joins as a fourth module beside these three.
+
+pub mod cpu;
+pub mod mma_sync;
+pub mod simt;
+
+use crate::arch::ArchSpec;
+use crate::problem::{Problem, UnknownName, names};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+
+pub use cpu::CpuConfig;
+pub use mma_sync::MmaSyncConfig;
+pub use simt::SimtConfig;
+
+/// Where a kernel is to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// A GPU of this architecture.
+    Gpu(&'static ArchSpec),
+    /// The CPU, with this many worker threads to spend.
+    Cpu {
+        /// Worker threads.
+        threads: u32,
+    },
+}
+
+/// The families, in the order reports use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Family {
+    /// fp32 FMA on any GPU.
+    Simt,
+    /// `cp.async` + `ldmatrix` + `mma.sync` tensor cores, compute capability 8.0 and later.
+    MmaSync,
+    /// Blocked GEMM and gate on CPU threads.
+    Cpu,
+}
+
+names!(Family, "family", Family::Simt => "simt", Family::MmaSync => "mma_sync", Family::Cpu => "cpu");
+
+impl Family {
+    /// Families that are CUDA source.
+    pub const GPU: [Self; 2] = [Self::Simt, Self::MmaSync];
+}
+
+/// One point of a tuning space. Stored whole in records, never as an index.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(tag = "family", rename_all = "snake_case")]
+pub enum Config {
+    /// See [`simt`].
+    Simt(SimtConfig),
+    /// See [`mma_sync`].
+    MmaSync(MmaSyncConfig),
+    /// See [`cpu`].
+    Cpu(CpuConfig),
+}
+
+/// In which direction consecutive blocks walk over the tiles of z.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Raster {
+    /// Down `raster_group` tiles of M, then one tile along N.
+    AlongM,
+    /// Along `raster_group` tiles of N, then one tile down M.
+    AlongN,
+}
+
+names!(Raster, "raster order", Raster::AlongM => "along_m", Raster::AlongN => "along_n");
+
+/// The raster orders candidates are drawn from: direction and group.
+pub(crate) const RASTERS: [(Raster, u32); 2] = [(Raster::AlongM, 8), (Raster::AlongN, 8)];
+
+/// Why a config cannot run a problem on a target. A rejection is data, not a failure.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{rule}: {reason}")]
+pub struct Rejected {
+    /// The rule, in words that do not depend on the config; `list` counts by it.
+    pub rule: &'static str,
+    /// The numbers that broke it.
+    pub reason: String,
+}
+
+/// `Ok` when `holds`, else the rule with its numbers.
+pub(crate) fn ensure(holds: bool, rule: &'static str, reason: impl FnOnce() -> String) -> Result<(), Rejected> {
+    if holds { Ok(()) } else { Err(Rejected { rule, reason: reason() }) }
+}
+
+/// How a config is launched; the kernels compute the same tiles from their constants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LaunchShape {
+    /// Output rows and columns per block.
+    pub block_m: u32,
+    /// See `block_m`.
+    pub block_n: u32,
+    /// Threads per block.
+    pub threads: u32,
+    /// Dynamic shared memory per block.
+    pub smem_bytes: u32,
+    /// Walk over the tiles.
+    pub raster: Raster,
+    /// Tiles walked in that direction before stepping in the other.
+    pub raster_group: u32,
+    /// Bytes of the widest access to global memory.
+    pub access_bytes: u32,
+}
+
+impl Config {
+    /// The family this is a point of.
+    pub const fn family(&self) -> Family {
+        match self {
+            Self::Simt(_) => Family::Simt,
+            Self::MmaSync(_) => Family::MmaSync,
+            Self::Cpu(_) => Family::Cpu,
+        }
+    }
+
+    /// THE statement of legality: enumerator, loader, dispatcher and tests all call it.
+    ///
+    /// # Errors
+    /// [`Rejected`] names the rule and the numbers.
+    pub fn check(&self, problem: &Problem, target: Target) -> Result<(), Rejected> {
+        match (self, target) {
+            (Self::Simt(config), Target::Gpu(arch)) => config.check(problem, arch),
+            (Self::MmaSync(config), Target::Gpu(arch)) => config.check(problem, arch),
+            (Self::Cpu(config), Target::Cpu { threads }) => config.check(problem, threads),
+            (Self::Simt(_) | Self::MmaSync(_), Target::Cpu { .. }) => {
+                ensure(false, "the family runs on this kind of device", || format!("`{}` needs a GPU", self.family()))
+            }
+            (Self::Cpu(_), Target::Gpu(_)) => {
+                ensure(false, "the family runs on this kind of device", || "`cpu` runs on the CPU".into())
+            }
+        }
+    }
+
+    /// How the kernel is launched; `None` for the CPU.
+    pub fn launch_shape(&self, problem: &Problem) -> Option<LaunchShape> {
+        match self {
+            Self::Simt(config) => Some(config.launch_shape(problem.dtype)),
+            Self::MmaSync(config) => Some(config.launch_shape(problem.dtype)),
+            Self::Cpu(_) => None,
+        }
+    }
+}
+
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Simt(config) => config.fmt(f),
+            Self::MmaSync(config) => config.fmt(f),
+            Self::Cpu(config) => config.fmt(f),
+        }
+    }
+}
+
+/// Every point of the spaces that `target` could have, legal or not, in a fixed order.
+pub fn space(problem: &Problem, target: Target) -> Vec<Config> {
+    match target {
+        Target::Gpu(_) => {
+            let simt = simt::space(problem).map(Config::Simt);
+            let mma_sync = mma_sync::space(problem).map(Config::MmaSync);
+            simt.chain(mma_sync).collect()
+        }
+        Target::Cpu { threads } => cpu::space(threads).map(Config::Cpu).collect(),
+    }
+}
+
+/// The legal points of [`space`], in its order.
+pub fn candidates(problem: &Problem, target: Target) -> Vec<Config> {
+    space(problem, target).into_iter().filter(|config| config.check(problem, target).is_ok()).collect()
+}
+
+/// The config used when nothing was tuned: always legal where anything is.
+///
+/// # Errors
+/// [`Rejected`] when the families cannot run the problem on `arch` at all.
+pub fn default_config(problem: &Problem, arch: &'static ArchSpec) -> Result<Config, Rejected> {
+    let target = Target::Gpu(arch);
+    let preferred =
+        mma_sync::defaults(problem).map(Config::MmaSync).into_iter().chain(simt::defaults(problem).map(Config::Simt));
+    let mut rejected = None;
+    for config in preferred {
+        match config.check(problem, target) {
+            Ok(()) => return Ok(config),
+            Err(why) => rejected = Some(why),
+        }
+    }
+    candidates(problem, target).into_iter().next().ok_or_else(|| {
+        rejected.unwrap_or(Rejected { rule: "a family supports the problem", reason: format!("none does on {arch}") })
+    })
+}
+
+/// Rules every GPU family shares: access width, threads, shared memory.
+pub(crate) fn check_block(shape: &LaunchShape, problem: &Problem, arch: &ArchSpec) -> Result<(), Rejected> {
+    ensure(problem.alignment.is_multiple_of(shape.access_bytes), "operands are aligned to access_bytes", || {
+        format!("access_bytes {} with operands aligned to {}", shape.access_bytes, problem.alignment)
+    })?;
+    ensure(shape.access_bytes >= problem.dtype.bytes(), "an access holds at least one element", || {
+        format!("access_bytes {} for {}", shape.access_bytes, problem.dtype)
+    })?;
+    ensure(shape.threads.is_multiple_of(32) && shape.threads <= 1024, "whole warps, at most 1024 threads", || {
+        format!("{} threads", shape.threads)
+    })?;
+    ensure(shape.smem_bytes <= arch.smem_per_block, "the stages fit in shared memory", || {
+        format!("{} bytes of {}", shape.smem_bytes, arch.smem_per_block)
+    })
+}
+
+/// Register rule of the GPU families: accumulators plus `overhead` fit in a thread's share.
+pub(crate) fn check_registers(accumulators: u32, overhead: u32, threads: u32, arch: &ArchSpec) -> Result<(), Rejected> {
+    let share = (arch.registers_per_sm / threads).min(255);
+    ensure(accumulators + overhead <= share, "accumulators fit in registers", || {
+        format!("{accumulators} accumulators + {overhead} of {share} registers a thread")
+    })
+}

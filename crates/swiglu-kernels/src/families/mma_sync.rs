@@ -1,0 +1,172 @@
+//! `mma_sync`: `cp.async` ring, `ldmatrix`, `mma.sync` tensor cores; compute capability 8.0 and later.
+//!
+//! Design: `docs/kernels/mma_sync.md`. Template: `templates/mma_sync/kernel.cu.tera`.
+
+use super::{LaunchShape, RASTERS, Raster, Rejected, check_block, check_registers, ensure};
+use crate::arch::ArchSpec;
+use crate::problem::{DType, MAX_ACCESS_BYTES, Problem, WeightMajor};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// A point of the `mma_sync` space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct MmaSyncConfig {
+    /// Rows of z per block.
+    pub block_m: u32,
+    /// Columns of z per block; the block multiplies twice as many (gate and up).
+    pub block_n: u32,
+    /// Step along K.
+    pub block_k: u32,
+    /// K tiles in flight between global and shared memory (cp.async staging depth).
+    pub stages: u32,
+    /// Warps along M.
+    pub warps_m: u32,
+    /// Warps along N.
+    pub warps_n: u32,
+    /// Bytes of one access to global memory.
+    pub access_bytes: u32,
+    /// Walk over the tiles; a launch parameter, not a constant of the source.
+    pub raster: Raster,
+    /// Tiles walked in that direction before stepping in the other; a launch parameter.
+    pub raster_group: u32,
+}
+
+/// block_m, block_n, warps_m, warps_n.
+const TILES: [(u32, u32, u32, u32); 14] = [
+    (16, 32, 1, 4),
+    (16, 64, 1, 4),
+    (32, 32, 1, 4),
+    (32, 64, 1, 4),
+    (64, 32, 2, 2),
+    (64, 64, 2, 2),
+    (64, 64, 2, 4),
+    (64, 128, 2, 4),
+    (128, 32, 4, 1),
+    (128, 64, 2, 2),
+    (128, 64, 4, 2),
+    (128, 128, 2, 4),
+    (256, 64, 4, 2),
+    (256, 32, 4, 2),
+];
+
+impl MmaSyncConfig {
+    /// Threads per block.
+    pub const fn threads(&self) -> u32 {
+        32 * self.warps_m * self.warps_n
+    }
+
+    /// Shared memory: the ring of stages, or the output tile that later takes its place.
+    pub const fn smem_bytes(&self, dtype: DType) -> u32 {
+        let ring = self.stages * self.block_k * (self.block_m + 2 * self.block_n) * dtype.bytes();
+        // 16 bytes of padding a row spread the fragment stores over the banks.
+        let out_tile = self.block_m * (self.block_n * dtype.bytes() + 16);
+        if ring > out_tile { ring } else { out_tile }
+    }
+
+    pub(super) fn launch_shape(&self, dtype: DType) -> LaunchShape {
+        LaunchShape {
+            block_m: self.block_m,
+            block_n: self.block_n,
+            threads: self.threads(),
+            smem_bytes: self.smem_bytes(dtype),
+            raster: self.raster,
+            raster_group: self.raster_group,
+            access_bytes: self.access_bytes,
+        }
+    }
+
+    pub(super) fn check(&self, problem: &Problem, arch: &ArchSpec) -> Result<(), Rejected> {
+        let &Self { block_m, block_n, block_k, stages, warps_m, warps_n, access_bytes, raster_group, .. } = self;
+        let sizes = [block_m, block_n, block_k, stages, warps_m, warps_n, access_bytes, raster_group];
+        ensure(sizes.iter().all(|&size| (1..=4096).contains(&size)), "sizes are positive and small", || {
+            format!("{sizes:?}")
+        })?;
+        ensure(arch.has_cp_async, "mma_sync needs compute capability 8.0", || format!("{arch} has none"))?;
+        ensure(problem.dtype != DType::F32, "tensor cores multiply fp16, bf16 or tf32", || "f32 asked for".into())?;
+        let bytes = problem.dtype.bytes();
+        let row_bytes = [block_k * bytes, block_n * bytes];
+        ensure(row_bytes[0] == 64 || row_bytes[0] == 128, "a K row of a tile is 64 or 128 bytes", || {
+            format!("block_k {block_k} of {bytes} bytes")
+        })?;
+        ensure(
+            problem.weight_major == WeightMajor::K || row_bytes[1].is_power_of_two() && row_bytes[1] >= 64,
+            "an N row of a tile is at least 64 bytes",
+            || format!("block_n {block_n} of {bytes} bytes"),
+        )?;
+        ensure(
+            block_m.is_multiple_of(16 * warps_m) && block_n.is_multiple_of(8 * warps_n),
+            "a warp holds whole 16x8 fragments",
+            || format!("{block_m}x{block_n} by {warps_m}x{warps_n} warps"),
+        )?;
+        ensure((2..=8).contains(&stages), "2 to 8 stages", || format!("{stages} stages"))?;
+        ensure(
+            access_bytes.is_power_of_two() && access_bytes <= MAX_ACCESS_BYTES,
+            "access_bytes is 2, 4, 8 or 16",
+            || format!("access_bytes {access_bytes}"),
+        )?;
+        check_block(&self.launch_shape(problem.dtype), problem, arch)?;
+        let accumulators = 2 * (block_m / warps_m) * (block_n / warps_n) / 32;
+        check_registers(accumulators, 64, self.threads(), arch)
+    }
+}
+
+pub(super) fn space(problem: &Problem) -> impl Iterator<Item = MmaSyncConfig> + use<> {
+    let (access_bytes, bytes) = (problem.alignment, problem.dtype.bytes());
+    TILES.into_iter().flat_map(move |(block_m, block_n, warps_m, warps_n)| {
+        [64, 128].into_iter().flat_map(move |row_bytes| {
+            [2, 3, 4, 6].into_iter().flat_map(move |stages| {
+                RASTERS.into_iter().map(move |(raster, raster_group)| MmaSyncConfig {
+                    block_m,
+                    block_n,
+                    block_k: row_bytes / bytes,
+                    stages,
+                    warps_m,
+                    warps_n,
+                    access_bytes,
+                    raster,
+                    raster_group,
+                })
+            })
+        })
+    })
+}
+
+/// Preferred configs when nothing was tuned, best first: by M, then ever less shared memory.
+pub(super) fn defaults(problem: &Problem) -> [MmaSyncConfig; 3] {
+    let base = MmaSyncConfig {
+        block_m: 128,
+        block_n: 64,
+        block_k: 128 / problem.dtype.bytes(),
+        stages: 3,
+        warps_m: 2,
+        warps_n: 2,
+        access_bytes: problem.alignment,
+        raster: Raster::AlongM,
+        raster_group: 8,
+    };
+    let medium = MmaSyncConfig { block_m: 64, block_n: 64, block_k: 64 / problem.dtype.bytes(), ..base };
+    let small = MmaSyncConfig { block_m: 16, block_n: 32, warps_m: 1, warps_n: 4, ..base };
+    match problem.m {
+        0..=16 => [small, medium, base],
+        17..=512 => [medium, base, small],
+        _ => [base, medium, small],
+    }
+}
+
+impl fmt::Display for MmaSyncConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "mma_sync {}x{}x{} warps {}x{} stages {} access {} {} {}",
+            self.block_m,
+            self.block_n,
+            self.block_k,
+            self.warps_m,
+            self.warps_n,
+            self.stages,
+            self.access_bytes,
+            self.raster,
+            self.raster_group
+        )
+    }
+}

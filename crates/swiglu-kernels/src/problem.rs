@@ -1,0 +1,205 @@
+//! What is to be computed: operation, number format, sizes.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+
+/// An operation the generator has kernels for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Op {
+    /// `z[M,N] = act(x[M,K]·Wg + bg) ⊙ (x·Wu + bu)`, one launch.
+    Forward,
+}
+
+/// The non-linearity on the gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// `silu(g) = g / (1 + exp(-g))`.
+    Silu,
+}
+
+/// Number format of the operands and of the multiplication; sums are always fp32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DType {
+    /// fp32 in memory, multiplied in fp32.
+    F32,
+    /// fp32 in memory, rounded to tf32 (10 mantissa bits) for the tensor cores.
+    Tf32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+impl DType {
+    /// Every format, in the order that reports use.
+    pub const ALL: [Self; 4] = [Self::F32, Self::Tf32, Self::F16, Self::Bf16];
+
+    /// Bytes of one element in memory.
+    pub const fn bytes(self) -> u32 {
+        match self {
+            Self::F32 | Self::Tf32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
+    /// Largest `‖out − ref‖ / ‖ref‖` against float64 that a correct kernel may show at K ≤ 8192.
+    pub const fn tolerance(self) -> f64 {
+        match self {
+            Self::F32 => 4.0e-6,
+            Self::Tf32 => 1.0e-3,
+            Self::F16 => 3.0e-4,
+            Self::Bf16 => 2.0e-3,
+        }
+    }
+}
+
+/// Which index of the weights is contiguous in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum WeightMajor {
+    /// Rows of length K, one per output column: `[N,K]`, as `nn.Linear` stores them.
+    #[serde(rename = "k_major")]
+    K,
+    /// Rows of length N, one per input feature: `[K,N]`.
+    #[serde(rename = "n_major")]
+    N,
+}
+
+impl WeightMajor {
+    /// Both orders.
+    pub const ALL: [Self; 2] = [Self::K, Self::N];
+}
+
+/// The largest access, in bytes, that a kernel makes to global memory.
+pub const MAX_ACCESS_BYTES: u32 = 16;
+
+/// One problem: what a kernel is chosen for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Problem {
+    /// The operation.
+    pub op: Op,
+    /// The non-linearity.
+    pub activation: Activation,
+    /// Number format.
+    pub dtype: DType,
+    /// Memory order of the weights.
+    pub weight_major: WeightMajor,
+    /// Largest power of two, at most 16, that divides every base address and row stride in bytes.
+    pub alignment: u32,
+    /// Intermediate size: columns of z.
+    pub n: u32,
+    /// Hidden size: columns of x, the length of every sum.
+    pub k: u32,
+    /// Tokens: rows of x and z.
+    pub m: u32,
+}
+
+impl Problem {
+    /// A forward problem on contiguous, well aligned operands.
+    pub fn forward(dtype: DType, weight_major: WeightMajor, m: u32, n: u32, k: u32) -> Self {
+        let weight_row = match weight_major {
+            WeightMajor::K => k,
+            WeightMajor::N => n,
+        };
+        let alignment = [k, n, weight_row]
+            .into_iter()
+            .map(|elements| alignment_of(u64::from(elements) * u64::from(dtype.bytes())))
+            .fold(MAX_ACCESS_BYTES, u32::min);
+        Self { op: Op::Forward, activation: Activation::Silu, dtype, weight_major, alignment, n, k, m }
+    }
+
+    /// The same problem for another number of tokens.
+    #[must_use]
+    pub fn with_m(self, m: u32) -> Self {
+        Self { m, ..self }
+    }
+
+    /// Multiplications and additions of the two GEMMs: `4·M·N·K`.
+    pub fn flops(&self) -> f64 {
+        4.0 * f64::from(self.m) * f64::from(self.n) * f64::from(self.k)
+    }
+
+    /// Bytes that must move at least once: x, both weights and z.
+    pub fn bytes(&self) -> f64 {
+        let (m, n, k) = (f64::from(self.m), f64::from(self.n), f64::from(self.k));
+        (m * k + 2.0 * n * k + m * n) * f64::from(self.dtype.bytes())
+    }
+}
+
+/// Largest power of two, at most 16, that divides `bytes` (16 for 0).
+pub fn alignment_of(bytes: u64) -> u32 {
+    1 << bytes.trailing_zeros().min(MAX_ACCESS_BYTES.trailing_zeros())
+}
+
+/// Gives an enum the same word on the command line, in TOML and in messages.
+macro_rules! names {
+    ($type:ty, $what:literal, $($variant:path => $name:literal),+ $(,)?) => {
+        impl $type {
+            /// The word for it on the command line, in TOML and in reports.
+            pub const fn name(self) -> &'static str {
+                match self { $($variant => $name),+ }
+            }
+        }
+        impl fmt::Display for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.pad(self.name())
+            }
+        }
+        impl FromStr for $type {
+            type Err = UnknownName;
+            fn from_str(name: &str) -> Result<Self, UnknownName> {
+                match name {
+                    $($name => Ok($variant),)+
+                    _ => Err(UnknownName { what: $what, name: name.into(), known: &[$($name),+] }),
+                }
+            }
+        }
+    };
+}
+pub(crate) use names;
+
+/// A word that names no value of an enum.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{name}` is no {what}; use one of {}", known.join(", "))]
+pub struct UnknownName {
+    /// What was looked for, e.g. "dtype".
+    pub what: &'static str,
+    /// The word given.
+    pub name: String,
+    /// The words that exist.
+    pub known: &'static [&'static str],
+}
+
+names!(Op, "op", Op::Forward => "forward");
+names!(Activation, "activation", Activation::Silu => "silu");
+names!(DType, "dtype", DType::F32 => "f32", DType::Tf32 => "tf32", DType::F16 => "f16", DType::Bf16 => "bf16");
+names!(WeightMajor, "weight order", WeightMajor::K => "k_major", WeightMajor::N => "n_major");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn alignment_is_the_largest_power_of_two_up_to_16() {
+        assert_eq!([0, 2, 6, 8, 24, 48, 4096].map(alignment_of), [16, 2, 2, 8, 8, 16, 16]);
+    }
+
+    #[test]
+    fn odd_sizes_lower_the_alignment_of_a_problem() {
+        assert_eq!(Problem::forward(DType::Bf16, WeightMajor::K, 1, 64, 4096).alignment, 16);
+        assert_eq!(Problem::forward(DType::Bf16, WeightMajor::K, 1, 63, 4096).alignment, 2);
+        assert_eq!(Problem::forward(DType::F32, WeightMajor::N, 1, 64, 34).alignment, 8);
+    }
+
+    #[test]
+    fn names_round_trip_and_unknown_ones_list_the_choices() {
+        for dtype in DType::ALL {
+            assert_eq!(dtype.name().parse(), Ok(dtype));
+        }
+        let error = "fp64".parse::<DType>().unwrap_err().to_string();
+        assert_eq!(error, "`fp64` is no dtype; use one of f32, tf32, f16, bf16");
+    }
+}

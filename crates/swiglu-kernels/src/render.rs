@@ -1,0 +1,250 @@
+//! Templates to CUDA source. Pure: equal inputs give equal bytes, so the digest is a cache key.
+
+use crate::families::{Config, Rejected, Target};
+use crate::problem::Problem;
+use crate::{ArchSpec, Family};
+use std::collections::BTreeSet;
+use std::sync::LazyLock;
+use tera::{Context, Delimiters, Tera};
+
+/// One compilable CUDA source, headers written out in place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KernelSource {
+    /// Name for messages, e.g. `mma_sync`.
+    pub name: &'static str,
+    /// The `extern "C"` kernel to launch.
+    pub entry: &'static str,
+    /// The whole translation unit; `#line` keeps compiler messages at the template's lines.
+    pub text: String,
+    /// BLAKE3 of `text`, in hex.
+    pub digest: String,
+}
+
+/// Why no source came out.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RenderError {
+    /// The config is not legal for the problem on that architecture.
+    #[error("`{config}` is not legal here: {rejected}")]
+    Illegal {
+        /// The config.
+        config: String,
+        /// The broken rule.
+        rejected: Rejected,
+    },
+    /// The CPU family has no source.
+    #[error("family `cpu` has no CUDA source; use `simt` or `mma_sync`")]
+    NoSource,
+    /// The template engine refused: a defect of a template.
+    #[error("template `{template}`: {source}")]
+    Template {
+        /// Name of the template.
+        template: &'static str,
+        /// Tera's report.
+        source: tera::Error,
+    },
+    /// A template includes a header that does not exist: a defect of a template.
+    #[error("template `{template}` includes `{header}`, which is not in templates/shared")]
+    MissingHeader {
+        /// Name of the template.
+        template: &'static str,
+        /// The header.
+        header: String,
+    },
+}
+
+/// Fields of configs that are launch parameters: they never reach a template, so that every raster
+/// order shares one CUBIN.
+pub const LAUNCH_FIELDS: [&str; 2] = ["raster", "raster_group"];
+
+macro_rules! template {
+    ($name:literal) => {
+        ($name, include_str!(concat!("../templates/", $name)))
+    };
+}
+
+const TEMPLATES: [(&str, &str); 3] =
+    [template!("simt/kernel.cu.tera"), template!("mma_sync/kernel.cu.tera"), template!("support/kernels.cu.tera")];
+
+const HEADERS: [(&str, &str); 6] = [
+    template!("shared/types.cuh"),
+    template!("shared/activation.cuh"),
+    template!("shared/params.cuh"),
+    template!("shared/raster.cuh"),
+    template!("shared/ptx/cp_async.cuh"),
+    template!("shared/ptx/mma_sync.cuh"),
+];
+
+/// The engine, or the report of why the built-in templates do not parse.
+static ENGINE: LazyLock<Result<Tera, String>> = LazyLock::new(|| {
+    let mut tera = Tera::default();
+    // `{%0, %1}` and `{{0.f}}` are CUDA; these delimiters are not.
+    let delimiters = Delimiters {
+        block_start: "<%".into(),
+        block_end: "%>".into(),
+        variable_start: "<$".into(),
+        variable_end: "$>".into(),
+        comment_start: "<#".into(),
+        comment_end: "#>".into(),
+    };
+    tera.set_delimiters(delimiters).map_err(|error| error.to_string())?;
+    tera.add_raw_templates(TEMPLATES).map_err(|error| error.to_string())?;
+    Ok(tera)
+});
+
+fn engine(template: &'static str) -> Result<&'static Tera, RenderError> {
+    ENGINE.as_ref().map_err(|report| RenderError::Template { template, source: tera::Error::message(report) })
+}
+
+/// The source of `config` for `problem`; M, N, K and the raster order are launch parameters.
+///
+/// # Errors
+/// [`RenderError::Illegal`] when [`Config::check`] refuses, [`RenderError::NoSource`] for the CPU family.
+pub fn render(problem: &Problem, config: &Config, arch: &'static ArchSpec) -> Result<KernelSource, RenderError> {
+    config
+        .check(problem, Target::Gpu(arch))
+        .map_err(|rejected| RenderError::Illegal { config: config.to_string(), rejected })?;
+    let template = template_of(config.family())?;
+    let context = context(problem, config, template)?;
+    source(config.family().name(), "swiglu_forward", template, &context)
+}
+
+/// The tuner's helper kernels for the number format and weight order of `problem`.
+///
+/// # Errors
+/// A defect of the template.
+pub fn render_support(problem: &Problem) -> Result<KernelSource, RenderError> {
+    let mut context = Context::new();
+    insert_problem(&mut context, problem);
+    source("support", "oracle_forward", "support/kernels.cu.tera", &context)
+}
+
+fn template_of(family: Family) -> Result<&'static str, RenderError> {
+    match family {
+        Family::Simt => Ok("simt/kernel.cu.tera"),
+        Family::MmaSync => Ok("mma_sync/kernel.cu.tera"),
+        Family::Cpu => Err(RenderError::NoSource),
+    }
+}
+
+fn insert_problem(context: &mut Context, problem: &Problem) {
+    context.insert("dtype", problem.dtype.name());
+    context.insert("activation", problem.activation.name());
+    context.insert("weight_major", problem.weight_major.name());
+}
+
+/// What the template sees: the config's fields, the problem's names, the derived sizes.
+fn context(problem: &Problem, config: &Config, template: &'static str) -> Result<Context, RenderError> {
+    let fields = match config {
+        Config::Simt(config) => Context::from_serialize(config),
+        Config::MmaSync(config) => Context::from_serialize(config),
+        Config::Cpu(_) => return Err(RenderError::NoSource),
+    };
+    let mut context = fields.map_err(|source| RenderError::Template { template, source })?;
+    for field in LAUNCH_FIELDS {
+        context.remove(field);
+    }
+    insert_problem(&mut context, problem);
+    context.insert("smem_bytes", &config.launch_shape(problem).map_or(0, |shape| shape.smem_bytes));
+    Ok(context)
+}
+
+fn source(
+    name: &'static str,
+    entry: &'static str,
+    template: &'static str,
+    context: &Context,
+) -> Result<KernelSource, RenderError> {
+    let body =
+        engine(template)?.render(template, context).map_err(|source| RenderError::Template { template, source })?;
+    let mut text = String::with_capacity(2 * body.len());
+    write_out(&mut text, template, template, &body, &mut BTreeSet::new())?;
+    let digest = blake3::hash(text.as_bytes()).to_hex().to_string();
+    Ok(KernelSource { name, entry, text, digest })
+}
+
+/// Copies `body`, each header in place of its first `#include`.
+fn write_out(
+    text: &mut String,
+    template: &'static str,
+    file: &str,
+    body: &str,
+    seen: &mut BTreeSet<String>,
+) -> Result<(), RenderError> {
+    text.push_str(&format!("#line 1 \"{file}\"\n"));
+    for (number, line) in body.lines().enumerate() {
+        let Some(header) = line.strip_prefix("#include \"").and_then(|rest| rest.strip_suffix('"')) else {
+            text.push_str(line);
+            text.push('\n');
+            continue;
+        };
+        if seen.insert(header.into()) {
+            let content = HEADERS.iter().find(|(name, _)| *name == header).map(|(_, content)| *content);
+            let content = content.ok_or_else(|| RenderError::MissingHeader { template, header: header.into() })?;
+            write_out(text, template, header, content, seen)?;
+            text.push_str(&format!("#line {} \"{file}\"\n", number + 2));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arch;
+    use crate::families::default_config;
+    use crate::problem::{DType, WeightMajor};
+
+    /// Tera takes an unknown name in `if` for false, so the names a template uses are held to those it gets.
+    #[test]
+    fn templates_use_exactly_the_names_they_are_given() {
+        let arch = arch::by_name("sm_90a").unwrap();
+        for family in Family::GPU {
+            let dtype = if family == Family::Simt { DType::F32 } else { DType::Bf16 };
+            let problem = Problem::forward(dtype, WeightMajor::K, 64, 64, 64);
+            let config = default_config(&problem, arch).unwrap();
+            assert_eq!(config.family(), family);
+            let template = template_of(family).unwrap();
+            let used: BTreeSet<_> =
+                engine(template).unwrap().get_template_variables(template).unwrap().into_iter().collect();
+            let context = context(&problem, &config, template).unwrap();
+            for name in &used {
+                assert!(context.contains_key(name), "{template} uses `{name}`, which it is not given");
+            }
+            let given = serde_names(&config)
+                .into_iter()
+                .chain(["dtype", "activation", "weight_major", "smem_bytes"].map(String::from));
+            for name in given.filter(|name| !LAUNCH_FIELDS.contains(&name.as_str())) {
+                assert!(used.contains(name.as_str()), "{template} does not use `{name}`");
+            }
+        }
+    }
+
+    fn serde_names(config: &Config) -> Vec<String> {
+        let table = toml::Table::try_from(config).unwrap();
+        table.keys().filter(|key| *key != "family").cloned().collect()
+    }
+
+    #[test]
+    fn equal_inputs_give_equal_bytes_and_raster_order_does_not_matter() {
+        let arch = arch::by_name("sm_80").unwrap();
+        let problem = Problem::forward(DType::F16, WeightMajor::N, 64, 128, 256);
+        let configs = crate::families::candidates(&problem, Target::Gpu(arch));
+        let Config::MmaSync(config) = configs[configs.len() - 1] else { panic!("the last candidate is mma_sync") };
+        let other =
+            crate::families::MmaSyncConfig { raster: crate::families::Raster::AlongM, raster_group: 3, ..config };
+        let first = render(&problem, &Config::MmaSync(config), arch).unwrap();
+        assert_eq!(first, render(&problem, &Config::MmaSync(other), arch).unwrap());
+    }
+
+    #[test]
+    fn a_header_stands_once_and_lines_are_kept() {
+        let problem = Problem::forward(DType::F16, WeightMajor::N, 64, 128, 256);
+        let text = render_support(&problem).unwrap().text;
+        assert_eq!(text.matches("enum class DType").count(), 1);
+        assert!(!text.contains("#include"));
+        let line = TEMPLATES[2].1.lines().position(|line| line.starts_with("constexpr DType")).unwrap() + 1;
+        let marker = format!("#line {} \"support/kernels.cu.tera\"\n\nconstexpr DType kDType = DType::f16;", line - 1);
+        assert!(text.contains(&marker), "{marker}");
+    }
+}

@@ -1,0 +1,217 @@
+//! The operands of a launch, their shapes, and the one place where they are checked.
+
+use half::{bf16, f16};
+use swiglu_kernels::{DType, GateOrder, Problem, WeightLayout};
+
+/// What a plan is prepared for; M is given at launch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ForwardSpec {
+    /// Number format of every operand.
+    pub dtype: DType,
+    /// How the weights lie in memory.
+    pub layout: WeightLayout,
+    /// Which half of packed weights is the gate; without meaning for separate ones.
+    pub gate_order: GateOrder,
+    /// Intermediate size: columns of z.
+    pub n: u32,
+    /// Hidden size: columns of x.
+    pub k: u32,
+}
+
+impl ForwardSpec {
+    /// The problem for `m` tokens on contiguous operands.
+    pub fn problem(&self, m: u32) -> Problem {
+        Problem::forward(self.dtype, self.layout.major(), m, self.n, self.k)
+    }
+}
+
+/// An argument that does not fit the plan. Nothing was launched.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("argument `{argument}`: {reason}")]
+pub struct ArgumentError {
+    /// Name of the argument.
+    pub argument: &'static str,
+    /// What is wrong with it, and what was expected.
+    pub reason: String,
+}
+
+impl ArgumentError {
+    pub(crate) fn new(argument: &'static str, reason: impl Into<String>) -> Self {
+        Self { argument, reason: reason.into() }
+    }
+}
+
+/// A Rust type that a [`DType`] is stored as.
+pub trait Element: Copy + Send + Sync + 'static {
+    /// Whether elements of this type are what `dtype` stores.
+    fn stores(dtype: DType) -> bool;
+    /// Exact widening.
+    fn to_f32(self) -> f32;
+    /// Round to nearest, ties to even.
+    fn from_f32(value: f32) -> Self;
+}
+
+impl Element for f32 {
+    fn stores(dtype: DType) -> bool {
+        matches!(dtype, DType::F32 | DType::Tf32)
+    }
+    fn to_f32(self) -> f32 {
+        self
+    }
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+}
+
+impl Element for f16 {
+    fn stores(dtype: DType) -> bool {
+        dtype == DType::F16
+    }
+    fn to_f32(self) -> f32 {
+        self.to_f32()
+    }
+    fn from_f32(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+}
+
+impl Element for bf16 {
+    fn stores(dtype: DType) -> bool {
+        dtype == DType::Bf16
+    }
+    fn to_f32(self) -> f32 {
+        self.to_f32()
+    }
+    fn from_f32(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+}
+
+/// A row-major matrix: `rows` rows of `cols` contiguous elements, `row_stride` elements apart.
+#[derive(Debug, Clone, Copy)]
+pub struct Matrix<S> {
+    /// Host slice or device slice.
+    pub data: S,
+    /// Number of rows.
+    pub rows: usize,
+    /// Elements of a row that belong to the matrix.
+    pub cols: usize,
+    /// Elements from one row to the next.
+    pub row_stride: usize,
+}
+
+impl<S> Matrix<S> {
+    /// A matrix without gaps between its rows.
+    pub const fn new(data: S, rows: usize, cols: usize) -> Self {
+        Self { data, rows, cols, row_stride: cols }
+    }
+
+    /// A matrix whose rows are `row_stride` elements apart.
+    pub const fn strided(data: S, rows: usize, cols: usize, row_stride: usize) -> Self {
+        Self { data, rows, cols, row_stride }
+    }
+
+    /// Checks that the matrix is `rows`x`cols` and that its last element lies inside `len` elements.
+    pub(crate) fn check(&self, argument: &'static str, rows: usize, cols: usize, len: usize) -> Result<(), ArgumentError> {
+        if (self.rows, self.cols) != (rows, cols) {
+            let reason = format!("is [{}, {}], expected [{rows}, {cols}]", self.rows, self.cols);
+            return Err(ArgumentError::new(argument, reason));
+        }
+        if rows == 0 || cols == 0 {
+            return Ok(());
+        }
+        if self.row_stride < cols && rows > 1 {
+            let reason = format!("row stride {} is less than its {cols} columns", self.row_stride);
+            return Err(ArgumentError::new(argument, reason));
+        }
+        let needed = (rows - 1).checked_mul(self.row_stride).and_then(|last_row| last_row.checked_add(cols));
+        match needed {
+            Some(needed) if needed <= len => Ok(()),
+            _ => {
+                let reason = format!("[{rows}, {cols}] with row stride {} does not fit in {len} elements", self.row_stride);
+                Err(ArgumentError::new(argument, reason))
+            }
+        }
+    }
+}
+
+/// The weights as the caller holds them; the variant must agree with the plan's layout.
+#[derive(Debug, Clone, Copy)]
+pub enum Weights<S> {
+    /// Gate and up in one matrix: `[K, 2N]` or `[2N, K]`.
+    Packed(Matrix<S>),
+    /// Gate and up apart: `[N, K]` each, or `[K, N]` each.
+    Separate {
+        /// Weights of the gate.
+        gate: Matrix<S>,
+        /// Weights of the other factor.
+        up: Matrix<S>,
+    },
+}
+
+/// Operands of `z = silu(x·Wg + bg) ⊙ (x·Wu + bu)`.
+#[derive(Debug)]
+pub struct Forward<S, O> {
+    /// `[M, K]`.
+    pub x: Matrix<S>,
+    /// Gate and up weights.
+    pub weights: Weights<S>,
+    /// `[N]`, if any.
+    pub gate_bias: Option<S>,
+    /// `[N]`, if any.
+    pub up_bias: Option<S>,
+    /// `[M, N]`: the output.
+    pub z: Matrix<O>,
+}
+
+/// Where gate and up start, in elements from the start of their storage, and the step between rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct WeightOffsets {
+    pub(crate) gate: usize,
+    pub(crate) gate_stride: usize,
+    pub(crate) up: usize,
+    pub(crate) up_stride: usize,
+}
+
+impl<S, O> Forward<S, O> {
+    /// Checks every operand against `spec`; `len` and `len_out` tell the elements behind a slice.
+    pub(crate) fn check(
+        &self, spec: &ForwardSpec, len: impl Fn(&S) -> usize, len_out: impl Fn(&O) -> usize,
+    ) -> Result<WeightOffsets, ArgumentError> {
+        let (n, k) = (spec.n as usize, spec.k as usize);
+        let m = self.x.rows;
+        if u32::try_from(m).is_err() || i32::try_from(m).is_err() {
+            return Err(ArgumentError::new("x", format!("has {m} rows, at most {} are supported", i32::MAX)));
+        }
+        self.x.check("x", m, k, len(&self.x.data))?;
+        self.z.check("z", m, n, len_out(&self.z.data))?;
+        for (argument, bias) in [("gate_bias", &self.gate_bias), ("up_bias", &self.up_bias)] {
+            if let Some(elements) = bias.as_ref().map(&len).filter(|&elements| elements < n) {
+                return Err(ArgumentError::new(argument, format!("has {elements} elements, expected {n}")));
+            }
+        }
+        let (rows, cols) = spec.layout.shape(n, k);
+        match (&self.weights, spec.layout.is_packed()) {
+            (Weights::Packed(packed), true) => {
+                packed.check("weights", rows, cols, len(&packed.data))?;
+                let half = spec.layout.second_half(n, packed.row_stride).unwrap_or(0);
+                let (gate, up) = match spec.gate_order {
+                    GateOrder::GateFirst => (0, half),
+                    GateOrder::UpFirst => (half, 0),
+                };
+                Ok(WeightOffsets { gate, gate_stride: packed.row_stride, up, up_stride: packed.row_stride })
+            }
+            (Weights::Separate { gate, up }, false) => {
+                gate.check("gate", rows, cols, len(&gate.data))?;
+                up.check("up", rows, cols, len(&up.data))?;
+                Ok(WeightOffsets { gate: 0, gate_stride: gate.row_stride, up: 0, up_stride: up.row_stride })
+            }
+            (Weights::Packed(_), false) => Err(ArgumentError::new(
+                "weights", format!("is one packed matrix, the plan's layout `{}` has two", spec.layout),
+            )),
+            (Weights::Separate { .. }, true) => Err(ArgumentError::new(
+                "weights", format!("is two matrices, the plan's layout `{}` is packed in one", spec.layout),
+            )),
+        }
+    }
+}

@@ -1,0 +1,22 @@
+// The non-linearity on the gate, in fp32. Equal to `oracle::activate` up to rounding.
+
+enum class Activation { silu };
+
+__device__ __forceinline__ float ex2_approx(float value) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+    return result;
+}
+
+__device__ __forceinline__ float rcp_approx(float value) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+    return result;
+}
+
+template <Activation kActivation> __device__ __forceinline__ float activate(float gate) {
+    static_assert(kActivation == Activation::silu, "activation.cuh: add the formula of this activation here");
+    // g / (1 + exp(-g)): no cancellation; exp overflows to inf for very negative g, and 1 / inf = 0.
+    constexpr float kLog2E = 1.4426950408889634f;
+    return gate * rcp_approx(1.0f + ex2_approx(-kLog2E * gate));
+}
