@@ -2,15 +2,28 @@
 //!
 //! One process (the tuner) writes: the append-only [`journal`] is the truth, sled is its index
 //! ([`store`]), and [`snapshot`] is the immutable file that any number of readers load.
-//! Nothing here knows CUDA.
+//! Readers see two layers, the user's snapshot and the tables [`shipped`] with the crate, through
+//! one [`TuningTable`]. Nothing here knows CUDA or reads the environment.
+//!
+//! | File in the directory | Written by | Lost or damaged |
+//! |---|---|---|
+//! | `journal.jsonl` | append + fsync | damaged lines are skipped, with a warning |
+//! | `index.sled/` | sled | moved aside and rebuilt from the journal |
+//! | `snapshot.tsv` | temporary file + rename | readers fall back to the shipped tables |
+//! | `tune.lock` | the running tuner | created again |
 
+pub mod error;
+mod index;
 pub mod journal;
+mod lock;
 pub mod lookup;
 pub mod record;
 pub mod shipped;
 pub mod snapshot;
 pub mod store;
 
-pub use lookup::{Lookup, Match, TuningTable};
+pub use error::{FileError, NewerSchema};
+pub use lock::{Holder, LockError};
+pub use lookup::{Lookup, Match, TuningTable, default_dir};
 pub use record::{Device, Environment, Measurement, Outcome, Record, TuningKey};
-pub use store::TuningDb;
+pub use store::{DbError, TuningDb};

@@ -1,7 +1,9 @@
 //! What one measurement of one config says.
 
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fmt;
+use std::str::FromStr;
 use swiglu_kernels::{Config, Problem};
 
 /// The device a record holds for.
@@ -23,16 +25,58 @@ pub struct TuningKey {
     pub problem: Problem,
 }
 
-/// `class|op|activation|dtype|weight_major|aNN|nNNNNNNNN|kNNNNNNNN|mNNNNNNNN`: sorts by its parts, so
-/// that all M of one (N, K) are neighbours and in order.
+/// `class|op|activation|dtype|weight_major|a16|n0000014336|k0000004096|m0000002048`: sorts by its parts,
+/// so that all M of one (N, K) are neighbours and in order.
 impl fmt::Display for TuningKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Problem { op, activation, dtype, weight_major, alignment, n, k, m } = self.problem;
-        write!(
-            f, "{}|{op}|{activation}|{dtype}|{weight_major}|a{alignment:02}|n{n:08}|k{k:08}|m{m:08}",
-            self.device_class
-        )
+        write!(f, "{}{:010}", self.shape_prefix(), self.problem.m)
     }
+}
+
+impl TuningKey {
+    /// What the keys of all M of one (N, K) begin with.
+    pub fn shape_prefix(&self) -> String {
+        let Problem { alignment, n, k, .. } = self.problem;
+        format!("{}a{alignment:02}|n{n:010}|k{k:010}|m", self.kind_prefix())
+    }
+
+    /// What the keys of all sizes begin with.
+    pub(crate) fn kind_prefix(&self) -> String {
+        let Problem { op, activation, dtype, weight_major, alignment: _, n: _, k: _, m: _ } = self.problem;
+        format!("{}|{op}|{activation}|{dtype}|{weight_major}|", self.device_class)
+    }
+}
+
+/// A text that is no [`TuningKey`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no tuning key")]
+pub struct InvalidKey(pub String);
+
+impl FromStr for TuningKey {
+    type Err = InvalidKey;
+
+    fn from_str(text: &str) -> Result<Self, InvalidKey> {
+        parse_key(text).ok_or_else(|| InvalidKey(text.into()))
+    }
+}
+
+fn parse_key(text: &str) -> Option<TuningKey> {
+    let mut parts = text.split('|');
+    let mut part = || parts.next();
+    let key = TuningKey {
+        device_class: part()?.into(),
+        problem: Problem {
+            op: part()?.parse().ok()?,
+            activation: part()?.parse().ok()?,
+            dtype: part()?.parse().ok()?,
+            weight_major: part()?.parse().ok()?,
+            alignment: part()?.strip_prefix('a')?.parse().ok()?,
+            n: part()?.strip_prefix('n')?.parse().ok()?,
+            k: part()?.strip_prefix('k')?.parse().ok()?,
+            m: part()?.strip_prefix('m')?.parse().ok()?,
+        },
+    };
+    part().is_none().then_some(key)
 }
 
 /// Time of one launch, in microseconds, over all samples.
@@ -98,6 +142,17 @@ pub struct Record {
     pub environment: Environment,
 }
 
+/// A record that no file could give back.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+#[error("cannot store the record of {key}: {reason}")]
+pub struct InvalidRecord {
+    /// Key of the record.
+    pub key: String,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
 impl Record {
     /// The key this record answers.
     pub fn key(&self) -> TuningKey {
@@ -111,4 +166,36 @@ impl Record {
             Outcome::Failed { .. } => None,
         }
     }
+
+    /// One line of JSON: the only encoding that journal, index and snapshot use.
+    pub(crate) fn to_json(&self) -> Result<String, InvalidRecord> {
+        let invalid = |reason: String| InvalidRecord { key: self.key().to_string(), reason };
+        let class = &self.device.class;
+        if class.is_empty() || class.contains(|c: char| c == '|' || c.is_control()) {
+            return Err(invalid(format!("device class {class:?} is empty or holds `|` or a control character")));
+        }
+        // JSON has no NaN: it would be written as null and not be read again.
+        if let Some(Measurement { median_us, p10_us, p90_us, samples: _, error }) = self.measurement()
+            && ![median_us, p10_us, p90_us, error].into_iter().all(|number| number.is_finite())
+        {
+            return Err(invalid("a time or error is not a finite number".into()));
+        }
+        serde_json::to_string(self).map_err(|error| invalid(error.to_string()))
+    }
+}
+
+/// The fastest record of every key, in the order of the keys. Equal medians: the first config in order.
+pub fn winners(records: impl IntoIterator<Item = Record>) -> Vec<Record> {
+    let mut best: BTreeMap<String, (f64, Record)> = BTreeMap::new();
+    for record in records {
+        let Some(&Measurement { median_us, .. }) = record.measurement() else { continue };
+        let key = record.key().to_string();
+        let beaten = best.get(&key).is_some_and(|(best_us, best)| {
+            best_us.total_cmp(&median_us).then_with(|| best.config.cmp(&record.config)).is_le()
+        });
+        if !beaten {
+            best.insert(key, (median_us, record));
+        }
+    }
+    best.into_values().map(|(_, record)| record).collect()
 }

@@ -179,19 +179,29 @@ pub fn candidates(problem: &Problem, target: Target) -> Vec<Config> {
 /// # Errors
 /// [`Rejected`] when the families cannot run the problem on `arch` at all.
 pub fn default_config(problem: &Problem, arch: &'static ArchSpec) -> Result<Config, Rejected> {
+    default_of(Family::MmaSync, problem, arch).or_else(|_| default_of(Family::Simt, problem, arch))
+}
+
+/// The default config of one GPU family: the first legal one of its preferences, else of its space.
+///
+/// # Errors
+/// [`Rejected`] when the family cannot run the problem on `arch`; for the CPU family always.
+pub fn default_of(family: Family, problem: &Problem, arch: &'static ArchSpec) -> Result<Config, Rejected> {
     let target = Target::Gpu(arch);
-    let preferred =
-        mma_sync::defaults(problem).map(Config::MmaSync).into_iter().chain(simt::defaults(problem).map(Config::Simt));
-    let mut rejected = None;
-    for config in preferred {
+    let preferred: Vec<Config> = match family {
+        Family::Simt => simt::defaults(problem).map(Config::Simt).to_vec(),
+        Family::MmaSync => mma_sync::defaults(problem).map(Config::MmaSync).to_vec(),
+        Family::Cpu => Vec::new(),
+    };
+    let mut rejected = Rejected { rule: "the family runs on this kind of device", reason: format!("{family} on {arch}") };
+    let space = space(problem, target).into_iter().filter(|config| config.family() == family);
+    for config in preferred.into_iter().chain(space) {
         match config.check(problem, target) {
             Ok(()) => return Ok(config),
-            Err(why) => rejected = Some(why),
+            Err(why) => rejected = why,
         }
     }
-    candidates(problem, target).into_iter().next().ok_or_else(|| {
-        rejected.unwrap_or(Rejected { rule: "a family supports the problem", reason: format!("none does on {arch}") })
-    })
+    Err(rejected)
 }
 
 /// Rules every GPU family shares: access width, threads, shared memory.

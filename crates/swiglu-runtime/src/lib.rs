@@ -1,10 +1,27 @@
 //! Compiles, loads and launches tuned SwiGLU kernels.
 //!
-//! A caller brings its own CUDA context and stream, prepares a plan for one
-//! `(dtype, layout, K, N)` and launches it for any M. Nothing is compiled or loaded after `prepare`,
-//! so launches can be captured in a CUDA graph. Without a GPU the same problem runs on [`cpu`].
+//! A caller brings its own CUDA context and stream, prepares a [`Plan`] for one
+//! `(dtype, layout, K, N)` and launches it for any M. Nothing is compiled or loaded after
+//! [`Runtime::prepare`], so launches can be captured in a CUDA graph. Without a GPU the same problem runs
+//! on the CPU through [`CpuRuntime`].
 
+mod buckets;
 pub mod cpu;
+pub mod cublaslt;
+pub mod cubin_cache;
+pub mod gpu;
+pub mod launch;
+pub mod library;
+pub mod nvrtc;
 pub mod operands;
+pub mod options;
+pub mod plan;
+pub mod runtime;
 
+pub use cudarc;
+pub use launch::RawForward;
 pub use operands::{ArgumentError, Element, Forward, ForwardSpec, Matrix, Weights};
+pub use options::Options;
+pub use plan::{Choice, LaunchError, Plan};
+pub use runtime::{Backend, CpuRuntime, PrepareError, Runtime};
+pub use swiglu_kernels::{DType, GateOrder, WeightLayout};

@@ -106,7 +106,9 @@ impl MmaSyncConfig {
         )?;
         check_block(&self.launch_shape(problem.dtype), problem, arch)?;
         let accumulators = 2 * (block_m / warps_m) * (block_n / warps_n) / 32;
-        check_registers(accumulators, 64, self.threads(), arch)
+        // Rounding to tf32 keeps both the loaded and the rounded fragments alive.
+        let overhead = if problem.dtype == DType::Tf32 { 136 } else { 64 };
+        check_registers(accumulators, overhead, self.threads(), arch)
     }
 }
 
@@ -144,7 +146,8 @@ pub(super) fn defaults(problem: &Problem) -> [MmaSyncConfig; 3] {
         raster: Raster::AlongM,
         raster_group: 8,
     };
-    let medium = MmaSyncConfig { block_m: 64, block_n: 64, block_k: 64 / problem.dtype.bytes(), ..base };
+    let base = if problem.dtype == DType::Tf32 { MmaSyncConfig { warps_m: 4, ..base } } else { base };
+    let medium = MmaSyncConfig { block_m: 64, block_n: 64, block_k: 64 / problem.dtype.bytes(), warps_m: 2, ..base };
     let small = MmaSyncConfig { block_m: 16, block_n: 32, warps_m: 1, warps_n: 4, ..base };
     match problem.m {
         0..=16 => [small, medium, base],

@@ -100,7 +100,9 @@ impl SimtConfig {
         )?;
         check_block(&self.launch_shape(problem.dtype), problem, arch)?;
         // Beside the sums a thread holds its fragments and the tile that is on its way.
-        let prefetch = (block_m + 2 * block_n) * block_k * problem.dtype.bytes() / 4 / self.threads();
+        // An access narrower than a register still takes a whole one.
+        let per_register = 4.min(access_bytes) / problem.dtype.bytes();
+        let prefetch = (block_m + 2 * block_n) * block_k / per_register / self.threads();
         check_registers(2 * thread_m * thread_n, thread_m + 2 * thread_n + prefetch + 40, self.threads(), arch)
     }
 }

@@ -1,0 +1,247 @@
+//! Which record answers a problem: the ladder from an exact match to nothing.
+//!
+//! Sizes are compared by the distance of their logarithms. An entry of another size is only an answer
+//! when its config is legal for the problem asked; else the next nearest is tried.
+
+use crate::record::{InvalidRecord, Record, TuningKey};
+use crate::shipped::{self, ShippedError};
+use crate::snapshot::{self, Entry, Snapshot, SnapshotError};
+use etcetera::BaseStrategy;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use swiglu_kernels::Problem;
+use swiglu_kernels::families::Target;
+
+/// How near a record is to the problem asked, best first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Match {
+    /// Tuned for this problem on this device class.
+    Exact,
+    /// Tuned for this (N, K), at another M or alignment.
+    NearestM,
+    /// Tuned on this device class, for another (N, K).
+    NearestShape,
+    /// Tuned on another device class of this architecture.
+    SameArch,
+    /// No record is of use.
+    Untuned,
+}
+
+impl fmt::Display for Match {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Exact => "exact",
+            Self::NearestM => "nearest M",
+            Self::NearestShape => "nearest shape",
+            Self::SameArch => "same architecture",
+            Self::Untuned => "untuned",
+        })
+    }
+}
+
+/// The answer for one problem.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Lookup {
+    /// The record, whose config is legal for the problem; `None` when untuned.
+    pub record: Option<Record>,
+    /// How near it is.
+    pub matched: Match,
+}
+
+/// Why a layer is left out.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LayerError {
+    /// The user's snapshot cannot be used.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// A shipped table cannot be used.
+    #[error(transparent)]
+    Shipped(#[from] ShippedError),
+    /// The shipped records cannot be indexed.
+    #[error(transparent)]
+    Record(#[from] InvalidRecord),
+}
+
+/// No directory is known to keep the tuning database in.
+#[derive(Debug, thiserror::Error)]
+#[error("no home directory to keep the tuning database in: {0}; name a directory")]
+pub struct NoHome(#[from] etcetera::HomeDirError);
+
+/// Where the tuning database is kept unless the user names a directory: `$XDG_DATA_HOME/swiglu-tune`.
+///
+/// # Errors
+/// The user has no home directory.
+pub fn default_dir() -> Result<PathBuf, NoHome> {
+    Ok(etcetera::choose_base_strategy()?.data_dir().join("swiglu-tune"))
+}
+
+/// Everything that was tuned, in layers.
+#[derive(Debug, Default)]
+pub struct TuningTable {
+    /// Of equally near entries, the one of the first layer wins.
+    layers: Vec<Snapshot>,
+}
+
+impl TuningTable {
+    /// The user's snapshot in `dir` over the shipped tables. A layer that cannot be used is left out and
+    /// the reason returned.
+    pub fn load(dir: &Path) -> (Self, Vec<LayerError>) {
+        let mut skipped = Vec::new();
+        let user = Snapshot::load(&dir.join(snapshot::FILE_NAME)).map_err(LayerError::from);
+        let layers = [user, shipped_layer(&mut skipped)];
+        let layers = layers.into_iter().filter_map(|layer| layer.map_err(|error| skipped.push(error)).ok()).collect();
+        (Self { layers }, skipped)
+    }
+
+    /// The layers given, highest first.
+    pub fn from_layers(layers: Vec<Snapshot>) -> Self {
+        Self { layers }
+    }
+
+    /// The nearest record whose config `target` can run `problem` with.
+    pub fn lookup(&self, device_class: &str, problem: &Problem, target: Target) -> Lookup {
+        let asked = TuningKey { device_class: device_class.into(), problem: *problem };
+        // Ever wider; most questions are answered by the few entries of one (N, K).
+        let prefixes = [asked.shape_prefix(), asked.kind_prefix(), arch_of(device_class).into()];
+        let nearest = prefixes.iter().find_map(|prefix| {
+            self.nearest_first(prefix, &asked)
+                .iter()
+                .find_map(|candidate| Some((candidate.legal_record(problem, target)?, candidate.rank.matched)))
+        });
+        match nearest {
+            Some((record, matched)) => Lookup { record: Some(record), matched },
+            None => Lookup { record: None, matched: Match::Untuned },
+        }
+    }
+
+    /// The tuned M of the (N, K) of `problem`, ascending; without any, those of the nearest (N, K) that
+    /// has legal configs. Each config is legal for `problem` at that M. The M of `problem` is not used.
+    pub fn anchors(&self, device_class: &str, problem: &Problem, target: Target) -> Vec<(u32, Record, Match)> {
+        let asked = TuningKey { device_class: device_class.into(), problem: *problem };
+        let prefixes = [asked.kind_prefix(), arch_of(device_class).into()];
+        prefixes
+            .iter()
+            .map(|prefix| self.anchors_under(prefix, &asked, target))
+            .find(|anchors| !anchors.is_empty())
+            .unwrap_or_default()
+    }
+
+    fn anchors_under(&self, prefix: &str, asked: &TuningKey, target: Target) -> Vec<(u32, Record, Match)> {
+        let mut anchors = BTreeMap::new();
+        let mut shape = None;
+        for candidate in self.nearest_first(prefix, asked) {
+            let Problem { n, k, m, .. } = candidate.key.problem;
+            let this_shape = (candidate.key.device_class.clone(), n, k);
+            if anchors.contains_key(&m) || shape.as_ref().is_some_and(|shape| *shape != this_shape) {
+                continue;
+            }
+            if let Some(record) = candidate.legal_record(&asked.problem.with_m(m), target) {
+                shape = Some(this_shape);
+                anchors.insert(m, (record, candidate.rank.at_its_own_m()));
+            }
+        }
+        anchors.into_iter().map(|(m, (record, matched))| (m, record, matched)).collect()
+    }
+
+    /// The entries under `prefix` that compute the same in the same format, nearest first.
+    fn nearest_first(&self, prefix: &str, asked: &TuningKey) -> Vec<Candidate<'_>> {
+        let mut candidates: Vec<_> = self
+            .layers
+            .iter()
+            .flat_map(|layer| layer.get_range(prefix))
+            .filter_map(|entry| Candidate::new(entry, asked))
+            .collect();
+        // Stable: equally near entries stay in the order of layers and keys.
+        candidates.sort_by_key(|candidate| candidate.rank);
+        candidates
+    }
+}
+
+/// Distances in the order they count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Rank {
+    matched: Match,
+    // Before sizes: a config tuned for narrow access wastes bandwidth at any size.
+    alignment: u32,
+    shape: u32,
+    m: u32,
+}
+
+impl Rank {
+    /// How near the entry is to the problem when that has the M of the entry.
+    fn at_its_own_m(self) -> Match {
+        match self.matched {
+            Match::NearestM if self.alignment == 0 => Match::Exact,
+            matched => matched,
+        }
+    }
+}
+
+struct Candidate<'a> {
+    rank: Rank,
+    key: TuningKey,
+    entry: Entry<'a>,
+}
+
+impl<'a> Candidate<'a> {
+    /// `None` when the entry is of another architecture, operation or format.
+    fn new(entry: Entry<'a>, asked: &TuningKey) -> Option<Self> {
+        let key: TuningKey = entry.key.parse().ok()?;
+        let (theirs, ours) = (&key.problem, &asked.problem);
+        let same_kind = (theirs.op, theirs.activation, theirs.dtype, theirs.weight_major)
+            == (ours.op, ours.activation, ours.dtype, ours.weight_major);
+        if !same_kind || arch_of(&key.device_class) != arch_of(&asked.device_class) {
+            return None;
+        }
+        let matched = if key == *asked {
+            Match::Exact
+        } else if key.device_class != asked.device_class {
+            Match::SameArch
+        } else if (theirs.n, theirs.k) != (ours.n, ours.k) {
+            Match::NearestShape
+        } else {
+            Match::NearestM
+        };
+        let rank = Rank {
+            matched,
+            alignment: distance(theirs.alignment, ours.alignment),
+            shape: distance(theirs.n, ours.n) + distance(theirs.k, ours.k),
+            m: distance(theirs.m, ours.m),
+        };
+        Some(Self { rank, key, entry })
+    }
+
+    fn legal_record(&self, problem: &Problem, target: Target) -> Option<Record> {
+        let unreadable = |error: &serde_json::Error| {
+            tracing::debug!(key = self.entry.key, %error, "passed over a record of another version");
+        };
+        let record = self.entry.record().inspect_err(unreadable).ok()?;
+        record.config.check(problem, target).is_ok().then_some(record)
+    }
+}
+
+/// `|log2(a / b)|` in millionths, which order exactly.
+fn distance(a: u32, b: u32) -> u32 {
+    let log2 = |size: u32| f64::from(size.max(1)).log2();
+    ((log2(a) - log2(b)).abs() * 1e6).round() as u32
+}
+
+/// The architecture of a device class: all before the first `-`.
+fn arch_of(device_class: &str) -> &str {
+    device_class.split_once('-').map_or(device_class, |(arch, _)| arch)
+}
+
+fn shipped_layer(skipped: &mut Vec<LayerError>) -> Result<Snapshot, LayerError> {
+    let mut records = Vec::new();
+    for (name, text) in shipped::TABLES {
+        match shipped::parse(Path::new(name), text) {
+            Ok(table) => records.extend(table),
+            Err(error) => skipped.push(error.into()),
+        }
+    }
+    Ok(Snapshot::from_records(&records)?)
+}

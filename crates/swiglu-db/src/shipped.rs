@@ -1,0 +1,127 @@
+//! The tables compiled into the crate, from `tuning-db/*.toml`.
+//!
+//! They are text that is read in reviews: one file per device class, sorted by key, numbers rounded to
+//! what a measurement can tell, so that tuning again makes a small diff.
+
+use crate::error::NewerSchema;
+use crate::record::{Device, Environment, InvalidRecord, Measurement, Outcome, Record, winners};
+use serde::{Deserialize, Serialize};
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use swiglu_kernels::{Config, Problem};
+
+/// The schema this version writes, and the newest it reads.
+pub const SCHEMA: u32 = 1;
+
+/// Every shipped table: `("name.toml", include_str!("../tuning-db/name.toml"))`. The link
+/// `tuning-db` in this crate lets `cargo package` take the files along.
+pub const TABLES: &[(&str, &str)] = &[];
+
+/// Why a table could not be read or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ShippedError {
+    /// The table is from a later version.
+    #[error(transparent)]
+    NewerSchema(#[from] NewerSchema),
+    /// The text is no table of records.
+    #[error("`{}` is no tuning table: {reason}", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// What TOML reported, with the line.
+        reason: String,
+    },
+    /// A record has no place in a table.
+    #[error(transparent)]
+    Record(#[from] InvalidRecord),
+    /// A value has no TOML form.
+    #[error("cannot write the table: {0}")]
+    Write(#[from] toml::ser::Error),
+}
+
+#[derive(Deserialize)]
+struct AnyTable {
+    schema: u32,
+}
+
+#[derive(Deserialize)]
+struct Table {
+    device: Device,
+    #[serde(default)]
+    record: Vec<Row>,
+}
+
+#[derive(Deserialize)]
+struct Row {
+    problem: Problem,
+    config: Config,
+    measurement: Measurement,
+    environment: Environment,
+}
+
+/// Reads one table; `path` is named in errors.
+///
+/// # Errors
+/// The text is no TOML of this form, has a newer schema, or a record that cannot be stored.
+pub fn parse(path: &Path, text: &str) -> Result<Vec<Record>, ShippedError> {
+    let no_table = |error: toml::de::Error| ShippedError::Parse { path: path.into(), reason: error.to_string() };
+    let AnyTable { schema } = toml::from_str(text).map_err(no_table)?;
+    NewerSchema::check(path, schema, SCHEMA)?;
+    let Table { device, record: rows } = toml::from_str(text).map_err(no_table)?;
+    rows.into_iter()
+        .map(|Row { problem, config, measurement, environment }| {
+            let outcome = Outcome::Measured(measurement);
+            let record = Record { device: device.clone(), problem, config, outcome, environment };
+            record.to_json()?;
+            Ok(record)
+        })
+        .collect()
+}
+
+/// Writes the table of one device class: of `records`, the fastest of each key measured on it.
+///
+/// # Errors
+/// A record cannot be stored, or has no TOML form.
+pub fn export(device: &Device, records: &[Record]) -> Result<String, ShippedError> {
+    let mut text = format!(
+        "# Written by `swiglu-tune db export`; change it by tuning again.\nschema = {SCHEMA}\ndevice = {}\n",
+        inline(device)?
+    );
+    let of_class = records.iter().filter(|record| record.device.class == device.class).cloned();
+    for record in winners(of_class) {
+        record.to_json()?;
+        let Some(measurement) = record.measurement() else { continue };
+        let rows = [
+            ("problem", inline(&record.problem)?),
+            ("config", inline(&record.config)?),
+            ("measurement", inline(&rounded(measurement))?),
+            ("environment", inline(&record.environment)?),
+        ];
+        text += "\n[[record]]\n";
+        for (name, value) in rows {
+            // Writing to a `String` does not fail.
+            let _ = writeln!(text, "{name} = {value}");
+        }
+    }
+    Ok(text)
+}
+
+fn inline(value: &impl Serialize) -> Result<String, toml::ser::Error> {
+    let mut text = String::new();
+    value.serialize(toml::ser::ValueSerializer::new(&mut text))?;
+    Ok(text)
+}
+
+/// Nanoseconds, and three digits of the error.
+fn rounded(measurement: &Measurement) -> Measurement {
+    let nanoseconds = |us: f64| (us * 1e3).round() / 1e3;
+    let &Measurement { median_us, p10_us, p90_us, samples, error } = measurement;
+    Measurement {
+        median_us: nanoseconds(median_us),
+        p10_us: nanoseconds(p10_us),
+        p90_us: nanoseconds(p90_us),
+        samples,
+        error: format!("{error:.2e}").parse().unwrap_or(error),
+    }
+}

@@ -1,0 +1,160 @@
+//! The tuner's database: one process at a time, no finished measurement lost.
+//!
+//! A batch is in the journal and synced before sled sees it, and readers see it when it is published.
+//! Whatever is interrupted in between is made good from the journal at the next open.
+
+use crate::error::{Context, FileError};
+use crate::index::{Entries, Index, OpenError};
+use crate::journal::{self, Journal, JournalError};
+use crate::lock::{Lock, LockError};
+use crate::record::{self, InvalidRecord, Record, TuningKey};
+use crate::snapshot::{self, SnapshotError};
+use std::fs;
+use std::path::{Path, PathBuf};
+use swiglu_kernels::Config;
+
+pub use crate::index::IndexError;
+
+/// Name of the lock file in a tuning directory.
+const LOCK_NAME: &str = "tune.lock";
+
+/// Why the database could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DbError {
+    /// Another tuner works in the directory, or the lock cannot be taken.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// The directory cannot be created or written.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The journal cannot be read or extended.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// sled failed; the journal has every record.
+    #[error(transparent)]
+    Index(#[from] IndexError),
+    /// The snapshot cannot be published.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// The record cannot be written as JSON.
+    #[error(transparent)]
+    Record(#[from] InvalidRecord),
+}
+
+impl From<OpenError> for DbError {
+    fn from(error: OpenError) -> Self {
+        match error {
+            OpenError::File(error) => Self::File(error),
+            OpenError::Index(error) => Self::Index(error),
+        }
+    }
+}
+
+/// The tuning directory, open for its single writer.
+#[derive(Debug)]
+pub struct TuningDb {
+    // Declared in the order of closing: the lock goes last.
+    index: Index,
+    journal: Journal,
+    snapshot: PathBuf,
+    _lock: Lock,
+}
+
+impl TuningDb {
+    /// Opens the database in `dir`, or creates both.
+    ///
+    /// # Errors
+    /// Another tuner holds the directory, it cannot be written, or its journal has a newer schema.
+    /// Damage is no error: it is reported through `tracing` and repaired as far as the journal reaches.
+    pub fn open(dir: &Path) -> Result<Self, DbError> {
+        fs::create_dir_all(dir).context("create the directory", dir)?;
+        let lock = Lock::take(&dir.join(LOCK_NAME))?;
+        let (journal, contents) = Journal::open(&dir.join(journal::FILE_NAME))?;
+        let index = Index::open(dir, &entries(&contents.records)?)?;
+        Ok(Self { index, journal, snapshot: dir.join(snapshot::FILE_NAME), _lock: lock })
+    }
+
+    /// Stores records; one that has the key and config of an earlier one takes its place. When this
+    /// returns `Ok` they survive a crash of the process or the machine.
+    ///
+    /// # Errors
+    /// A record cannot be encoded (then none is stored), or the disk or sled failed.
+    pub fn insert(&mut self, records: &[Record]) -> Result<(), DbError> {
+        let entries = entries(records)?;
+        self.journal.append(records)?;
+        Ok(self.index.write(&entries)?)
+    }
+
+    /// Every record, in the order of the keys.
+    ///
+    /// # Errors
+    /// sled failed.
+    pub fn records(&self) -> Result<Vec<Record>, DbError> {
+        self.scan("")
+    }
+
+    /// What came of one config.
+    ///
+    /// # Errors
+    /// sled failed.
+    pub fn record(&self, key: &TuningKey, config: &Config) -> Result<Option<Record>, DbError> {
+        Ok(self.index.get(index_key(key, config).as_bytes())?.as_deref().and_then(parse))
+    }
+
+    /// Whether this config was tried with this very source, whatever came of it: a run that continues
+    /// an earlier one skips it.
+    ///
+    /// # Errors
+    /// sled failed.
+    pub fn is_measured(&self, key: &TuningKey, config: &Config, source_digest: &str) -> Result<bool, DbError> {
+        Ok(self.record(key, config)?.is_some_and(|record| record.environment.source_digest == source_digest))
+    }
+
+    /// The record with the lowest median; of equal ones the first in the order of configs.
+    ///
+    /// # Errors
+    /// sled failed.
+    pub fn best(&self, key: &TuningKey) -> Result<Option<Record>, DbError> {
+        Ok(record::winners(self.scan(&format!("{key}{SEPARATOR}"))?).pop())
+    }
+
+    /// The best record of every key, in the order of the keys.
+    ///
+    /// # Errors
+    /// sled failed.
+    pub fn winners(&self) -> Result<Vec<Record>, DbError> {
+        Ok(record::winners(self.records()?))
+    }
+
+    /// Replaces the snapshot that readers load by the present winners.
+    ///
+    /// # Errors
+    /// sled failed, or the file cannot be written; then readers keep the old one.
+    pub fn publish(&self) -> Result<(), DbError> {
+        Ok(snapshot::publish(&self.snapshot, &self.winners()?)?)
+    }
+
+    fn scan(&self, prefix: &str) -> Result<Vec<Record>, DbError> {
+        Ok(self.index.scan(prefix.as_bytes())?.iter().filter_map(|json| parse(json)).collect())
+    }
+}
+
+/// Sorts before every character of a key, so that one key's configs are neighbours.
+const SEPARATOR: char = '\0';
+
+fn index_key(key: &TuningKey, config: &Config) -> String {
+    format!("{key}{SEPARATOR}{config}")
+}
+
+fn entries(records: &[Record]) -> Result<Entries, InvalidRecord> {
+    records
+        .iter()
+        .map(|record| Ok((index_key(&record.key(), &record.config).into_bytes(), record.to_json()?.into_bytes())))
+        .collect()
+}
+
+/// Only what [`Record::to_json`] wrote is in the index.
+fn parse(json: &[u8]) -> Option<Record> {
+    serde_json::from_slice(json).inspect_err(|error| tracing::warn!(%error, "skipped an unreadable record")).ok()
+}

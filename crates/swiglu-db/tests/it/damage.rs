@@ -1,0 +1,106 @@
+//! Damage to the sled directory: the journal makes it good.
+
+use crate::fixture::{Noise, series, sorted};
+use crate::store::moved_aside;
+use std::fs;
+use std::path::{Path, PathBuf};
+use swiglu_db::{Record, TuningDb};
+use tempfile::TempDir;
+
+const COUNT: u32 = 40;
+
+fn filled() -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let mut db = TuningDb::open(dir.path()).unwrap();
+    for i in 0..COUNT {
+        db.insert(&[series(i)]).unwrap();
+    }
+    dir
+}
+
+fn expected() -> Vec<Record> {
+    sorted((0..COUNT).map(series))
+}
+
+/// The files of the index with their contents.
+fn files(index: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let paths = fs::read_dir(index).unwrap().map(|file| file.unwrap().path()).filter(|path| path.is_file());
+    let mut files: Vec<_> = paths.map(|path| (path.clone(), fs::read(path).unwrap())).collect();
+    files.sort();
+    files
+}
+
+/// Damages the index `rounds` times, each time from its first state, and opens it. Returns how often it
+/// had to be rebuilt.
+fn rebuilt_after(rounds: u64, damage: impl Fn(&mut Noise, &mut Vec<u8>)) -> usize {
+    let dir = filled();
+    let index = dir.path().join("index.sled");
+    let pristine = files(&index);
+    for seed in 0..rounds {
+        let noise = &mut Noise(seed);
+        fs::remove_dir_all(&index).unwrap();
+        fs::create_dir(&index).unwrap();
+        let victim = noise.below(pristine.len());
+        for (i, (path, bytes)) in pristine.iter().enumerate() {
+            let mut bytes = bytes.clone();
+            if i == victim {
+                damage(noise, &mut bytes);
+            }
+            fs::write(path, bytes).unwrap();
+        }
+        let db = TuningDb::open(dir.path()).unwrap();
+        assert_eq!(db.records().unwrap(), expected(), "seed {seed}");
+    }
+    moved_aside(dir.path())
+}
+
+#[test]
+fn flipped_bits_in_the_index_cost_no_record() {
+    let rebuilt = rebuilt_after(60, |noise, bytes| {
+        // Most of the file is padding, where a flip says little.
+        let used: Vec<_> = (0..bytes.len()).filter(|&at| bytes[at] != 0).collect();
+        bytes[used[noise.below(used.len())]] ^= 1 << noise.below(8);
+    });
+    assert!(rebuilt >= 20, "only {rebuilt} of 60 flips did any harm");
+}
+
+#[test]
+fn a_truncated_index_costs_no_record() {
+    let rebuilt = rebuilt_after(20, |noise, bytes| bytes.truncate(noise.below(bytes.len())));
+    assert!(rebuilt >= 5, "only {rebuilt} of 20 truncations did any harm");
+}
+
+#[test]
+fn a_deleted_index_is_built_again() {
+    let dir = filled();
+    fs::remove_dir_all(dir.path().join("index.sled")).unwrap();
+    assert_eq!(TuningDb::open(dir.path()).unwrap().records().unwrap(), expected());
+}
+
+#[test]
+fn a_file_in_place_of_the_index_is_moved_aside() {
+    let dir = filled();
+    let index = dir.path().join("index.sled");
+    fs::remove_dir_all(&index).unwrap();
+    fs::write(&index, "not a directory").unwrap();
+    assert_eq!(TuningDb::open(dir.path()).unwrap().records().unwrap(), expected());
+    assert_eq!(moved_aside(dir.path()), 1);
+}
+
+#[test]
+fn an_unfinished_snapshot_of_sled_is_removed() {
+    let dir = filled();
+    let left_over = dir.path().join("index.sled/snap.00000000FFFFFFFF.generating");
+    fs::write(&left_over, "cut off").unwrap();
+    assert_eq!(TuningDb::open(dir.path()).unwrap().records().unwrap(), expected());
+    assert!(!left_over.exists());
+    assert_eq!(moved_aside(dir.path()), 0);
+}
+
+#[test]
+fn the_journal_decides_when_the_index_knows_more() {
+    let dir = filled();
+    fs::remove_file(dir.path().join("journal.jsonl")).unwrap();
+    assert_eq!(TuningDb::open(dir.path()).unwrap().records().unwrap(), []);
+    assert_eq!(moved_aside(dir.path()), 1);
+}

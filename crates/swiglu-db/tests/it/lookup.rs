@@ -1,0 +1,157 @@
+//! The ladder, rung by rung.
+
+use crate::fixture::{CLASS, failed, measured, problem, series, target};
+use std::fs;
+use swiglu_db::lookup::{LayerError, default_dir};
+use swiglu_db::snapshot::{self, Snapshot, SnapshotError};
+use swiglu_db::{Match, Record, TuningDb, TuningTable};
+use swiglu_kernels::arch;
+use swiglu_kernels::families::{Config, Target, candidates};
+use swiglu_kernels::problem::{DType, Problem, WeightMajor};
+
+const OTHER_CLASS: &str = "sm_90a-sm114-l2_50m-smem227k-bus5120";
+
+fn table(layers: &[&[Record]]) -> TuningTable {
+    TuningTable::from_layers(layers.iter().map(|records| Snapshot::from_records(records).unwrap()).collect())
+}
+
+fn at(m: u32, n: u32, k: u32) -> Record {
+    measured(CLASS, problem(m, n, k), 1.0)
+}
+
+/// What is found, and how near.
+fn find(table: &TuningTable, problem: &Problem) -> (Option<Problem>, Match) {
+    let found = table.lookup(CLASS, problem, target());
+    if let Some(record) = &found.record {
+        assert_eq!(record.config.check(problem, target()), Ok(()));
+    }
+    (found.record.map(|record| record.problem), found.matched)
+}
+
+#[test]
+fn each_rung_is_taken_when_those_above_are_empty() {
+    let foreign = measured(OTHER_CLASS, problem(64, 1024, 4096), 1.0);
+    let unlike = measured(CLASS, Problem::forward(DType::F16, WeightMajor::K, 64, 1024, 4096), 1.0);
+    let other_arch = measured("sm_90-x", problem(64, 1024, 4096), 1.0);
+    let asked = problem(64, 1024, 4096);
+    let mut known = vec![unlike, other_arch];
+    assert_eq!(find(&table(&[&known]), &asked), (None, Match::Untuned));
+    for (record, matched) in [
+        (foreign, Match::SameArch),
+        (at(64, 2048, 4096), Match::NearestShape),
+        (at(128, 1024, 4096), Match::NearestM),
+        (at(64, 1024, 4096), Match::Exact),
+    ] {
+        let expected = record.problem;
+        known.push(record);
+        assert_eq!(find(&table(&[&known]), &asked), (Some(expected), matched));
+    }
+}
+
+#[test]
+fn nearness_is_measured_in_octaves() {
+    let table = table(&[&[at(16, 1024, 4096), at(1024, 1024, 4096), at(1, 65536, 4096), at(8192, 65536, 4096)]]);
+    // 100 is 2.6 octaves from 16 and 3.4 from 1024; 200 is 3.6 and 2.4.
+    assert_eq!(find(&table, &problem(100, 1024, 4096)), (Some(problem(16, 1024, 4096)), Match::NearestM));
+    assert_eq!(find(&table, &problem(200, 1024, 4096)), (Some(problem(1024, 1024, 4096)), Match::NearestM));
+    // The shape counts before M; of one shape the nearest M.
+    assert_eq!(find(&table, &problem(8192, 2048, 4096)), (Some(problem(1024, 1024, 4096)), Match::NearestShape));
+    assert_eq!(find(&table, &problem(2, 32768, 8192)), (Some(problem(1, 65536, 4096)), Match::NearestShape));
+    assert_eq!(find(&table, &problem(0, 65536, 4096)), (Some(problem(1, 65536, 4096)), Match::NearestM));
+}
+
+#[test]
+fn what_cannot_run_the_problem_is_passed_over() {
+    // Tuned for 16-byte access; the problem asked is only 2-byte aligned.
+    let narrow = problem(64, 1023, 4096);
+    assert_eq!(narrow.alignment, 2);
+    let wide = Record { problem: Problem { alignment: 16, ..narrow }, ..at(64, 1024, 4096) };
+    let legal = measured(CLASS, problem(64, 511, 4096), 1.0);
+    let table = table(&[&[wide, legal.clone()]]);
+    assert_eq!(find(&table, &narrow), (Some(legal.problem), Match::NearestShape));
+}
+
+#[test]
+fn a_smaller_alignment_serves_a_larger_one_after_its_equals() {
+    let asked = problem(64, 1024, 4096);
+    let narrow_problem = Problem { alignment: 4, ..asked };
+    let narrow = measured(CLASS, narrow_problem, 1.0);
+    let other_m = at(256, 1024, 4096);
+    assert_eq!(find(&table(&[std::slice::from_ref(&narrow)]), &asked), (Some(narrow_problem), Match::NearestM));
+    assert_eq!(find(&table(&[&[narrow, other_m.clone()]]), &asked), (Some(other_m.problem), Match::NearestM));
+}
+
+#[test]
+fn an_exact_record_that_is_illegal_on_this_target_is_not_returned() {
+    let sm_75 = Target::Gpu(arch::by_name("sm_75").unwrap());
+    let found = table(&[&[at(64, 1024, 4096)]]).lookup(CLASS, &problem(64, 1024, 4096), sm_75);
+    assert_eq!((found.record, found.matched), (None, Match::Untuned));
+}
+
+#[test]
+fn the_first_layer_wins_and_a_nearer_entry_of_the_second_beats_it() {
+    let user = measured(CLASS, problem(64, 1024, 4096), 5.0);
+    let shipped = [at(64, 1024, 4096), at(128, 1024, 4096)];
+    let table = table(&[std::slice::from_ref(&user), &shipped]);
+    assert_eq!(table.lookup(CLASS, &user.problem, target()).record, Some(user));
+    let found = table.lookup(CLASS, &problem(128, 1024, 4096), target());
+    assert_eq!((found.record, found.matched), (Some(shipped[1].clone()), Match::Exact));
+}
+
+#[test]
+fn cpu_records_answer_for_the_cpu() {
+    let cpu = Target::Cpu { threads: 8 };
+    let problem = Problem::forward(DType::F32, WeightMajor::K, 64, 1024, 1024);
+    let config = candidates(&problem, cpu)[0];
+    let of = |config: Config| Record { config, ..measured("cpu-x-8", problem, 1.0) };
+    let table = table(&[&[of(config)]]);
+    assert_eq!(table.lookup("cpu-x-8", &problem, cpu).matched, Match::Exact);
+    let Config::Cpu(tuned) = config else { panic!("{config}") };
+    assert_eq!(tuned.threads, 8);
+    assert_eq!(table.lookup("cpu-y-4", &problem, Target::Cpu { threads: 4 }).matched, Match::Untuned);
+}
+
+#[test]
+fn anchors_are_all_m_of_the_shape_or_of_the_nearest() {
+    let narrow = Problem { alignment: 4, ..problem(256, 1024, 4096) };
+    let user = [at(1, 1024, 4096), at(64, 1024, 4096)];
+    let shipped = [at(64, 1024, 4096), measured(CLASS, narrow, 1.0), at(7, 2048, 4096)];
+    let table = table(&[&user, &shipped]);
+    let of = |n, k| -> Vec<_> {
+        let anchors = table.anchors(CLASS, &problem(9, n, k), target());
+        anchors.into_iter().map(|(m, record, matched)| (m, record.problem.n, matched)).collect()
+    };
+    let tuned = [(1, 1024, Match::Exact), (64, 1024, Match::Exact), (256, 1024, Match::NearestM)];
+    assert_eq!(of(1024, 4096), tuned);
+    assert_eq!(of(1000, 4096), tuned.map(|(m, n, _)| (m, n, Match::NearestShape)));
+    assert_eq!(of(4096, 4096), [(7, 2048, Match::NearestShape)]);
+    let foreign = table.anchors(OTHER_CLASS, &problem(9, 2048, 4096), target());
+    assert_eq!(foreign.iter().map(|anchor| (anchor.0, anchor.2)).collect::<Vec<_>>(), [(7, Match::SameArch)]);
+    assert!(table.anchors("sm_80-x", &problem(9, 2048, 4096), target()).is_empty());
+}
+
+#[test]
+fn the_published_snapshot_is_the_first_layer() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut db = TuningDb::open(dir.path()).unwrap();
+    db.insert(&[series(0), failed(CLASS, problem(3, 64, 64))]).unwrap();
+    db.publish().unwrap();
+    let (table, skipped) = TuningTable::load(dir.path());
+    assert!(skipped.is_empty(), "{skipped:?}");
+    assert_eq!(table.lookup(CLASS, &series(0).problem, target()).record, Some(series(0)));
+}
+
+#[test]
+fn a_bad_snapshot_is_left_out_with_its_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join(snapshot::FILE_NAME), "garbage").unwrap();
+    let (table, skipped) = TuningTable::load(dir.path());
+    assert!(matches!(skipped[..], [LayerError::Snapshot(SnapshotError::Damaged { .. })]), "{skipped:?}");
+    let unknown = measured("sm_70-none", problem(1, 64, 64), 1.0);
+    assert_eq!(table.lookup(&unknown.device.class, &unknown.problem, target()).matched, Match::Untuned);
+}
+
+#[test]
+fn the_default_directory_is_named_after_the_project() {
+    assert!(default_dir().unwrap().ends_with("swiglu-tune"));
+}

@@ -1,0 +1,165 @@
+//! One GPU: what it is called, what decides its speed, how kernels are loaded on it.
+#![allow(unsafe_code, reason = "asks the driver for its version; loads modules")]
+
+use crate::library::{self, MissingLibrary};
+use crate::nvrtc::Cubin;
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
+use cudarc::driver::{CudaContext, CudaFunction, DriverError};
+use cudarc::nvrtc::Ptx;
+use std::sync::Arc;
+use swiglu_db::Device;
+use swiglu_kernels::arch::{self, UnknownArch};
+use swiglu_kernels::families::LaunchShape;
+use swiglu_kernels::{ArchSpec, Config, KernelSource, Problem};
+
+/// Why a GPU cannot be used.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum GpuError {
+    /// There is no driver.
+    #[error(transparent)]
+    Missing(#[from] MissingLibrary),
+    /// A driver, but no GPU of that number.
+    #[error("there is no GPU {ordinal}; the driver lists {count}")]
+    NoDevice {
+        /// The number asked for.
+        ordinal: usize,
+        /// How many there are.
+        count: i32,
+    },
+    /// The driver refused.
+    #[error("the CUDA driver failed to {act}: {error}")]
+    Driver {
+        /// What was being done.
+        act: &'static str,
+        /// Its report.
+        error: DriverError,
+    },
+    /// A GPU older or newer than this project knows.
+    #[error(transparent)]
+    UnknownArch(#[from] UnknownArch),
+}
+
+pub(crate) fn failed(act: &'static str) -> impl FnOnce(DriverError) -> GpuError {
+    move |error| GpuError::Driver { act, error }
+}
+
+/// A GPU, through a context that the caller may share.
+#[derive(Debug, Clone)]
+pub struct Gpu {
+    /// The caller's context.
+    pub context: Arc<CudaContext>,
+    /// Architecture kernels are compiled for.
+    pub arch: &'static ArchSpec,
+    /// Identity in the tuning database.
+    pub device: Device,
+    /// Streaming multiprocessors.
+    pub sm_count: u32,
+    /// Level-2 cache, bytes.
+    pub l2_bytes: usize,
+    /// Peak memory bandwidth by clock and bus width, bytes a second.
+    pub peak_bandwidth: f64,
+    /// CUDA version of the driver, e.g. 13000.
+    pub driver_version: i32,
+}
+
+/// Number of GPUs the driver lists.
+///
+/// # Errors
+/// [`GpuError::Missing`] without a driver.
+pub fn count() -> Result<usize, GpuError> {
+    library::driver()?;
+    cudarc::driver::result::init().map_err(failed("start"))?;
+    let count = CudaContext::device_count().map_err(failed("count GPUs"))?;
+    Ok(usize::try_from(count).unwrap_or(0))
+}
+
+impl Gpu {
+    /// GPU `ordinal` through its primary context, which other libraries of the process share.
+    ///
+    /// # Errors
+    /// Without a driver, without that GPU, or for one this project does not know.
+    pub fn open(ordinal: usize) -> Result<Self, GpuError> {
+        let count = count()?;
+        if ordinal >= count {
+            return Err(GpuError::NoDevice { ordinal, count: i32::try_from(count).unwrap_or(i32::MAX) });
+        }
+        Self::from_context(CudaContext::new(ordinal).map_err(failed("open the GPU"))?)
+    }
+
+    /// The GPU behind the caller's context.
+    ///
+    /// # Errors
+    /// When the driver does not answer, or for an architecture this project does not know.
+    pub fn from_context(context: Arc<CudaContext>) -> Result<Self, GpuError> {
+        let attribute = |which| -> Result<u64, GpuError> {
+            let value = context.attribute(which).map_err(failed("read the GPU's properties"))?;
+            Ok(u64::try_from(value).unwrap_or(0))
+        };
+        let (major, minor) = context.compute_capability().map_err(failed("read the GPU's properties"))?;
+        let arch = arch::by_compute_capability(major.unsigned_abs(), minor.unsigned_abs())?;
+        let sm_count = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let l2_bytes = attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?;
+        let smem = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        let bus_bits = attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?;
+        let memory_khz = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?;
+        let name = context.name().map_err(failed("tell the GPU's name"))?;
+        // What decides speed, and nothing that differs between two GPUs of one kind. A MIG slice differs in
+        // multiprocessors and L2, so it is a class of its own.
+        let class = format!(
+            "{}-sm{sm_count}-l2_{}m-smem{}k-bus{bus_bits}-mem{}mhz",
+            arch.name, l2_bytes >> 20, smem >> 10, memory_khz / 1000
+        );
+        let mut driver_version = 0;
+        // SAFETY: the pointer is to a live integer; a context exists, so the driver is loaded.
+        let status = unsafe { sys::cuDriverGetVersion(&raw mut driver_version) };
+        status.result().map_err(failed("tell its version"))?;
+        Ok(Self {
+            arch,
+            device: Device { class, name },
+            sm_count: u32::try_from(sm_count).unwrap_or(1),
+            l2_bytes: usize::try_from(l2_bytes).unwrap_or(0),
+            // Double data rate: two transfers a clock.
+            peak_bandwidth: 2.0 * memory_khz as f64 * 1e3 * bus_bits as f64 / 8.0,
+            driver_version,
+            context,
+        })
+    }
+
+    /// Loads a compiled kernel. Not during stream capture.
+    ///
+    /// # Errors
+    /// When the driver refuses the image or the shared memory.
+    pub fn load(&self, source: &KernelSource, cubin: &Cubin) -> Result<CudaFunction, GpuError> {
+        let module = self.context.load_module(Ptx::from_binary(cubin.image.clone())).map_err(failed("load a kernel"))?;
+        module.load_function(source.entry).map_err(failed("find a kernel's entry"))
+    }
+
+    /// Loads a compiled config with the shared memory it asks for.
+    ///
+    /// # Errors
+    /// As [`Gpu::load`].
+    pub fn load_config(
+        &self, source: &KernelSource, cubin: &Cubin, config: &Config, problem: &Problem,
+    ) -> Result<Kernel, GpuError> {
+        let function = self.load(source, cubin)?;
+        let shape = config.launch_shape(problem).ok_or_else(|| GpuError::Driver {
+            act: "launch a CPU config",
+            error: DriverError(sys::CUresult::CUDA_ERROR_INVALID_VALUE),
+        })?;
+        let smem = i32::try_from(shape.smem_bytes).unwrap_or(i32::MAX);
+        function
+            .set_attribute(sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, smem)
+            .map_err(failed("reserve a kernel's shared memory"))?;
+        Ok(Kernel { function, shape, config: *config })
+    }
+}
+
+/// A loaded config. The module lives as long as this does, so keep it while a captured graph uses it.
+#[derive(Debug, Clone)]
+pub struct Kernel {
+    pub(crate) function: CudaFunction,
+    pub(crate) shape: LaunchShape,
+    /// The config it was made from.
+    pub config: Config,
+}

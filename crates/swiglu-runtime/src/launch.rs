@@ -1,0 +1,118 @@
+//! The launch itself: no lock, no allocation, no string.
+//!
+//! Contract: `KernelParams` mirrors `Params` in `templates/shared/params.cuh`; the caller vouches for pointers.
+#![allow(unsafe_code, reason = "hands raw device pointers to the driver")]
+
+use crate::gpu::Kernel;
+use cudarc::driver::{DriverError, sys};
+use swiglu_kernels::families::Raster;
+use swiglu_kernels::problem::{MAX_ACCESS_BYTES, alignment_of};
+
+/// Addresses and strides of one forward launch, without types. Strides are in elements.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RawForward {
+    /// Tokens: rows of x and z.
+    pub m: u32,
+    /// Device address of x `[M, K]`.
+    pub x: u64,
+    /// Elements from row to row of x.
+    pub x_stride: i64,
+    /// Device address of the gate weights, in the plan's weight order.
+    pub gate: u64,
+    /// Elements from row to row of the gate weights.
+    pub gate_stride: i64,
+    /// Device address of the up weights.
+    pub up: u64,
+    /// Elements from row to row of the up weights.
+    pub up_stride: i64,
+    /// Device address of the gate bias `[N]`, or 0.
+    pub gate_bias: u64,
+    /// Device address of the up bias `[N]`, or 0.
+    pub up_bias: u64,
+    /// Device address of z `[M, N]`.
+    pub z: u64,
+    /// Elements from row to row of z.
+    pub z_stride: i64,
+}
+
+impl RawForward {
+    /// Largest power of two, at most 16, that divides every address and row stride in bytes.
+    pub(crate) fn alignment(&self, element_bytes: u32) -> u32 {
+        let strides = [self.x_stride, self.gate_stride, self.up_stride, self.z_stride];
+        let strides = strides.map(|stride| stride.unsigned_abs() * u64::from(element_bytes));
+        let all = [self.x, self.gate, self.up, self.z].into_iter().chain(strides).fold(0, |all, one| all | one);
+        alignment_of(all).min(MAX_ACCESS_BYTES)
+    }
+}
+
+/// `Params` of `templates/shared/params.cuh`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct KernelParams {
+    x: u64,
+    gate: u64,
+    up: u64,
+    gate_bias: u64,
+    up_bias: u64,
+    z: u64,
+    x_stride: i64,
+    gate_stride: i64,
+    up_stride: i64,
+    z_stride: i64,
+    m: i32,
+    n: i32,
+    k: i32,
+    raster_along_n: i32,
+    raster_group: i32,
+}
+
+/// Launches `kernel` on `stream`; `m` and `n` are positive.
+///
+/// # Safety
+/// Every address is of device memory of the kernel's GPU that holds its whole matrix in the kernel's number
+/// format and stays allocated until the launch has finished; z overlaps no other operand; addresses and strides
+/// are multiples of the config's `access_bytes`; `stream` is live and of the kernel's context.
+pub unsafe fn forward(
+    kernel: &Kernel, stream: sys::CUstream, n: u32, k: u32, args: &RawForward,
+) -> Result<(), DriverError> {
+    let shape = &kernel.shape;
+    let int = |value: u32| i32::try_from(value).map_err(|_| invalid());
+    let mut params = KernelParams {
+        x: args.x, gate: args.gate, up: args.up, gate_bias: args.gate_bias, up_bias: args.up_bias, z: args.z,
+        x_stride: args.x_stride, gate_stride: args.gate_stride, up_stride: args.up_stride, z_stride: args.z_stride,
+        m: int(args.m)?, n: int(n)?, k: int(k)?,
+        raster_along_n: i32::from(shape.raster == Raster::AlongN),
+        raster_group: int(shape.raster_group)?,
+    };
+    let tiles = u64::from(args.m.div_ceil(shape.block_m)) * u64::from(n.div_ceil(shape.block_n));
+    let config = sys::CUlaunchConfig {
+        gridDimX: u32::try_from(tiles).ok().filter(|&tiles| int(tiles).is_ok()).ok_or_else(invalid)?,
+        gridDimY: 1, gridDimZ: 1,
+        blockDimX: shape.threads, blockDimY: 1, blockDimZ: 1,
+        sharedMemBytes: shape.smem_bytes, hStream: stream, attrs: std::ptr::null_mut(), numAttrs: 0,
+    };
+    let mut pointers = [(&raw mut params).cast::<std::ffi::c_void>()];
+    // SAFETY: the kernel takes one `Params` by value, which `params` mirrors and outlives; addresses by contract.
+    let status = unsafe {
+        sys::cuLaunchKernelEx(&raw const config, kernel.function.cu_function(), pointers.as_mut_ptr(), std::ptr::null_mut())
+    };
+    status.result()
+}
+
+fn invalid() -> DriverError {
+    DriverError(sys::CUresult::CUDA_ERROR_INVALID_VALUE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_odd_address_or_stride_decides_the_alignment() {
+        let aligned = RawForward { x: 256, gate: 512, up: 1024, z: 4096, x_stride: 64, gate_stride: 64, up_stride: 64, z_stride: 64, ..RawForward::default() };
+        assert_eq!(aligned.alignment(2), 16);
+        assert_eq!(RawForward { up: 1032, ..aligned }.alignment(2), 8);
+        assert_eq!(RawForward { z_stride: 63, ..aligned }.alignment(2), 2);
+        assert_eq!(RawForward { z_stride: 63, ..aligned }.alignment(4), 4);
+    }
+}

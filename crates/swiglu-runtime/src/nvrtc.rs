@@ -1,0 +1,224 @@
+//! CUDA source to CUBIN, and what the compiler says about it.
+//!
+//! Contract: [`library::nvrtc`](crate::library::nvrtc) has loaded NVRTC before any function here is called;
+//! a program handle never outlives the function that made it.
+#![allow(unsafe_code, reason = "calls into NVRTC; cudarc's safe layer yields PTX only and drops the log")]
+
+use crate::library::{self, MissingLibrary};
+use cudarc::nvrtc::{result, sys};
+use serde::{Deserialize, Serialize};
+use std::ffi::CString;
+use std::path::{Path, PathBuf};
+use swiglu_kernels::{ArchSpec, KernelSource};
+
+/// What ptxas reports about one kernel, from `--ptxas-options=-v`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resources {
+    /// Registers a thread.
+    pub registers: u32,
+    /// Bytes spilled to local memory: stores and loads.
+    pub spill_bytes: u32,
+    /// Bytes of stack frame.
+    pub stack_bytes: u32,
+}
+
+/// A loadable image for one real architecture.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cubin {
+    /// The ELF image.
+    pub image: Vec<u8>,
+    /// The compiler's report on its entry.
+    pub resources: Resources,
+}
+
+/// Why there is no CUBIN.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum CompileError {
+    /// NVRTC itself is missing.
+    #[error(transparent)]
+    Missing(#[from] MissingLibrary),
+    /// This NVRTC cannot compile for the architecture.
+    #[error("NVRTC {version} does not support {arch}; install {wheel}")]
+    UnsupportedArch {
+        /// Its version.
+        version: String,
+        /// The architecture.
+        arch: &'static str,
+        /// A wheel that does.
+        wheel: &'static str,
+    },
+    /// The source was refused.
+    #[error("NVRTC rejected `{kernel}` for {arch}:\n{log}")]
+    Rejected {
+        /// Name of the kernel.
+        kernel: &'static str,
+        /// The architecture.
+        arch: &'static str,
+        /// The compiler's own words.
+        log: String,
+    },
+    /// NVRTC failed for another reason.
+    #[error("NVRTC failed to {act}: {reason}")]
+    Nvrtc {
+        /// What was being done.
+        act: &'static str,
+        /// Its error code.
+        reason: String,
+    },
+}
+
+/// A loaded NVRTC.
+#[derive(Debug, Clone)]
+pub struct Nvrtc {
+    /// Where it was found.
+    pub path: PathBuf,
+    /// Major and minor version.
+    pub version: (i32, i32),
+    /// Compute capabilities it compiles for, e.g. 90.
+    pub supported: Vec<i32>,
+}
+
+/// Bytes a kernel may spill and still be used: a few values of the prologue. A spill inside a main loop is larger,
+/// and costs more than any other tile shape would.
+pub const SPILL_BUDGET_BYTES: u32 = 16;
+
+/// Flags of every compilation; part of the CUBIN cache's key.
+pub const FLAGS: [&str; 3] = ["--std=c++17", "-default-device", "--ptxas-options=-v"];
+
+impl Nvrtc {
+    /// Finds and loads NVRTC; `explicit` as in [`library::nvrtc`].
+    ///
+    /// # Errors
+    /// [`CompileError::Missing`] with what to install.
+    pub fn load(explicit: Option<&Path>) -> Result<Self, CompileError> {
+        let path = library::nvrtc(explicit)?;
+        let failed = |act| move |error: result::NvrtcError| CompileError::Nvrtc { act, reason: format!("{error:?}") };
+        let (mut major, mut minor, mut count) = (0, 0, 0);
+        // SAFETY: both pointers are to live integers.
+        unsafe { sys::nvrtcVersion(&raw mut major, &raw mut minor) }.result().map_err(failed("tell its version"))?;
+        // SAFETY: the pointer is to a live integer.
+        unsafe { sys::nvrtcGetNumSupportedArchs(&raw mut count) }.result().map_err(failed("list architectures"))?;
+        let mut supported = vec![0; usize::try_from(count).unwrap_or(0)];
+        // SAFETY: the array has as many elements as NVRTC said it writes.
+        unsafe { sys::nvrtcGetSupportedArchs(supported.as_mut_ptr()) }.result().map_err(failed("list architectures"))?;
+        Ok(Self { path, version: (major, minor), supported })
+    }
+
+    /// `13.0`, say.
+    pub fn version_string(&self) -> String {
+        format!("{}.{}", self.version.0, self.version.1)
+    }
+
+    /// Whether it compiles for `arch`.
+    ///
+    /// # Errors
+    /// [`CompileError::UnsupportedArch`] with a wheel that does.
+    pub fn check_arch(&self, arch: &'static ArchSpec) -> Result<(), CompileError> {
+        let (major, minor) = arch.compute_capability;
+        if self.supported.iter().any(|&number| u32::try_from(number) == Ok(major * 10 + minor)) {
+            return Ok(());
+        }
+        let wheel = if major < 8 && minor < 5 { "nvidia-cuda-nvrtc-cu12 (CUDA 12)" } else { "nvidia-cuda-nvrtc (CUDA 13)" };
+        Err(CompileError::UnsupportedArch { version: self.version_string(), arch: arch.name, wheel })
+    }
+
+    /// Compiles for one real architecture. Thread-safe.
+    ///
+    /// # Errors
+    /// [`CompileError::Rejected`] with the log, or why NVRTC could not try.
+    pub fn compile(&self, source: &KernelSource, arch: &'static ArchSpec) -> Result<Cubin, CompileError> {
+        self.check_arch(arch)?;
+        let failed = |act| move |error: result::NvrtcError| CompileError::Nvrtc { act, reason: format!("{error:?}") };
+        let text = CString::new(source.text.as_str())
+            .map_err(|_| CompileError::Nvrtc { act: "read the source", reason: "it holds a NUL byte".into() })?;
+        let program = Program(result::create_program(&text, None).map_err(failed("create a program"))?);
+        let flags: Vec<String> =
+            std::iter::once(format!("--gpu-architecture={}", arch.name)).chain(FLAGS.map(String::from)).collect();
+        // SAFETY: the handle is live until `program` drops.
+        let outcome = unsafe { result::compile_program(program.0, &flags) };
+        let log = program.log();
+        if outcome.is_err() {
+            return Err(CompileError::Rejected { kernel: source.name, arch: arch.name, log });
+        }
+        let image = program.cubin().map_err(failed("return the CUBIN"))?;
+        Ok(Cubin { image, resources: parse_log(&log, source.entry) })
+    }
+}
+
+/// A program handle, destroyed on drop.
+struct Program(sys::nvrtcProgram);
+
+impl Program {
+    fn log(&self) -> String {
+        // SAFETY: the handle is live.
+        let bytes = unsafe { result::get_program_log(self.0) }.unwrap_or_default();
+        let bytes: Vec<u8> = bytes.into_iter().map(|byte| byte.to_ne_bytes()[0]).take_while(|&byte| byte != 0).collect();
+        String::from_utf8_lossy(&bytes).trim().to_owned()
+    }
+
+    fn cubin(&self) -> Result<Vec<u8>, result::NvrtcError> {
+        let mut size = 0;
+        // SAFETY: the handle is live, the pointer is to a live integer.
+        unsafe { sys::nvrtcGetCUBINSize(self.0, &raw mut size) }.result()?;
+        let mut image = vec![0u8; size];
+        // SAFETY: the buffer has as many bytes as NVRTC said it writes.
+        unsafe { sys::nvrtcGetCUBIN(self.0, image.as_mut_ptr().cast()) }.result()?;
+        Ok(image)
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // SAFETY: the handle was made by `create_program` and is destroyed once. Nothing can be done on failure.
+        let _ = unsafe { result::destroy_program(self.0) };
+    }
+}
+
+/// Reads the report on `entry` out of ptxas's log.
+fn parse_log(log: &str, entry: &str) -> Resources {
+    let mut resources = Resources::default();
+    let mut here = false;
+    for line in log.lines() {
+        if line.contains("Compiling entry function") || line.contains("Function properties for") {
+            here = line.contains(entry);
+        }
+        if !here {
+            continue;
+        }
+        if let Some(bytes) = number_before(line, " bytes stack frame") {
+            resources.stack_bytes = bytes;
+        }
+        for kind in [" bytes spill stores", " bytes spill loads"] {
+            resources.spill_bytes += number_before(line, kind).unwrap_or(0);
+        }
+        if let Some(registers) = number_before(line, " registers") {
+            resources.registers = registers;
+        }
+    }
+    resources
+}
+
+fn number_before(line: &str, what: &str) -> Option<u32> {
+    let head = &line[..line.find(what)?];
+    head.rsplit(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_report_of_the_right_entry_is_read() {
+        let log = "ptxas info    : Compiling entry function 'other' for 'sm_90a'\n\
+                   ptxas info    : Function properties for other\n\
+                   ptxas         .     64 bytes stack frame, 8 bytes spill stores, 8 bytes spill loads\n\
+                   ptxas info    : Used 10 registers, used 0 barriers\n\
+                   ptxas info    : Compiling entry function 'swiglu_forward' for 'sm_90a'\n\
+                   ptxas info    : Function properties for swiglu_forward\n\
+                   ptxas         .     16 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n\
+                   ptxas info    : Used 224 registers, used 1 barriers";
+        let expected = Resources { registers: 224, spill_bytes: 16, stack_bytes: 16 };
+        assert_eq!(parse_log(log, "swiglu_forward"), expected);
+    }
+}

@@ -1,0 +1,166 @@
+//! A prepared problem: every kernel it may need is compiled and loaded, a launch only picks one.
+#![allow(unsafe_code, reason = "vouches for the addresses of checked slices")]
+
+use crate::buckets::BucketTable;
+use crate::gpu::{Gpu, Kernel};
+use crate::launch::{self, RawForward};
+use crate::operands::{ArgumentError, Element, Forward, ForwardSpec, Weights};
+use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, DriverError, sys};
+use swiglu_db::Match;
+use swiglu_kernels::Config;
+
+/// Why a launch did not happen.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum LaunchError {
+    /// An argument does not fit the plan.
+    #[error(transparent)]
+    Argument(#[from] ArgumentError),
+    /// The driver refused the launch, or an earlier one failed.
+    #[error("the CUDA driver refused the launch of `{config}`: {error}")]
+    Driver {
+        /// The config that was to be launched.
+        config: Box<Config>,
+        /// Its report.
+        error: DriverError,
+    },
+}
+
+/// Where the config for some M came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Choice {
+    /// The M that it was tuned for, if it was.
+    pub anchor: u32,
+    /// The config.
+    pub config: Config,
+    /// Which rung of the ladder answered.
+    pub matched: Match,
+}
+
+/// A prepared forward problem on one GPU. `Send` and `Sync`; launches take no lock.
+#[derive(Debug)]
+pub struct Plan {
+    pub(crate) gpu: Gpu,
+    pub(crate) spec: ForwardSpec,
+    pub(crate) table: BucketTable,
+    /// One per anchor, ascending.
+    pub(crate) anchors: Vec<(Choice, Kernel)>,
+    /// Legal for every address and stride.
+    pub(crate) fallback: Kernel,
+}
+
+impl Plan {
+    /// What it was prepared for.
+    pub fn spec(&self) -> &ForwardSpec {
+        &self.spec
+    }
+
+    /// The GPU it launches on.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// What is launched for `m` well aligned tokens, and why.
+    pub fn choice(&self, m: u32) -> &Choice {
+        &self.anchors[self.table.anchor(m)].0
+    }
+
+    /// The kernel for `m` tokens at this alignment: two array reads.
+    pub fn select(&self, m: u32, alignment: u32) -> &Kernel {
+        let (_, kernel) = &self.anchors[self.table.anchor(m)];
+        if alignment.is_multiple_of(kernel.shape.access_bytes) { kernel } else { &self.fallback }
+    }
+
+    /// Launches on `stream`; every shape is checked first. Empty M or N returns without a launch.
+    ///
+    /// # Errors
+    /// [`LaunchError::Argument`] names the operand that does not fit; nothing was launched then.
+    pub fn launch<T, S, O>(&self, stream: &CudaStream, forward: Forward<&S, &mut O>) -> Result<(), LaunchError>
+    where
+        T: Element,
+        S: DevicePtr<T> + ?Sized,
+        O: DevicePtrMut<T> + ?Sized,
+    {
+        if !T::stores(self.spec.dtype) {
+            let reason = format!("its element type does not store `{}`", self.spec.dtype);
+            return Err(ArgumentError::new("x", reason).into());
+        }
+        let offsets = forward.check(&self.spec, |slice| slice.len(), |slice| slice.len())?;
+        self.check_device("stream", stream)?;
+        for (argument, slice) in named_slices(&forward) {
+            self.check_device(argument, slice.stream())?;
+        }
+        self.check_device("z", forward.z.data.stream())?;
+        let m = u32::try_from(forward.x.rows).unwrap_or(u32::MAX);
+        if m == 0 || self.spec.n == 0 {
+            return Ok(());
+        }
+        let stride = |elements: usize| i64::try_from(elements).unwrap_or(i64::MAX);
+        let element_bytes = std::mem::size_of::<T>() as u64;
+        let (x, _x) = forward.x.data.device_ptr(stream);
+        let (gate_data, up_data) = match &forward.weights {
+            Weights::Packed(packed) => (packed.data, packed.data),
+            Weights::Separate { gate, up } => (gate.data, up.data),
+        };
+        let (gate, _gate) = gate_data.device_ptr(stream);
+        let (up, _up) = up_data.device_ptr(stream);
+        let gate_bias = forward.gate_bias.map(|bias| bias.device_ptr(stream));
+        let up_bias = forward.up_bias.map(|bias| bias.device_ptr(stream));
+        let (z, _z) = forward.z.data.device_ptr_mut(stream);
+        let raw = RawForward {
+            m,
+            x,
+            x_stride: stride(forward.x.row_stride),
+            gate: gate + offsets.gate as u64 * element_bytes,
+            gate_stride: stride(offsets.gate_stride),
+            up: up + offsets.up as u64 * element_bytes,
+            up_stride: stride(offsets.up_stride),
+            gate_bias: gate_bias.as_ref().map_or(0, |(address, _)| *address),
+            up_bias: up_bias.as_ref().map_or(0, |(address, _)| *address),
+            z,
+            z_stride: stride(forward.z.row_stride),
+        };
+        // SAFETY: `check` has held every matrix to its slice, the borrows keep the slices alive and z apart,
+        // `check_device` has held them to this plan's GPU; cudarc orders their release after this stream's work.
+        unsafe { self.launch_raw(stream.cu_stream(), &raw) }
+    }
+
+    /// Launches without checks, for callers that have addresses only. Empty M or N returns without a launch.
+    ///
+    /// # Errors
+    /// When the driver refuses the launch.
+    ///
+    /// # Safety
+    /// Every address is of memory of this plan's GPU that holds its whole matrix in the plan's number format and
+    /// stays allocated until the launch has finished; biases have N elements or are 0; z overlaps no other
+    /// operand; addresses are multiples of the element's size; `stream` is live and of the GPU's context, which
+    /// is current on this thread.
+    pub unsafe fn launch_raw(&self, stream: sys::CUstream, args: &RawForward) -> Result<(), LaunchError> {
+        if args.m == 0 || self.spec.n == 0 {
+            return Ok(());
+        }
+        let kernel = self.select(args.m, args.alignment(self.spec.dtype.bytes()));
+        // SAFETY: by this function's own contract; `select` has held the alignment to `access_bytes`.
+        let launched = unsafe { launch::forward(kernel, stream, self.spec.n, self.spec.k, args) };
+        launched.map_err(|error| LaunchError::Driver { config: Box::new(kernel.config), error })
+    }
+
+    fn check_device(&self, argument: &'static str, stream: &CudaStream) -> Result<(), ArgumentError> {
+        let (here, there) = (&self.gpu.context, stream.context());
+        if here.cu_ctx() == there.cu_ctx() {
+            return Ok(());
+        }
+        let reason = format!("is on GPU {}, the plan on GPU {} or another context of it", there.ordinal(), here.ordinal());
+        Err(ArgumentError::new(argument, reason))
+    }
+}
+
+/// The inputs with their names.
+fn named_slices<'a, S: ?Sized, O: ?Sized>(forward: &Forward<&'a S, &mut O>) -> impl Iterator<Item = (&'static str, &'a S)> {
+    let (gate, up) = match &forward.weights {
+        Weights::Packed(packed) => (("weights", packed.data), None),
+        Weights::Separate { gate, up } => (("gate", gate.data), Some(("up", up.data))),
+    };
+    let biases = [forward.gate_bias.map(|bias| ("gate_bias", bias)), forward.up_bias.map(|bias| ("up_bias", bias))];
+    [("x", forward.x.data), gate].into_iter().chain(up).chain(biases.into_iter().flatten())
+}

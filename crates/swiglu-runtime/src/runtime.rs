@@ -1,0 +1,225 @@
+//! The runtime: looks up, compiles, loads. It never searches and never times.
+
+use crate::buckets::BucketTable;
+use crate::cpu::{self, CpuPlan};
+use crate::cubin_cache::CubinCache;
+use crate::gpu::{self, Gpu, GpuError, Kernel};
+use crate::nvrtc::{CompileError, Nvrtc};
+use crate::operands::ForwardSpec;
+use crate::options::Options;
+use crate::plan::{Choice, Plan};
+use cudarc::driver::CudaContext;
+use rayon::prelude::*;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use swiglu_db::{Match, TuningTable};
+use swiglu_kernels::families::{Target, default_config};
+use swiglu_kernels::problem::Problem;
+use swiglu_kernels::render::{self, RenderError};
+use swiglu_kernels::{Config, Rejected};
+
+/// Why a plan could not be prepared.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PrepareError {
+    /// The GPU cannot be used.
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
+    /// A kernel did not compile.
+    #[error(transparent)]
+    Compile(#[from] CompileError),
+    /// A kernel was not generated.
+    #[error(transparent)]
+    Render(#[from] RenderError),
+    /// No family runs the problem here.
+    #[error("no kernel runs this problem: {0}")]
+    Unsupported(#[from] Rejected),
+    /// A size is out of range.
+    #[error("argument `{argument}` is {value}, at most {} is supported", i32::MAX)]
+    TooLarge {
+        /// `n` or `k`.
+        argument: &'static str,
+        /// Its value.
+        value: u32,
+    },
+    /// The CPU plan was refused.
+    #[error(transparent)]
+    Cpu(#[from] cpu::CpuError),
+}
+
+/// Compiles and loads tuned kernels for one GPU. Make one per context and keep it.
+#[derive(Debug)]
+pub struct Runtime {
+    gpu: Gpu,
+    nvrtc: Nvrtc,
+    cache: CubinCache,
+    table: TuningTable,
+}
+
+impl Runtime {
+    /// A runtime on the caller's context. Reads the tuning table once.
+    ///
+    /// # Errors
+    /// Without NVRTC, or on a GPU this project or that NVRTC does not know.
+    pub fn new(context: &Arc<CudaContext>, options: &Options) -> Result<Self, PrepareError> {
+        let gpu = Gpu::from_context(Arc::clone(context))?;
+        Self::on_gpu(gpu, options, load_table(options))
+    }
+
+    /// A runtime that looks configs up in `table`.
+    ///
+    /// # Errors
+    /// As [`Runtime::new`].
+    pub fn on_gpu(gpu: Gpu, options: &Options, table: TuningTable) -> Result<Self, PrepareError> {
+        let nvrtc = Nvrtc::load(options.nvrtc.as_deref())?;
+        nvrtc.check_arch(gpu.arch)?;
+        Ok(Self { gpu, nvrtc, cache: CubinCache::new(options.cubin_dir()), table })
+    }
+
+    /// The GPU.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// The compiler.
+    pub fn nvrtc(&self) -> &Nvrtc {
+        &self.nvrtc
+    }
+
+    /// Compiles and loads every kernel that a launch of `spec` may pick, for any M. Not during stream capture.
+    ///
+    /// # Errors
+    /// When a size is out of range, or nothing compiles. A tuned config that no longer compiles is skipped with
+    /// a warning; the default serves in its place.
+    pub fn prepare(&self, spec: &ForwardSpec) -> Result<Plan, PrepareError> {
+        check_sizes(spec)?;
+        let problem = spec.problem(1);
+        let target = Target::Gpu(self.gpu.arch);
+        let tuned = self.table.anchors(&self.gpu.device.class, &problem, target);
+        let tuned = tuned.into_iter().map(|(anchor, record, matched)| Choice { anchor, config: record.config, matched });
+        let mut choices: Vec<Choice> = tuned.collect();
+        if choices.is_empty() {
+            choices = self.defaults(spec)?;
+        }
+        let unaligned = Problem { alignment: problem.dtype.bytes(), ..problem };
+        let fallback = default_config(&unaligned.with_m(256), self.gpu.arch)?;
+
+        let configs: BTreeMap<Config, Problem> =
+            choices.iter().map(|choice| (choice.config, problem)).chain([(fallback, unaligned)]).collect();
+        let kernels: BTreeMap<Config, Result<Kernel, PrepareError>> =
+            configs.into_par_iter().map(|(config, problem)| (config, self.kernel(&config, &problem))).collect();
+        self.assemble(spec, choices, fallback, kernels)
+    }
+
+    fn assemble(
+        &self, spec: &ForwardSpec, choices: Vec<Choice>, fallback: Config,
+        mut kernels: BTreeMap<Config, Result<Kernel, PrepareError>>,
+    ) -> Result<Plan, PrepareError> {
+        let fallback = kernels.remove(&fallback).unwrap_or_else(|| self.kernel(&fallback, &spec.problem(1)))?;
+        let mut anchors = Vec::new();
+        for choice in choices {
+            if choice.config == fallback.config {
+                anchors.push((choice, fallback.clone()));
+                continue;
+            }
+            match kernels.get(&choice.config) {
+                Some(Ok(kernel)) => anchors.push((choice, kernel.clone())),
+                Some(Err(error)) => tracing::warn!(config = %choice.config, %error, "tuned config cannot be used"),
+                None => {}
+            }
+        }
+        if anchors.is_empty() {
+            let choice = Choice { anchor: 1, config: fallback.config, matched: Match::Untuned };
+            anchors.push((choice, fallback.clone()));
+        }
+        let table = BucketTable::new(&anchors.iter().map(|(choice, _)| choice.anchor).collect::<Vec<_>>());
+        Ok(Plan { gpu: self.gpu.clone(), spec: *spec, table, anchors, fallback })
+    }
+
+    /// Untuned: the default config of a few sizes of M.
+    fn defaults(&self, spec: &ForwardSpec) -> Result<Vec<Choice>, PrepareError> {
+        let anchors = [1, 16, 64, 512, 4096];
+        let choice = |anchor| {
+            let config = default_config(&spec.problem(anchor), self.gpu.arch)?;
+            Ok(Choice { anchor, config, matched: Match::Untuned })
+        };
+        anchors.into_iter().map(choice).collect()
+    }
+
+    fn kernel(&self, config: &Config, problem: &Problem) -> Result<Kernel, PrepareError> {
+        let source = render::render(problem, config, self.gpu.arch)?;
+        let cubin = self.cache.get_or_compile(&self.nvrtc, &source, self.gpu.arch)?;
+        Ok(self.gpu.load_config(&source, &cubin, config, problem)?)
+    }
+}
+
+/// The layers of tuned records that `options` point at; damaged ones are skipped with a warning.
+pub fn load_table(options: &Options) -> TuningTable {
+    // Without a home there is no user layer; the shipped tables remain.
+    let (table, warnings) = TuningTable::load(&options.db_dir().unwrap_or_default());
+    for warning in warnings {
+        tracing::warn!(%warning, "a layer of the tuning table is skipped");
+    }
+    table
+}
+
+fn check_sizes(spec: &ForwardSpec) -> Result<(), PrepareError> {
+    for (argument, value) in [("n", spec.n), ("k", spec.k)] {
+        // A packed weight has 2N columns, and kernels index with 32-bit integers.
+        if value > i32::MAX as u32 / 2 {
+            return Err(PrepareError::TooLarge { argument, value });
+        }
+    }
+    Ok(())
+}
+
+/// The CPU side of the same path.
+#[derive(Debug)]
+pub struct CpuRuntime {
+    table: TuningTable,
+}
+
+impl CpuRuntime {
+    /// Reads the tuning table once.
+    pub fn new(options: &Options) -> Self {
+        Self { table: load_table(options) }
+    }
+
+    /// A plan with the tuned blocks and threads, or the default ones.
+    ///
+    /// # Errors
+    /// When the CPU does not support the number format.
+    pub fn prepare(&self, spec: &ForwardSpec) -> Result<CpuPlan, PrepareError> {
+        check_sizes(spec)?;
+        let target = Target::Cpu { threads: cpu::threads() };
+        let tuned = self.table.anchors(&cpu::device().class, &spec.problem(1), target);
+        let entries: Vec<_> = tuned
+            .into_iter()
+            .filter_map(|(anchor, record, _)| match record.config {
+                Config::Cpu(config) => Some((anchor, config)),
+                Config::Simt(_) | Config::MmaSync(_) => None,
+            })
+            .collect();
+        Ok(CpuPlan::new(*spec, &entries)?)
+    }
+}
+
+/// What this machine offers.
+#[derive(Debug)]
+pub enum Backend {
+    /// A GPU that can be used.
+    Gpu(Box<Runtime>),
+    /// The CPU, and why no GPU.
+    Cpu(CpuRuntime, PrepareError),
+}
+
+impl Backend {
+    /// The first GPU when it can be used, else the CPU: never an error.
+    pub fn detect(options: &Options) -> Self {
+        let gpu = gpu::Gpu::open(0).map_err(PrepareError::from);
+        match gpu.and_then(|gpu| Runtime::on_gpu(gpu, options, load_table(options))) {
+            Ok(runtime) => Self::Gpu(Box::new(runtime)),
+            Err(why) => Self::Cpu(CpuRuntime::new(options), why),
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! `bench`: what the runtime would launch beside a peer, interleaved on the same operands in one process.
+
+use crate::cli::open_gpu_lab;
+use crate::gpu_subject::{Arena, GpuLab, Stopwatch, TimedGraph};
+use crate::race::{Failure, quantile};
+use crate::{records, workload};
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+use std::process::ExitCode;
+use swiglu_db::TuningTable;
+use swiglu_kernels::families::{self, Family, Target};
+use swiglu_kernels::{Config, DType, Problem, WeightLayout};
+use swiglu_runtime::cublaslt::{CublasLt, Gemm};
+use swiglu_runtime::gpu::Gpu;
+use swiglu_runtime::{Options, runtime};
+
+/// What to time against.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Peer {
+    /// cuBLASLt's packed GEMM, alone and followed by a gate kernel.
+    Cublaslt,
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct BenchArgs {
+    /// The peer.
+    #[arg(long, value_enum, default_value = "cublaslt")]
+    against: Peer,
+    /// A GPU's number.
+    #[arg(long, default_value_t = 0)]
+    gpu: usize,
+    /// Model preset for n and k.
+    #[arg(long, default_value = "llama-3-8b", conflicts_with_all = ["n", "k"])]
+    model: String,
+    /// Tokens.
+    #[arg(long, value_delimiter = ',', default_value = "512,2048,8192")]
+    m: Vec<u32>,
+    /// Intermediate size, with --k instead of --model.
+    #[arg(long, requires = "k")]
+    n: Option<u32>,
+    /// Hidden size.
+    #[arg(long, requires = "n")]
+    k: Option<u32>,
+    /// Number format.
+    #[arg(long, default_value = "bf16")]
+    dtype: DType,
+    /// Weight layout.
+    #[arg(long, default_value = "packed_nk")]
+    layout: WeightLayout,
+    /// The best tuned config of this family instead of the best of all.
+    #[arg(long, value_parser = crate::cli::gpu_family)]
+    family: Option<Family>,
+    /// Interleaved rounds.
+    #[arg(long, default_value_t = 30)]
+    rounds: usize,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Medians of one problem, in microseconds.
+#[derive(Debug, Serialize)]
+struct Row {
+    problem: Problem,
+    config: Config,
+    source: String,
+    ours_us: f64,
+    gemm_us: f64,
+    gemm_and_gate_us: f64,
+    /// Time of the GEMM alone over ours.
+    over_gemm: f64,
+    /// Time of GEMM and gate over ours.
+    over_gemm_and_gate: f64,
+}
+
+/// Times every M and prints the ratios.
+pub(crate) fn run(args: &BenchArgs, options: &Options) -> Result<ExitCode> {
+    let (n, k) = match (args.n, args.k) {
+        (Some(n), Some(k)) => (n, k),
+        _ => {
+            let group = workload::preset(Some(&args.model), &[args.dtype], &[args.layout])?;
+            group.first().map(|group| (group.n, group.k)).context("the preset is empty")?
+        }
+    };
+    let lab = open_gpu_lab(Gpu::open(args.gpu)?, options)?;
+    let table = runtime::load_table(options);
+    let mut rows = Vec::new();
+    for &m in &args.m {
+        let problem = Problem::forward(args.dtype, args.layout.major(), m, n, k);
+        rows.push(bench(&lab, &table, args, problem, options)?);
+    }
+    if args.json {
+        let date = jiff::Timestamp::now().to_string();
+        let driver = crate::doctor::driver_version().unwrap_or_default();
+        let head = serde_json::json!({ "device": lab.gpu.device, "driver": driver, "nvrtc": lab.nvrtc.version_string(), "date": date, "rows": rows });
+        println!("{}", serde_json::to_string_pretty(&head)?);
+    } else {
+        print_table(&rows);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn config_for(lab: &GpuLab, table: &TuningTable, args: &BenchArgs, problem: &Problem, options: &Options) -> Result<(Config, String)> {
+    let target = Target::Gpu(lab.gpu.arch);
+    if let Some(family) = args.family {
+        let of_family = records::read(options)?.into_iter().filter(|record| {
+            record.config.family() == family && record.problem == *problem && record.device.class == lab.gpu.device.class
+        });
+        let measured = of_family.filter_map(|record| Some((record.measurement()?.median_us, record.config)));
+        return Ok(match measured.min_by(|a, b| a.0.total_cmp(&b.0)) {
+            Some((_, config)) => (config, "tuned".into()),
+            None => (families::default_of(family, problem, lab.gpu.arch)?, "default".into()),
+        });
+    }
+    let found = table.lookup(&lab.gpu.device.class, problem, target);
+    let source = format!("{:?}", found.matched);
+    Ok(match found.record {
+        Some(record) => (record.config, source),
+        None => (families::default_config(problem, lab.gpu.arch)?, source),
+    })
+}
+
+fn bench(lab: &GpuLab, table: &TuningTable, args: &BenchArgs, problem: Problem, options: &Options) -> Result<Row> {
+    if !problem.n.is_multiple_of(8) {
+        bail!("n is {}; the peer's gate kernel takes multiples of 8", problem.n);
+    }
+    let (config, source) = config_for(lab, table, args, &problem, options)?;
+    let compiled = lab.compile(&problem, &[config], || ());
+    let kernel = compiled.get(&config).context("nothing was compiled")?.kernel.as_ref().map_err(as_error)?;
+    let arena = Arena::new(lab, problem, rand::random()).map_err(|failure| as_error(&failure))?;
+    let peer = CublasLtPeer::new(lab, &arena)?;
+    let watch = Stopwatch::new(lab).map_err(|failure| as_error(&failure))?;
+    let times = peer.race(&watch, |index| arena.launch(lab, kernel, index), args.rounds).map_err(|failure| as_error(&failure))?;
+    let [ours_us, gemm_us, gemm_and_gate_us] = times;
+    Ok(Row { problem, config, source, ours_us, gemm_us, gemm_and_gate_us, over_gemm: gemm_us / ours_us, over_gemm_and_gate: gemm_and_gate_us / ours_us })
+}
+
+fn as_error(failure: &Failure) -> anyhow::Error {
+    anyhow::anyhow!("{}: {}", failure.stage, failure.reason)
+}
+
+/// The packed GEMM on the arena's operands, with its `[m, 2n]` output.
+struct CublasLtPeer<'a> {
+    library: CublasLt,
+    gemm: Gemm,
+    arena: &'a Arena,
+    /// One per set, so that the output is as cold as ours.
+    outputs: Vec<crate::device_memory::GuardedBuffer>,
+}
+
+impl<'a> CublasLtPeer<'a> {
+    fn new(lab: &GpuLab, arena: &'a Arena) -> Result<Self> {
+        let library = CublasLt::new(&lab.stream)?;
+        let Problem { m, n, k, dtype, weight_major, .. } = arena.problem;
+        let gemm = library.gemm(dtype, weight_major, m, 2 * n, k)?;
+        let bytes = 2 * m as usize * n as usize * dtype.bytes() as usize;
+        let outputs: Result<Vec<_>, Failure> = (0..arena.set_count()).map(|_| arena.support.allocate(bytes)).collect();
+        Ok(Self { library, gemm, arena, outputs: outputs.map_err(|failure| as_error(&failure))? })
+    }
+
+    fn launch_gemm(&self, algorithm: usize, index: usize) -> Result<(), Failure> {
+        let args = self.arena.args(index);
+        let out = self.outputs[index % self.outputs.len()].address();
+        self.launch_on(algorithm, args.x, args.gate, out)
+    }
+
+    #[allow(unsafe_code, reason = "hands the arena's addresses to cuBLASLt")]
+    fn launch_on(&self, algorithm: usize, x: u64, w: u64, out: u64) -> Result<(), Failure> {
+        // SAFETY: the arena's buffers hold x [m, k] and the packed weights, `outputs` hold [m, 2n]; all outlive the work.
+        unsafe { self.library.launch(&self.gemm, algorithm, x, w, out) }.map_err(|error| Failure::new("launch", error))
+    }
+
+    fn launch_both(&self, algorithm: usize, index: usize) -> Result<(), Failure> {
+        self.launch_gemm(algorithm, index)?;
+        let packed = self.outputs[index % self.outputs.len()].address();
+        self.arena.support.gate_packed(&self.arena.problem, packed, self.arena.args(index).z)
+    }
+
+    /// Medians of ours, of the GEMM and of GEMM + gate; the GEMM with the fastest of its algorithms.
+    fn race(&self, watch: &Stopwatch, ours: impl Fn(usize) -> Result<(), Failure>, rounds: usize) -> Result<[f64; 3], Failure> {
+        let mut best = (f64::INFINITY, 0);
+        for algorithm in 0..self.gemm.algorithm_count() {
+            let Ok(graph) = watch.capture(|index| self.launch_gemm(algorithm, index)) else { continue };
+            let samples = (0..5).map(|_| watch.sample(&graph)).collect::<Result<Vec<_>, _>>()?;
+            let time = quantile(&samples, 0.5);
+            if time < best.0 {
+                best = (time, algorithm);
+            }
+        }
+        let algorithm = best.1;
+        let graphs: [TimedGraph; 3] = [
+            watch.capture(&ours)?,
+            watch.capture(|index| self.launch_gemm(algorithm, index))?,
+            watch.capture(|index| self.launch_both(algorithm, index))?,
+        ];
+        let mut samples = [const { Vec::new() }; 3];
+        for _ in 0..rounds.max(1) {
+            for (graph, samples) in graphs.iter().zip(&mut samples) {
+                samples.push(watch.sample(graph)?);
+            }
+        }
+        Ok(samples.map(|samples| quantile(&samples, 0.5)))
+    }
+}
+
+fn print_table(rows: &[Row]) {
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::ASCII_MARKDOWN);
+    table.set_header(["dtype", "M", "N", "K", "config", "from", "ours us", "GEMM us", "GEMM+gate us", "GEMM/ours", "GEMM+gate/ours", "TFLOP/s"]);
+    for row in rows {
+        let Problem { dtype, m, n, k, .. } = row.problem;
+        table.add_row([
+            dtype.to_string(),
+            m.to_string(),
+            n.to_string(),
+            k.to_string(),
+            row.config.to_string(),
+            row.source.clone(),
+            format!("{:.1}", row.ours_us),
+            format!("{:.1}", row.gemm_us),
+            format!("{:.1}", row.gemm_and_gate_us),
+            format!("{:.3}", row.over_gemm),
+            format!("{:.3}", row.over_gemm_and_gate),
+            format!("{:.1}", row.problem.flops() / row.ours_us * 1e-6),
+        ]);
+    }
+    println!("{table}");
+    let geomean = |ratio: fn(&Row) -> f64| (rows.iter().map(|row| ratio(row).ln()).sum::<f64>() / rows.len().max(1) as f64).exp();
+    println!("geometric mean: {:.3} of the GEMM alone, {:.3} of GEMM + gate", geomean(|row| row.over_gemm), geomean(|row| row.over_gemm_and_gate));
+}

@@ -1,0 +1,233 @@
+//! Arguments, and which module answers them. Results go to stdout, everything else to stderr.
+
+use crate::gpu_subject::GpuLab;
+use crate::tune::{Lab, Summary, tune};
+use crate::workload::{self, Group};
+use crate::{bench, compile, doctor, inspect, records, report};
+use anyhow::{Context, Result, bail};
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use swiglu_db::TuningDb;
+use swiglu_kernels::families::Family;
+use swiglu_kernels::{DType, WeightLayout};
+use swiglu_runtime::Options;
+use swiglu_runtime::cubin_cache::CubinCache;
+use swiglu_runtime::gpu::{Gpu, GpuError};
+use swiglu_runtime::nvrtc::Nvrtc;
+
+/// Tunes SwiGLU kernels, z = silu(x·Wg) ⊙ (x·Wu), for the machine it runs on.
+///
+/// Run `swiglu-tune --gpu auto` once per machine. It generates CUDA kernels, compiles them with NVRTC, holds each
+/// to a float64 oracle, times them, and stores the fastest for every shape. Programs that link `swiglu-runtime`
+/// then launch those kernels. A later run goes on where the last one stopped.
+#[derive(Debug, Parser)]
+#[command(name = "swiglu-tune", version, args_conflicts_with_subcommands = true)]
+#[command(after_help = "Examples:\n  swiglu-tune --gpu auto --model llama-3-8b --dtype bf16\n  swiglu-tune report\n  swiglu-tune doctor\n\n\
+    Exit codes: 0 done, 1 failed, 2 wrong usage.")]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    tune: TuneArgs,
+    /// Log what is done to stderr.
+    #[arg(long, short, global = true)]
+    pub(crate) verbose: bool,
+    #[command(flatten)]
+    places: Places,
+}
+
+/// Where things are.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Places {
+    /// Tuning database [default: $SWIGLU_DB, else $XDG_DATA_HOME/swiglu-tune].
+    #[arg(long, value_name = "DIR", global = true)]
+    db: Option<PathBuf>,
+    /// libnvrtc or its folder [default: $SWIGLU_NVRTC, else a toolkit, the pip wheel, the loader path].
+    #[arg(long, value_name = "PATH", global = true)]
+    nvrtc: Option<PathBuf>,
+}
+
+impl Places {
+    fn options(&self) -> Options {
+        let env = Options::from_env();
+        Options { db: self.db.clone().or(env.db), nvrtc: self.nvrtc.clone().or(env.nvrtc), ..env }
+    }
+}
+
+/// Which GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum GpuChoice {
+    /// The first GPU, or the CPU where there is none.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The GPU of this number.
+    Ordinal(usize),
+}
+
+impl FromStr for GpuChoice {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            number => number.parse().map(Self::Ordinal).map_err(|_| "use auto, cpu or a GPU's number".into()),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Args)]
+struct TuneArgs {
+    /// Device to tune: auto (the first GPU, else the CPU), cpu, or a GPU's number.
+    #[arg(long, value_name = "auto|cpu|N")]
+    gpu: Option<GpuChoice>,
+    /// Model preset to tune; without --model and --shapes all presets, most used first.
+    #[arg(long, value_name = "NAME", conflicts_with = "shapes")]
+    model: Option<String>,
+    /// TOML file of shapes: [[shape]] tables with n, k and optionally m, dtype, layout.
+    #[arg(long, value_name = "FILE.toml")]
+    shapes: Option<PathBuf>,
+    /// Number formats [default: bf16 on a GPU, f32 on the CPU].
+    #[arg(long, value_delimiter = ',', value_name = "f32,tf32,f16,bf16")]
+    dtype: Vec<DType>,
+    /// Weight layouts; layouts with one contiguous index share their tuning.
+    #[arg(long, value_delimiter = ',', default_value = "separate_nk", value_name = "LAYOUT,...")]
+    layout: Vec<WeightLayout>,
+    /// Stop after this long; a later run goes on from there [default: 600 without --model and --shapes].
+    #[arg(long, value_name = "SECONDS")]
+    budget: Option<u64>,
+    /// No progress bar.
+    #[arg(long)]
+    quiet: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Print what was tuned: problem, config, time, rate, share of the roofline.
+    Report {
+        /// Print `{"records": [...]}`.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the CUDA source of one config, headers included.
+    Render(inspect::RenderArgs),
+    /// Compile kernels with NVRTC; needs no GPU. Exit code 1 if any fails.
+    Compile(compile::CompileArgs),
+    /// Print the config space of a problem: kept and refused configs per rule.
+    List(inspect::ListArgs),
+    /// Time what the runtime would launch against a peer, interleaved.
+    Bench(bench::BenchArgs),
+    /// Say what is found, what is missing and how to mend it.
+    Doctor {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
+    let options = cli.places.options();
+    match &cli.command {
+        None => run_tune(&cli.tune, &options),
+        Some(Command::Report { json }) => report::run(*json, &options),
+        Some(Command::Render(args)) => inspect::render(args),
+        Some(Command::List(args)) => inspect::list(args),
+        Some(Command::Compile(args)) => compile::run(args, &options),
+        Some(Command::Bench(args)) => bench::run(args, &options),
+        Some(Command::Doctor { json }) => doctor::run(*json, &options),
+    }
+}
+
+fn run_tune(args: &TuneArgs, options: &Options) -> Result<ExitCode> {
+    let Some(choice) = args.gpu else {
+        bail_usage("nothing to do: give --gpu auto to tune, or a subcommand");
+    };
+    let lab = open_lab(choice, options)?;
+    let groups = groups(args, &lab)?;
+    let dir = records::db_dir(options)?;
+    let mut db = TuningDb::open(&dir).context("opening the tuning database")?;
+    let whole_default = args.model.is_none() && args.shapes.is_none();
+    let budget = args.budget.map_or(if whole_default { Duration::from_secs(600) } else { Duration::MAX }, Duration::from_secs);
+    let stop = Arc::new(AtomicBool::new(false));
+    let on_signal = Arc::clone(&stop);
+    ctrlc::set_handler(move || on_signal.store(true, Ordering::Relaxed)).context("installing the Ctrl-C handler")?;
+    let begun = std::time::Instant::now();
+    let summary = tune(&lab, &groups, &mut db, budget, args.quiet, &stop)?;
+    tell(&summary, &lab, begun.elapsed(), &stop);
+    println!("{}", dir.display());
+    Ok(if summary.without_winner > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn tell(summary: &Summary, lab: &Lab, elapsed: Duration, stop: &AtomicBool) {
+    let Summary { tuned, already, left, without_winner } = *summary;
+    eprintln!("{}: {tuned} problems tuned in {:.1} s, {already} were tuned before", lab.device().name, elapsed.as_secs_f64());
+    if left > 0 {
+        let why = if stop.load(Ordering::Relaxed) { "interrupted" } else { "the budget is spent" };
+        eprintln!("{why}: {left} problems are left; run the same command again to go on");
+    }
+    if without_winner > 0 {
+        eprintln!("{without_winner} problems have no working candidate; `swiglu-tune report --json` has the reasons");
+    }
+}
+
+/// The device to tune on. `auto` falls to the CPU where there is no driver or GPU, and says so.
+pub(crate) fn open_lab(choice: GpuChoice, options: &Options) -> Result<Lab> {
+    let gpu = match choice {
+        GpuChoice::Cpu => return Ok(Lab::Cpu),
+        GpuChoice::Ordinal(ordinal) => Gpu::open(ordinal)?,
+        GpuChoice::Auto => match Gpu::open(0) {
+            Ok(gpu) => gpu,
+            Err(why @ (GpuError::Missing(_) | GpuError::NoDevice { .. })) => {
+                eprintln!("no GPU: {why}. Tuning the CPU backend");
+                return Ok(Lab::Cpu);
+            }
+            Err(why) => return Err(why.into()),
+        },
+    };
+    Ok(Lab::Gpu(Box::new(open_gpu_lab(gpu, options)?)))
+}
+
+/// Compiler, cache and stream on `gpu`.
+pub(crate) fn open_gpu_lab(gpu: Gpu, options: &Options) -> Result<GpuLab> {
+    let nvrtc = Nvrtc::load(options.nvrtc.as_deref())?;
+    nvrtc.check_arch(gpu.arch)?;
+    Ok(GpuLab::new(gpu, nvrtc, CubinCache::new(options.cubin_dir()))?)
+}
+
+fn groups(args: &TuneArgs, lab: &Lab) -> Result<Vec<Group>> {
+    let default = match lab {
+        Lab::Gpu(_) => DType::Bf16,
+        Lab::Cpu => DType::F32,
+    };
+    let dtypes = if args.dtype.is_empty() { vec![default] } else { args.dtype.clone() };
+    if matches!(lab, Lab::Cpu) && dtypes.contains(&DType::Tf32) {
+        bail!("tf32 is a GPU format; use f32 on the CPU");
+    }
+    let model = match (&args.model, lab) {
+        (Some(name), _) => Some(name.as_str()),
+        // The whole default set would take a CPU hours.
+        (None, Lab::Cpu) => Some("tiny"),
+        (None, Lab::Gpu(_)) => None,
+    };
+    match &args.shapes {
+        Some(path) => workload::from_file(path, &dtypes, &args.layout),
+        None => workload::preset(model, &dtypes, &args.layout),
+    }
+}
+
+/// Ends the process as clap does for wrong usage.
+fn bail_usage(message: &str) -> ! {
+    use clap::CommandFactory;
+    Cli::command().error(clap::error::ErrorKind::MissingRequiredArgument, message).exit()
+}
+
+/// Families that have a source, for arguments.
+pub(crate) fn gpu_family(text: &str) -> Result<Family, String> {
+    let family: Family = text.parse().map_err(|error| format!("{error}"))?;
+    if Family::GPU.contains(&family) { Ok(family) } else { Err("the CPU family has no CUDA source".into()) }
+}

@@ -1,0 +1,132 @@
+//! Candidates on the CPU: the same race, on host memory.
+
+use crate::race::{Failure, Subject};
+use half::{bf16, f16};
+use rand::rngs::SmallRng;
+use rand::SeedableRng;
+use rand_distr::{Distribution, StandardNormal};
+use std::collections::BTreeMap;
+use std::time::Instant;
+use swiglu_kernels::{Config, DType, GateOrder, Problem, WeightLayout, WeightMajor, oracle};
+use swiglu_runtime::cpu::CpuPlan;
+use swiglu_runtime::{Element, Forward, ForwardSpec, Matrix, Weights};
+
+/// Rows that are held to the float64 oracle; more would take longer than the race.
+const CHECKED_ROWS: usize = 8;
+/// Shortest sample, in microseconds: long against the clock's resolution.
+const SAMPLE_US: f64 = 2000.0;
+
+/// The candidates of one problem in one of the CPU's number formats.
+pub(crate) struct CpuSubject(Box<dyn Subject>);
+
+impl CpuSubject {
+    /// Fresh random operands and their reference.
+    pub(crate) fn new(problem: Problem, seed: u64) -> Self {
+        Self(match problem.dtype {
+            DType::F16 => Box::new(Typed::<f16>::new(problem, seed)),
+            DType::Bf16 => Box::new(Typed::<bf16>::new(problem, seed)),
+            DType::F32 | DType::Tf32 => Box::new(Typed::<f32>::new(problem, seed)),
+        })
+    }
+}
+
+impl Subject for CpuSubject {
+    fn verify(&mut self, config: &Config) -> Result<f64, Failure> {
+        self.0.verify(config)
+    }
+    fn sample(&mut self, config: &Config) -> Result<f64, Failure> {
+        self.0.sample(config)
+    }
+}
+
+struct Typed<T> {
+    problem: Problem,
+    x: Vec<T>,
+    gate: Vec<T>,
+    up: Vec<T>,
+    z: Vec<T>,
+    reference: Vec<f64>,
+    plans: BTreeMap<Config, (CpuPlan, u32)>,
+}
+
+impl<T: Element> Typed<T> {
+    fn new(problem: Problem, seed: u64) -> Self {
+        let (m, n, k) = (problem.m as usize, problem.n as usize, problem.k as usize);
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let mut normal = |count: usize, scale: f32| -> Vec<T> {
+            (0..count).map(|_| T::from_f32(scale * Distribution::<f32>::sample(&StandardNormal, &mut rng))).collect()
+        };
+        let scale = 1.0 / (k as f32).sqrt();
+        let (x, gate, up) = (normal(m * k, 1.0), normal(n * k, scale), normal(n * k, scale));
+        let wide = |values: &[T]| values.iter().map(|value| f64::from(value.to_f32())).collect::<Vec<f64>>();
+        let k_major = |values: &[T]| match problem.weight_major {
+            WeightMajor::K => wide(values),
+            WeightMajor::N => (0..n * k).map(|i| f64::from(values[i % k * n + i / k].to_f32())).collect(),
+        };
+        let rows = m.min(CHECKED_ROWS);
+        // The first and the last rows: the edges of blocks are among them.
+        let chosen = [wide(&x[..rows.div_ceil(2) * k]), wide(&x[(m - rows / 2) * k..])].concat();
+        let (gate_wide, up_wide) = (k_major(&gate), k_major(&up));
+        let operands = oracle::Forward { x: &chosen, gate: &gate_wide, up: &up_wide, gate_bias: None, up_bias: None, k };
+        let reference = oracle::forward(problem.activation, &operands);
+        Self { problem, x, gate, up, z: vec![T::from_f32(f32::NAN); m * n], reference, plans: BTreeMap::new() }
+    }
+
+    fn launch(&mut self, config: &Config) -> Result<(), Failure> {
+        let Problem { m, n, k, dtype, weight_major, .. } = self.problem;
+        if !self.plans.contains_key(config) {
+            let Config::Cpu(cpu) = config else { return Err(Failure::new("launch", "is no CPU config")) };
+            let layout = match weight_major {
+                WeightMajor::K => WeightLayout::SeparateNk,
+                WeightMajor::N => WeightLayout::SeparateKn,
+            };
+            let spec = ForwardSpec { dtype, layout, gate_order: GateOrder::GateFirst, n, k };
+            let plan = CpuPlan::new(spec, &[(m, *cpu)]).map_err(|error| Failure::new("compile", error))?;
+            self.plans.insert(*config, (plan, 1));
+        }
+        let Some((plan, _)) = self.plans.get(config) else { return Err(Failure::new("launch", "has no plan")) };
+        let (m, n, k) = (m as usize, n as usize, k as usize);
+        let (rows, cols) = plan.spec().layout.shape(n, k);
+        let forward = Forward {
+            x: Matrix::new(&self.x[..], m, k),
+            weights: Weights::Separate { gate: Matrix::new(&self.gate[..], rows, cols), up: Matrix::new(&self.up[..], rows, cols) },
+            gate_bias: None,
+            up_bias: None,
+            z: Matrix::new(&mut self.z[..], m, n),
+        };
+        plan.launch(forward).map_err(|error| Failure::new("launch", error))
+    }
+}
+
+impl<T: Element> Subject for Typed<T> {
+    fn verify(&mut self, config: &Config) -> Result<f64, Failure> {
+        self.z.fill(T::from_f32(f32::NAN));
+        self.launch(config)?;
+        if let Some(index) = self.z.iter().position(|value| value.to_f32().is_nan()) {
+            return Err(Failure::new("verify", format!("element {index} was not written")));
+        }
+        let n = self.problem.n as usize;
+        let rows = self.reference.len() / n;
+        let (head, tail) = (rows.div_ceil(2) * n, self.z.len() - rows / 2 * n);
+        let checked = self.z[..head].iter().chain(&self.z[tail..]).map(|value| f64::from(value.to_f32()));
+        let error = oracle::relative_error(checked, self.reference.iter().copied());
+        let tolerance = self.problem.dtype.tolerance();
+        if error.is_nan() || error > tolerance {
+            return Err(Failure::new("verify", format!("relative error {error:.2e} (limit {tolerance:.1e})")));
+        }
+        Ok(error)
+    }
+
+    fn sample(&mut self, config: &Config) -> Result<f64, Failure> {
+        let launches = self.plans.get(config).map_or(1, |(_, launches)| *launches);
+        let begun = Instant::now();
+        for _ in 0..launches {
+            self.launch(config)?;
+        }
+        let time = begun.elapsed().as_secs_f64() * 1e6 / f64::from(launches);
+        if let Some((_, launches)) = self.plans.get_mut(config) {
+            *launches = (SAMPLE_US / time.max(1.0)).ceil().clamp(1.0, 1000.0) as u32;
+        }
+        Ok(time)
+    }
+}

@@ -1,0 +1,186 @@
+//! Device buffers between guards, and the helper kernels that fill and compare them.
+#![allow(unsafe_code, reason = "launches the helper kernels of templates/support on raw addresses")]
+
+use crate::race::Failure;
+use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, DevicePtr, LaunchConfig, PushKernelArg};
+use std::sync::Arc;
+use swiglu_kernels::{Problem, render};
+use swiglu_runtime::cubin_cache::CubinCache;
+use swiglu_runtime::gpu::Gpu;
+use swiglu_runtime::nvrtc::Nvrtc;
+use swiglu_runtime::{PrepareError, RawForward};
+
+/// Bytes before and after every buffer that no kernel may touch.
+const GUARD_BYTES: usize = 4096;
+const GUARD_PATTERN: u16 = 0xa5a5;
+/// NaN in bf16, fp16 and, twice, in fp32: an element that was not written cannot pass.
+const POISON_PATTERN: u16 = 0x7fff;
+
+/// `Params` of `templates/shared/params.cuh`, as the oracle takes them.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct OracleParams {
+    pointers: [u64; 6],
+    strides: [i64; 4],
+    sizes: [i32; 5],
+}
+
+// SAFETY: plain integers in C layout.
+unsafe impl cudarc::driver::DeviceRepr for OracleParams {}
+
+/// A device buffer between two guards.
+pub(crate) struct GuardedBuffer {
+    memory: CudaSlice<u8>,
+    bytes: usize,
+    address: u64,
+}
+
+impl GuardedBuffer {
+    /// Device address of the first byte between the guards.
+    pub(crate) fn address(&self) -> u64 {
+        self.address
+    }
+}
+
+/// The helper kernels, on one stream.
+pub(crate) struct Support {
+    stream: Arc<CudaStream>,
+    fill_normal: CudaFunction,
+    fill_pattern: CudaFunction,
+    oracle_forward: CudaFunction,
+    compare: CudaFunction,
+    gate_packed: CudaFunction,
+}
+
+/// What `compare` found.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Comparison {
+    /// `‖out − ref‖ / ‖ref‖`.
+    pub(crate) error: f64,
+    /// Root mean square of the reference.
+    pub(crate) rms: f64,
+    /// Elements that are off by more than their own limit, or not finite where the reference is.
+    pub(crate) wrong: f64,
+}
+
+const COMPARE_BLOCKS: u32 = 1024;
+
+impl Support {
+    /// Compiles and loads the helpers for the number format and weight order of `problem`.
+    pub(crate) fn load(gpu: &Gpu, nvrtc: &Nvrtc, cache: &CubinCache, stream: &Arc<CudaStream>, problem: &Problem) -> Result<Self, PrepareError> {
+        let source = render::render_support(problem)?;
+        let cubin = cache.get_or_compile(nvrtc, &source, gpu.arch)?;
+        let load = |entry| gpu.load(&swiglu_kernels::KernelSource { entry, ..source.clone() }, &cubin);
+        Ok(Self {
+            stream: Arc::clone(stream),
+            fill_normal: load("fill_normal")?,
+            fill_pattern: load("fill_pattern")?,
+            oracle_forward: load("oracle_forward")?,
+            compare: load("compare")?,
+            gate_packed: load("gate_packed")?,
+        })
+    }
+
+    /// A buffer of `bytes` (an even number) with its guards written.
+    pub(crate) fn allocate(&self, bytes: usize) -> Result<GuardedBuffer, Failure> {
+        // SAFETY: every byte is written before it is read: guards here, contents by `fill` or by a kernel.
+        let memory = unsafe { self.stream.alloc::<u8>(bytes + 2 * GUARD_BYTES) };
+        let memory = memory.map_err(|error| Failure::new("launch", format!("no device memory for {bytes} bytes: {error}")))?;
+        let address = memory.device_ptr(&self.stream).0 + GUARD_BYTES as u64;
+        let buffer = GuardedBuffer { memory, bytes, address };
+        for start in [address - GUARD_BYTES as u64, address + bytes as u64] {
+            self.pattern(start, GUARD_BYTES, GUARD_PATTERN)?;
+        }
+        Ok(buffer)
+    }
+
+    /// Normal numbers of standard deviation `scale`.
+    pub(crate) fn fill(&self, buffer: &GuardedBuffer, element_bytes: u32, seed: u64, scale: f32) -> Result<(), Failure> {
+        let count = (buffer.bytes / element_bytes as usize) as u64;
+        let mut launch = self.stream.launch_builder(&self.fill_normal);
+        launch.arg(&buffer.address).arg(&count).arg(&seed).arg(&scale);
+        // SAFETY: `fill_normal(Element*, u64, u64, float)`; the buffer holds `count` elements.
+        unsafe { launch.launch(grid(4096)) }.map(drop).map_err(driver("fill a buffer"))
+    }
+
+    /// Poison everywhere between the guards.
+    pub(crate) fn poison(&self, buffer: &GuardedBuffer) -> Result<(), Failure> {
+        self.pattern(buffer.address, buffer.bytes, POISON_PATTERN)
+    }
+
+    fn pattern(&self, address: u64, bytes: usize, pattern: u16) -> Result<(), Failure> {
+        let count = bytes as u64 / 2;
+        let mut launch = self.stream.launch_builder(&self.fill_pattern);
+        launch.arg(&address).arg(&count).arg(&pattern);
+        // SAFETY: `fill_pattern(u16*, u64, u16)`; the range lies in one allocation.
+        unsafe { launch.launch(grid(1024)) }.map(drop).map_err(driver("fill a buffer"))
+    }
+
+    /// Whether both guards are as they were written.
+    pub(crate) fn guards_intact(&self, buffer: &GuardedBuffer) -> Result<bool, Failure> {
+        let expected = GUARD_PATTERN.to_ne_bytes()[0];
+        for range in [0..GUARD_BYTES, GUARD_BYTES + buffer.bytes..2 * GUARD_BYTES + buffer.bytes] {
+            let bytes = self.stream.clone_dtoh(&buffer.memory.slice(range)).map_err(driver("read a guard"))?;
+            if bytes.iter().any(|&byte| byte != expected) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// The float64 oracle's output `[m, n]`.
+    pub(crate) fn oracle(&self, problem: &Problem, args: &RawForward) -> Result<CudaSlice<f64>, Failure> {
+        let (m, n) = (problem.m, problem.n);
+        let elements = m as usize * n as usize;
+        // SAFETY: the oracle writes every element.
+        let reference = unsafe { self.stream.alloc::<f64>(elements) }.map_err(driver("allocate the reference"))?;
+        let int = |value: u32| i32::try_from(value).unwrap_or(i32::MAX);
+        let params = OracleParams {
+            pointers: [args.x, args.gate, args.up, args.gate_bias, args.up_bias, args.z],
+            strides: [args.x_stride, args.gate_stride, args.up_stride, args.z_stride],
+            sizes: [int(m), int(n), int(problem.k), 0, 1],
+        };
+        let config = LaunchConfig { grid_dim: (m.div_ceil(64) * n.div_ceil(64), 1, 1), block_dim: (256, 1, 1), shared_mem_bytes: 0 };
+        let mut launch = self.stream.launch_builder(&self.oracle_forward);
+        launch.arg(&params).arg(&reference);
+        // SAFETY: `oracle_forward(Params, double*)`; the operands hold the problem, the reference m·n doubles.
+        unsafe { launch.launch(config) }.map_err(driver("run the oracle"))?;
+        Ok(reference)
+    }
+
+    /// The unfused second half of a peer: `z = act(gate) ⊙ up` over packed `[m, 2n]` rows, N a multiple of 8.
+    pub(crate) fn gate_packed(&self, problem: &Problem, packed: u64, z: u64) -> Result<(), Failure> {
+        let (m, n) = (i32::try_from(problem.m).unwrap_or(i32::MAX), i32::try_from(problem.n).unwrap_or(i32::MAX));
+        let config = LaunchConfig { grid_dim: (problem.n.div_ceil(256 * 8), problem.m, 1), block_dim: (256, 1, 1), shared_mem_bytes: 0 };
+        let mut launch = self.stream.launch_builder(&self.gate_packed);
+        launch.arg(&packed).arg(&z).arg(&m).arg(&n);
+        // SAFETY: `gate_packed(const Element*, Element*, int, int)`; the caller's buffers hold m·2n and m·n elements.
+        unsafe { launch.launch(config) }.map(drop).map_err(driver("launch the gate"))
+    }
+
+    /// Holds z to the reference; `rms` of the reference is 0 when it is not known yet.
+    pub(crate) fn compare(&self, problem: &Problem, args: &RawForward, reference: &CudaSlice<f64>, rms: f64) -> Result<Comparison, Failure> {
+        let (m, n) = (i32::try_from(problem.m).unwrap_or(i32::MAX), i32::try_from(problem.n).unwrap_or(i32::MAX));
+        let partial = self.stream.alloc_zeros::<f64>(3 * COMPARE_BLOCKS as usize).map_err(driver("allocate"))?;
+        // One element may be off by 16 times what all may be in the mean: rounding never is, a wrong tile always.
+        let limit = 16.0 * problem.dtype.tolerance();
+        let mut launch = self.stream.launch_builder(&self.compare);
+        launch.arg(&args.z).arg(&args.z_stride).arg(reference).arg(&m).arg(&n).arg(&limit).arg(&rms).arg(&partial);
+        // SAFETY: `compare(const Element*, i64, const double*, int, int, double, double, double*)`.
+        unsafe { launch.launch(grid(COMPARE_BLOCKS)) }.map_err(driver("compare"))?;
+        let partial = self.stream.clone_dtoh(&partial).map_err(driver("read the comparison"))?;
+        let sum = |which: usize| partial.iter().skip(which).step_by(3).sum::<f64>();
+        let (difference, norm) = (sum(0), sum(1));
+        let error = if difference == 0.0 { 0.0 } else { (difference / norm).sqrt() };
+        Ok(Comparison { error, rms: (norm / (f64::from(m) * f64::from(n))).sqrt(), wrong: sum(2) })
+    }
+}
+
+fn grid(blocks: u32) -> LaunchConfig {
+    LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (256, 1, 1), shared_mem_bytes: 0 }
+}
+
+/// A driver error while doing `act`.
+pub(crate) fn driver(act: &'static str) -> impl FnOnce(cudarc::driver::DriverError) -> Failure {
+    move |error| Failure::new("launch", format!("the driver failed to {act}: {error}"))
+}

@@ -1,0 +1,75 @@
+//! `doctor`: what is found where, what is missing, how to mend it.
+
+use crate::records;
+use anyhow::Result;
+use serde::Serialize;
+use std::process::ExitCode;
+use swiglu_runtime::Options;
+use swiglu_runtime::gpu::{self, Gpu};
+use swiglu_runtime::nvrtc::Nvrtc;
+
+/// One thing looked at.
+#[derive(Debug, Serialize)]
+struct Check {
+    what: &'static str,
+    ok: bool,
+    found: String,
+}
+
+impl Check {
+    fn new<T: ToString, E: ToString>(what: &'static str, found: Result<T, E>) -> Self {
+        match found {
+            Ok(found) => Self { what, ok: true, found: found.to_string() },
+            Err(missing) => Self { what, ok: false, found: missing.to_string() },
+        }
+    }
+}
+
+/// Prints every check; exit code 1 when tuning on a GPU would not work.
+pub(crate) fn run(json: bool, options: &Options) -> Result<ExitCode> {
+    let mut checks = vec![Check::new("driver", driver())];
+    let nvrtc = Nvrtc::load(options.nvrtc.as_deref());
+    checks.push(Check::new(
+        "NVRTC",
+        nvrtc.as_ref().map(|nvrtc| format!("{} at {}, compiles for sm_{:?}", nvrtc.version_string(), nvrtc.path.display(), nvrtc.supported)),
+    ));
+    let count = gpu::count().unwrap_or(0);
+    for ordinal in 0..count {
+        let gpu = Gpu::open(ordinal);
+        checks.push(Check::new("GPU", gpu.as_ref().map(|gpu| format!("{ordinal}: {} ({})", gpu.device.name, gpu.device.class))));
+        if let (Ok(gpu), Ok(nvrtc)) = (&gpu, &nvrtc) {
+            checks.push(Check::new("NVRTC for this GPU", nvrtc.check_arch(gpu.arch).map(|()| format!("compiles for {}", gpu.arch))));
+        }
+    }
+    if count == 0 {
+        checks.push(Check::new("GPU", Err::<String, _>("none; `swiglu-tune --gpu auto` tunes the CPU backend")));
+    }
+    checks.push(Check::new("CPU", Ok::<_, String>(swiglu_runtime::cpu::device().class)));
+    checks.push(Check::new("database", database(options)));
+    checks.push(Check::new("compiled kernels", Ok::<_, String>(options.cubin_dir().display())));
+    if json {
+        println!("{}", serde_json::to_string_pretty(&checks)?);
+    } else {
+        for check in &checks {
+            println!("{:4} {}: {}", if check.ok { "ok" } else { "MISS" }, check.what, check.found);
+        }
+    }
+    Ok(if checks.iter().all(|check| check.ok) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn driver() -> Result<String, String> {
+    swiglu_runtime::library::driver().map_err(|error| error.to_string())?;
+    Ok(driver_version().unwrap_or_else(|| "found, version unknown".into()))
+}
+
+/// The driver's version, from NVML.
+pub(crate) fn driver_version() -> Option<String> {
+    let nvml = nvml_wrapper::Nvml::init().ok()?;
+    nvml.sys_driver_version().ok()
+}
+
+fn database(options: &Options) -> Result<String, String> {
+    let count = |options| Ok((records::read(options)?.len(), records::db_dir(options)?));
+    let (count, dir) = count(options).map_err(|error: anyhow::Error| format!("{error:#}"))?;
+    Ok(format!("{count} records in {}", dir.display()))
+}

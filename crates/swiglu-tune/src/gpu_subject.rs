@@ -1,0 +1,262 @@
+//! Candidates on a GPU: compiled side by side, verified on poisoned memory, timed over rotating buffers.
+#![allow(unsafe_code, reason = "launches kernels on the addresses of its own buffers")]
+
+use crate::device_memory::{GuardedBuffer, Support, driver};
+use crate::race::{Failure, Subject};
+use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, CudaStream, sys};
+use rayon::prelude::*;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use swiglu_kernels::{Config, Problem, WeightMajor, render};
+use swiglu_runtime::cubin_cache::CubinCache;
+use swiglu_runtime::gpu::{Gpu, Kernel};
+use swiglu_runtime::nvrtc::{Nvrtc, Resources, SPILL_BUDGET_BYTES};
+use swiglu_runtime::{PrepareError, RawForward, launch};
+
+/// Buffer sets together exceed the L2 cache by this factor, so that every launch finds it cold.
+const L2_FACTOR: usize = 3;
+/// Length of one sample, in microseconds: long against the events' resolution and the launch gaps.
+const SAMPLE_US: f64 = 400.0;
+
+/// What tuning and benching on one GPU share.
+pub(crate) struct GpuLab {
+    pub(crate) gpu: Gpu,
+    pub(crate) nvrtc: Nvrtc,
+    pub(crate) cache: CubinCache,
+    pub(crate) stream: Arc<CudaStream>,
+}
+
+/// A candidate that compiled, or why it did not.
+pub(crate) struct Compiled {
+    pub(crate) digest: String,
+    pub(crate) resources: Resources,
+    pub(crate) kernel: Result<Kernel, Failure>,
+}
+
+impl GpuLab {
+    /// A lab on `gpu` with a stream of its own.
+    pub(crate) fn new(gpu: Gpu, nvrtc: Nvrtc, cache: CubinCache) -> Result<Self, PrepareError> {
+        // SAFETY: this process uses the one stream made below, which orders all work; without tracking, launches
+        // record no events and can be captured.
+        unsafe { gpu.context.disable_event_tracking() };
+        let stream = gpu.context.new_stream().map_err(|error| swiglu_runtime::gpu::GpuError::Driver { act: "make a stream", error })?;
+        Ok(Self { gpu, nvrtc, cache, stream })
+    }
+
+    /// Compiles every config on all cores; configs that differ in launch parameters only share one image.
+    pub(crate) fn compile(&self, problem: &Problem, configs: &[Config], done: impl Fn() + Sync) -> BTreeMap<Config, Compiled> {
+        let compile = |config: &Config| {
+            let compiled = self.compile_one(problem, config);
+            done();
+            (*config, compiled)
+        };
+        configs.par_iter().map(compile).collect()
+    }
+
+    fn compile_one(&self, problem: &Problem, config: &Config) -> Compiled {
+        let source = match render::render(problem, config, self.gpu.arch) {
+            Ok(source) => source,
+            Err(error) => {
+                return Compiled { digest: String::new(), resources: Resources::default(), kernel: Err(Failure::new("compile", error)) };
+            }
+        };
+        let digest = source.digest.clone();
+        let cubin = match self.cache.get_or_compile(&self.nvrtc, &source, self.gpu.arch) {
+            Ok(cubin) => cubin,
+            Err(error) => {
+                return Compiled { digest, resources: Resources::default(), kernel: Err(Failure::new("compile", error)) };
+            }
+        };
+        let resources = cubin.resources;
+        let kernel = if resources.spill_bytes > SPILL_BUDGET_BYTES {
+            Err(Failure::new("spill", format!("{} bytes spilled", resources.spill_bytes)))
+        } else {
+            let loaded = self.gpu.load_config(&source, &cubin, config, problem);
+            loaded.map_err(|error| Failure::new("launch", error))
+        };
+        Compiled { digest, resources, kernel }
+    }
+}
+
+/// One set of operands: x, both weights in one packed matrix, z.
+struct BufferSet {
+    x: GuardedBuffer,
+    weights: GuardedBuffer,
+    z: GuardedBuffer,
+}
+
+/// Operands of one problem, in as many sets as defeat the L2 cache.
+pub(crate) struct Arena {
+    pub(crate) problem: Problem,
+    pub(crate) support: Support,
+    sets: Vec<BufferSet>,
+}
+
+impl Arena {
+    /// Allocates and fills fresh operands.
+    pub(crate) fn new(lab: &GpuLab, problem: Problem, seed: u64) -> Result<Self, Failure> {
+        let support = Support::load(&lab.gpu, &lab.nvrtc, &lab.cache, &lab.stream, &problem)
+            .map_err(|error| Failure::new("compile", error))?;
+        let bytes = problem.dtype.bytes();
+        let (m, n, k) = (problem.m as usize, problem.n as usize, problem.k as usize);
+        let sizes = [m * k, 2 * n * k, m * n].map(|elements| (elements * bytes as usize).next_multiple_of(16));
+        let count = (L2_FACTOR * lab.gpu.l2_bytes / sizes.iter().sum::<usize>().max(1) + 1).clamp(2, 256);
+        let mut sets = Vec::with_capacity(count);
+        for index in 0..count as u64 {
+            let set = BufferSet { x: support.allocate(sizes[0])?, weights: support.allocate(sizes[1])?, z: support.allocate(sizes[2])? };
+            support.fill(&set.x, bytes, seed.wrapping_add(2 * index), 1.0)?;
+            // Weights of 1/sqrt(K) keep gate and up near 1, where silu bends.
+            support.fill(&set.weights, bytes, seed.wrapping_add(2 * index + 1), 1.0 / (problem.k as f32).sqrt())?;
+            sets.push(set);
+        }
+        Ok(Self { problem, support, sets })
+    }
+
+    /// Number of sets.
+    pub(crate) fn set_count(&self) -> usize {
+        self.sets.len()
+    }
+
+    /// The operands of set `index`, modulo their number.
+    pub(crate) fn args(&self, index: usize) -> RawForward {
+        let Problem { m, n, k, dtype, weight_major, .. } = self.problem;
+        let (wide_n, wide_k) = (u64::from(n), u64::from(k));
+        let (weight_stride, to_up) = match weight_major {
+            WeightMajor::K => (wide_k, wide_n * wide_k),
+            WeightMajor::N => (2 * wide_n, wide_n),
+        };
+        let set = &self.sets[index % self.sets.len()];
+        RawForward {
+            m,
+            x: set.x.address(),
+            x_stride: i64::from(k),
+            gate: set.weights.address(),
+            gate_stride: weight_stride as i64,
+            up: set.weights.address() + to_up * u64::from(dtype.bytes()),
+            up_stride: weight_stride as i64,
+            gate_bias: 0,
+            up_bias: 0,
+            z: set.z.address(),
+            z_stride: i64::from(n),
+        }
+    }
+
+    /// Launches `kernel` on set `index`.
+    pub(crate) fn launch(&self, lab: &GpuLab, kernel: &Kernel, index: usize) -> Result<(), Failure> {
+        let args = self.args(index);
+        // SAFETY: the buffers hold the problem, are apart, outlive the stream's work, and are as aligned as the
+        // problem says, since they start at multiples of 16 bytes with contiguous rows.
+        let launched = unsafe { launch::forward(kernel, lab.stream.cu_stream(), self.problem.n, self.problem.k, &args) };
+        launched.map_err(|error| Failure::new("launch", format!("the driver refused the launch: {error}")))
+    }
+}
+
+/// Times work on the lab's stream.
+pub(crate) struct Stopwatch<'a> {
+    stream: &'a Arc<CudaStream>,
+    start: CudaEvent,
+    end: CudaEvent,
+}
+
+/// A graph of launches, long enough to time.
+pub(crate) struct TimedGraph {
+    graph: CudaGraph,
+    launches: u32,
+}
+
+impl<'a> Stopwatch<'a> {
+    pub(crate) fn new(lab: &'a GpuLab) -> Result<Self, Failure> {
+        let event = || lab.gpu.context.new_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver("make an event"));
+        Ok(Self { stream: &lab.stream, start: event()?, end: event()? })
+    }
+
+    /// Time of `work`, in microseconds.
+    fn time(&self, work: impl FnOnce() -> Result<(), Failure>) -> Result<f64, Failure> {
+        self.start.record(self.stream).map_err(driver("record an event"))?;
+        work()?;
+        self.end.record(self.stream).map_err(driver("record an event"))?;
+        self.end.synchronize().map_err(driver("wait for a launch"))?;
+        let elapsed = self.start.elapsed_ms(&self.end).map_err(driver("read a time"))?;
+        Ok(f64::from(elapsed) * 1e3)
+    }
+
+    /// Captures `launch(0), launch(1), ...`: as many as make a sample, by the time of one.
+    pub(crate) fn capture(&self, launch: impl Fn(usize) -> Result<(), Failure>) -> Result<TimedGraph, Failure> {
+        launch(1)?;
+        let once = self.time(|| launch(2))?;
+        let launches = (SAMPLE_US / once.max(1.0)).ceil().clamp(1.0, 128.0) as u32;
+        self.stream
+            .begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+            .map_err(driver("begin a capture"))?;
+        let launched = (0..launches as usize).try_for_each(&launch);
+        let graph = self.stream.end_capture(sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH);
+        launched?;
+        let graph = graph.map_err(driver("end a capture"))?.ok_or_else(|| Failure::new("launch", "an empty graph was captured"))?;
+        graph.upload().map_err(driver("upload a graph"))?;
+        Ok(TimedGraph { graph, launches })
+    }
+
+    /// Time of one launch of the graph's, in microseconds.
+    pub(crate) fn sample(&self, timed: &TimedGraph) -> Result<f64, Failure> {
+        let time = self.time(|| timed.graph.launch().map_err(driver("launch a graph")))?;
+        Ok(time / f64::from(timed.launches))
+    }
+}
+
+/// The candidates of one problem, ready to race.
+pub(crate) struct GpuSubject<'a> {
+    lab: &'a GpuLab,
+    compiled: &'a BTreeMap<Config, Compiled>,
+    arena: Arena,
+    reference: CudaSlice<f64>,
+    rms: f64,
+    stopwatch: Stopwatch<'a>,
+    graphs: BTreeMap<Config, TimedGraph>,
+}
+
+impl<'a> GpuSubject<'a> {
+    /// Allocates and fills fresh operands and computes the reference.
+    pub(crate) fn new(lab: &'a GpuLab, compiled: &'a BTreeMap<Config, Compiled>, problem: Problem, seed: u64) -> Result<Self, Failure> {
+        let arena = Arena::new(lab, problem, seed)?;
+        let reference = arena.support.oracle(&problem, &arena.args(0))?;
+        let rms = arena.support.compare(&problem, &arena.args(0), &reference, 0.0)?.rms;
+        Ok(Self { lab, compiled, arena, reference, rms, stopwatch: Stopwatch::new(lab)?, graphs: BTreeMap::new() })
+    }
+
+    fn kernel(&self, config: &Config) -> Result<&'a Kernel, Failure> {
+        let compiled = self.compiled.get(config).ok_or_else(|| Failure::new("compile", "was not compiled"))?;
+        compiled.kernel.as_ref().map_err(Failure::clone)
+    }
+}
+
+impl Subject for GpuSubject<'_> {
+    fn verify(&mut self, config: &Config) -> Result<f64, Failure> {
+        let kernel = self.kernel(config)?;
+        let Arena { problem, support, sets } = &self.arena;
+        let set = sets.first().ok_or_else(|| Failure::new("launch", "no buffers"))?;
+        support.poison(&set.z)?;
+        self.arena.launch(self.lab, kernel, 0)?;
+        let found = support.compare(problem, &self.arena.args(0), &self.reference, self.rms)?;
+        let tolerance = problem.dtype.tolerance();
+        if found.wrong > 0.0 || found.error.is_nan() || found.error > tolerance {
+            let reason = format!("{} wrong elements, relative error {:.2e} (limit {tolerance:.1e})", found.wrong, found.error);
+            return Err(Failure::new("verify", reason));
+        }
+        for (name, buffer) in [("x", &set.x), ("weights", &set.weights), ("z", &set.z)] {
+            if !support.guards_intact(buffer)? {
+                return Err(Failure::new("verify", format!("wrote outside of {name}")));
+            }
+        }
+        Ok(found.error)
+    }
+
+    fn sample(&mut self, config: &Config) -> Result<f64, Failure> {
+        if !self.graphs.contains_key(config) {
+            let kernel = self.kernel(config)?;
+            let graph = self.stopwatch.capture(|index| self.arena.launch(self.lab, kernel, index))?;
+            self.graphs.insert(*config, graph);
+        }
+        let graph = self.graphs.get(config).ok_or_else(|| Failure::new("launch", "was not captured"))?;
+        self.stopwatch.sample(graph)
+    }
+}

@@ -1,0 +1,195 @@
+//! From candidates to measured times: verify each, then time them in rounds that drop the slow ones.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use swiglu_db::{Measurement, Outcome};
+use swiglu_kernels::Config;
+
+/// Something whose candidates can be verified and timed, on whatever device.
+pub(crate) trait Subject {
+    /// Runs `config` once on fresh poisoned output and holds it to the oracle; the relative error.
+    fn verify(&mut self, config: &Config) -> Result<f64, Failure>;
+    /// One sample of the time of a launch, in microseconds.
+    fn sample(&mut self, config: &Config) -> Result<f64, Failure>;
+}
+
+/// Why a candidate is out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Failure {
+    /// `compile`, `spill`, `launch`, `verify` or `pruned`.
+    pub(crate) stage: &'static str,
+    pub(crate) reason: String,
+}
+
+impl Failure {
+    pub(crate) fn new(stage: &'static str, reason: impl ToString) -> Self {
+        Self { stage, reason: reason.to_string() }
+    }
+}
+
+impl From<Failure> for Outcome {
+    fn from(failure: Failure) -> Self {
+        Self::Failed { stage: failure.stage.into(), reason: failure.reason }
+    }
+}
+
+/// Rounds of the race: samples per candidate, and how much slower than the best one may be to stay in.
+/// The last round decides; its samples are interleaved so that drift of the clocks hits all alike.
+const ROUNDS: [(usize, f64); 4] = [(1, 2.0), (3, 1.25), (5, 1.06), (20, 1.0)];
+
+/// Races `candidates`; the outcome of each, in their order. Stops early, with what is known, when `stop` is set.
+pub(crate) fn race(subject: &mut dyn Subject, candidates: &[Config], stop: &AtomicBool) -> Vec<(Config, Outcome)> {
+    let mut entries: Vec<Entry> = candidates.iter().map(|&config| Entry::new(config)).collect();
+    for entry in &mut entries {
+        if stop.load(Ordering::Relaxed) {
+            entry.failure = Some(Failure::new("interrupted", "stopped before it was verified"));
+            continue;
+        }
+        match subject.verify(&entry.config) {
+            Ok(error) => entry.error = error,
+            Err(failure) => entry.failure = Some(failure),
+        }
+    }
+    for (samples, keep) in ROUNDS {
+        for _ in 0..samples {
+            for entry in entries.iter_mut().filter(|entry| entry.racing()) {
+                if stop.load(Ordering::Relaxed) {
+                    return outcomes(entries);
+                }
+                match subject.sample(&entry.config) {
+                    Ok(time) => entry.samples.push(time),
+                    Err(failure) => entry.failure = Some(failure),
+                }
+            }
+        }
+        let best = entries.iter().filter(|entry| entry.racing()).map(Entry::median).fold(f64::INFINITY, f64::min);
+        for entry in entries.iter_mut().filter(|entry| entry.racing()) {
+            entry.dropped = entry.median() > best * keep.max(1.0) && keep > 1.0;
+        }
+    }
+    outcomes(entries)
+}
+
+struct Entry {
+    config: Config,
+    error: f64,
+    samples: Vec<f64>,
+    failure: Option<Failure>,
+    dropped: bool,
+}
+
+impl Entry {
+    fn new(config: Config) -> Self {
+        Self { config, error: 0.0, samples: Vec::new(), failure: None, dropped: false }
+    }
+
+    fn racing(&self) -> bool {
+        self.failure.is_none() && !self.dropped
+    }
+
+    fn median(&self) -> f64 {
+        quantile(&self.samples, 0.5)
+    }
+}
+
+fn outcomes(entries: Vec<Entry>) -> Vec<(Config, Outcome)> {
+    let outcome = |entry: Entry| match entry.failure {
+        Some(failure) => (entry.config, failure.into()),
+        None if entry.samples.is_empty() => {
+            (entry.config, Failure::new("interrupted", "stopped before it was timed").into())
+        }
+        None => {
+            let measurement = Measurement {
+                median_us: entry.median(),
+                p10_us: quantile(&entry.samples, 0.1),
+                p90_us: quantile(&entry.samples, 0.9),
+                samples: u32::try_from(entry.samples.len()).unwrap_or(u32::MAX),
+                error: entry.error,
+            };
+            (entry.config, Outcome::Measured(measurement))
+        }
+    };
+    entries.into_iter().map(outcome).collect()
+}
+
+/// The `q` quantile by nearest rank; NaN of nothing.
+pub(crate) fn quantile(samples: &[f64], q: f64) -> f64 {
+    let mut sorted = samples.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let rank = (q * sorted.len().saturating_sub(1) as f64).round() as usize;
+    sorted.get(rank).copied().unwrap_or(f64::NAN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use swiglu_kernels::families::{CpuConfig, Target, candidates};
+    use swiglu_kernels::{DType, Problem, WeightMajor};
+
+    /// Candidate i takes 100 + i µs with noise; two are broken.
+    struct Fake {
+        calls: u32,
+        configs: Vec<Config>,
+    }
+
+    impl Fake {
+        fn index(&self, config: &Config) -> usize {
+            self.configs.iter().position(|known| known == config).unwrap()
+        }
+    }
+
+    impl Subject for Fake {
+        fn verify(&mut self, config: &Config) -> Result<f64, Failure> {
+            if self.index(config) == 1 { Err(Failure::new("verify", "wrong")) } else { Ok(1e-7) }
+        }
+        fn sample(&mut self, config: &Config) -> Result<f64, Failure> {
+            self.calls += 1;
+            let index = self.index(config);
+            if index == 2 {
+                return Err(Failure::new("launch", "refused"));
+            }
+            let noise = f64::from(self.calls * 2_654_435_761u32.wrapping_mul(self.calls) % 100) / 100.0;
+            Ok(if index == 0 { 130.0 } else { 100.0 + 10.0 * index as f64 } + noise)
+        }
+    }
+
+    fn fake() -> Fake {
+        let problem = Problem::forward(DType::F32, WeightMajor::K, 8, 8, 8);
+        Fake { calls: 0, configs: candidates(&problem, Target::Cpu { threads: 1 }) }
+    }
+
+    #[test]
+    fn the_fastest_that_works_wins_and_failures_keep_their_reason() {
+        let mut subject = fake();
+        let configs = subject.configs.clone();
+        let results = race(&mut subject, &configs, &AtomicBool::new(false));
+        assert_eq!(results.len(), configs.len());
+        assert_eq!(results[1].1, Failure::new("verify", "wrong").into());
+        assert_eq!(results[2].1, Failure::new("launch", "refused").into());
+        let time = |outcome: &Outcome| match outcome {
+            Outcome::Measured(measurement) => measurement.median_us,
+            Outcome::Failed { .. } => f64::INFINITY,
+        };
+        let best = results.iter().min_by(|a, b| time(&a.1).total_cmp(&time(&b.1))).unwrap();
+        assert!(best.0 == configs[0] || best.0 == configs[3], "{}", best.0);
+        let samples = |index: usize| match &results[index].1 {
+            Outcome::Measured(measurement) => measurement.samples,
+            Outcome::Failed { .. } => 0,
+        };
+        assert!(samples(0) >= 29 && samples(configs.len() - 1) <= 4, "the slow are dropped early");
+    }
+
+    #[test]
+    fn a_stopped_race_reports_nothing_as_measured_that_was_not() {
+        let mut subject = fake();
+        let configs = [Config::Cpu(CpuConfig { block_m: 32, block_n: 64, threads: 1 })];
+        let results = race(&mut subject, &configs, &AtomicBool::new(true));
+        assert!(matches!(&results[0].1, Outcome::Failed { stage, .. } if stage == "interrupted"));
+    }
+
+    #[test]
+    fn quantiles_by_nearest_rank() {
+        assert_eq!(quantile(&[3.0, 1.0, 2.0], 0.5), 2.0);
+        assert_eq!(quantile(&[1.0, 2.0, 3.0, 4.0, 5.0], 0.9), 5.0);
+        assert!(quantile(&[], 0.5).is_nan());
+    }
+}

@@ -1,0 +1,23 @@
+//! Records as any process may read them: from the journal, without the writer's lock.
+
+use anyhow::{Context, Result};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use swiglu_db::{Record, journal};
+use swiglu_runtime::Options;
+
+/// The tuning database's folder.
+pub(crate) fn db_dir(options: &Options) -> Result<PathBuf> {
+    options.db_dir().context("there is no home folder for the tuning database; give --db DIR")
+}
+
+/// Every record, the latest of each config, in the order of the keys; none where nothing was tuned.
+pub(crate) fn read(options: &Options) -> Result<Vec<Record>> {
+    let path = db_dir(options)?.join(journal::FILE_NAME);
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let contents = journal::read(&path).context("reading the tuning database")?;
+    let latest: BTreeMap<_, _> = contents.records.into_iter().map(|record| ((record.key(), record.config), record)).collect();
+    Ok(latest.into_values().collect())
+}

@@ -1,0 +1,212 @@
+//! The main job: for every problem, race what is missing and store what came out.
+
+use crate::cpu_subject::CpuSubject;
+use crate::gpu_subject::{Compiled, GpuLab, GpuSubject};
+use crate::race::{Failure, race};
+use crate::workload::Group;
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+use swiglu_db::{Device, Environment, Outcome, Record, TuningDb, TuningKey};
+use swiglu_kernels::families::{Target, candidates};
+use swiglu_kernels::{Config, Problem, render};
+use swiglu_runtime::cpu;
+
+/// What is tuned on.
+pub(crate) enum Lab {
+    /// A GPU.
+    Gpu(Box<GpuLab>),
+    /// The CPU.
+    Cpu,
+}
+
+impl Lab {
+    pub(crate) fn device(&self) -> Device {
+        match self {
+            Self::Gpu(lab) => lab.gpu.device.clone(),
+            Self::Cpu => cpu::device(),
+        }
+    }
+
+    pub(crate) fn target(&self) -> Target {
+        match self {
+            Self::Gpu(lab) => Target::Gpu(lab.gpu.arch),
+            Self::Cpu => Target::Cpu { threads: cpu::threads() },
+        }
+    }
+}
+
+/// What a run did.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Summary {
+    /// Problems raced now.
+    pub(crate) tuned: usize,
+    /// Problems that had nothing missing.
+    pub(crate) already: usize,
+    /// Problems left for a later run: the budget or Ctrl-C ended this one.
+    pub(crate) left: usize,
+    /// Problems for which no candidate worked.
+    pub(crate) without_winner: usize,
+}
+
+/// A candidate slower than the best by this factor at one M in the hundreds is not tried at the next larger one.
+const HOPELESS_FACTOR: f64 = 3.0;
+/// Smallest M from which that holds: below, the ranking still turns over.
+const HOPELESS_FROM_M: u32 = 256;
+
+/// Tunes `groups` in their order, until done, `stop` or the budget's end.
+pub(crate) fn tune(lab: &Lab, groups: &[Group], db: &mut TuningDb, budget: Duration, quiet: bool, stop: &AtomicBool) -> Result<Summary> {
+    let begun = Instant::now();
+    let total = groups.iter().map(|group| group.m.len()).sum::<usize>();
+    let progress = progress_bar(total, quiet);
+    let mut summary = Summary::default();
+    for group in groups {
+        let mut slow: BTreeMap<Config, f64> = BTreeMap::new();
+        let mut compiled = None;
+        for &m in &group.m {
+            let problem = group.problem(m);
+            progress.set_message(format!("{} {} m={m} n={} k={}", problem.dtype, problem.weight_major, problem.n, problem.k));
+            if stop.load(Ordering::Relaxed) || begun.elapsed() >= budget {
+                summary.left += 1;
+                continue;
+            }
+            let all = candidates(&problem, lab.target());
+            let missing = missing(lab, db, &problem, &all)?;
+            if missing.is_empty() {
+                summary.already += 1;
+            } else {
+                let records = match lab {
+                    Lab::Gpu(gpu) => {
+                        let compiled = compiled.get_or_insert_with(|| compile(gpu, &problem, &all, &progress));
+                        tune_on_gpu(gpu, compiled, problem, &missing, &slow, stop)
+                    }
+                    Lab::Cpu => tune_on_cpu(problem, &missing, stop),
+                };
+                db.insert(&records).context("storing measurements")?;
+                if stop.load(Ordering::Relaxed) {
+                    summary.left += 1;
+                } else {
+                    summary.tuned += 1;
+                }
+            }
+            let key = TuningKey { device_class: lab.device().class, problem };
+            match db.best(&key)? {
+                Some(best) => note_slow(&mut slow, db, &key, &best, &all)?,
+                None => summary.without_winner += usize::from(!stop.load(Ordering::Relaxed)),
+            }
+            progress.inc(1);
+        }
+        db.publish().context("publishing the snapshot")?;
+    }
+    progress.finish_and_clear();
+    Ok(summary)
+}
+
+fn progress_bar(total: usize, quiet: bool) -> ProgressBar {
+    if quiet {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} problems, {elapsed} gone, {eta} left  {msg}");
+    ProgressBar::new(total as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+/// Candidates without a record, or whose source has changed since; with the present best beside them, so that
+/// both are timed in one race.
+fn missing(lab: &Lab, db: &TuningDb, problem: &Problem, all: &[Config]) -> Result<Vec<Config>> {
+    let key = TuningKey { device_class: lab.device().class, problem: *problem };
+    let is_missing = |config: &Config| -> Result<bool> {
+        let digest = match lab.target() {
+            Target::Gpu(arch) => render::render(problem, config, arch).map(|source| source.digest)?,
+            Target::Cpu { .. } => String::new(),
+        };
+        Ok(!db.is_measured(&key, config, &digest)?)
+    };
+    let mut missing = Vec::new();
+    for config in all {
+        if is_missing(config)? {
+            missing.push(*config);
+        }
+    }
+    if let Some(best) = db.best(&key)?.filter(|best| !missing.is_empty() && !missing.contains(&best.config)) {
+        missing.push(best.config);
+    }
+    Ok(missing)
+}
+
+fn compile(lab: &GpuLab, problem: &Problem, all: &[Config], progress: &ProgressBar) -> BTreeMap<Config, Compiled> {
+    let count = std::sync::atomic::AtomicUsize::new(0);
+    let compiled = lab.compile(problem, all, || {
+        let done = count.fetch_add(1, Ordering::Relaxed) + 1;
+        progress.set_message(format!("compiling {done}/{}", all.len()));
+        progress.tick();
+    });
+    let failed = compiled.values().filter(|compiled| compiled.kernel.is_err()).count();
+    tracing::info!(dtype = %problem.dtype, candidates = all.len(), failed, "compiled");
+    compiled
+}
+
+fn tune_on_gpu(
+    lab: &GpuLab, compiled: &BTreeMap<Config, Compiled>, problem: Problem, missing: &[Config], slow: &BTreeMap<Config, f64>, stop: &AtomicBool,
+) -> Vec<Record> {
+    let (hopeless, hopeful): (Vec<Config>, Vec<Config>) = missing.iter().partition(|config| slow.contains_key(config));
+    let outcomes = match GpuSubject::new(lab, compiled, problem, rand::random()) {
+        Ok(mut subject) => race(&mut subject, &hopeful, stop),
+        Err(failure) => hopeful.iter().map(|&config| (config, failure.clone().into())).collect(),
+    };
+    let pruned = hopeless.into_iter().map(|config| {
+        let reason = format!("{:.1}x the best at a smaller m", slow.get(&config).copied().unwrap_or(f64::NAN));
+        (config, Failure::new("pruned", reason).into())
+    });
+    let environment = |config: &Config| {
+        let compiled = compiled.get(config);
+        Environment {
+            nvrtc: lab.nvrtc.version_string(),
+            driver: crate::doctor::driver_version().unwrap_or_default(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            source_digest: compiled.map(|compiled| compiled.digest.clone()).unwrap_or_default(),
+            registers: compiled.map_or(0, |compiled| compiled.resources.registers),
+            date: jiff::Timestamp::now().to_string(),
+        }
+    };
+    finished(outcomes.into_iter().chain(pruned))
+        .map(|(config, outcome)| Record { device: lab.gpu.device.clone(), problem, config, outcome, environment: environment(&config) })
+        .collect()
+}
+
+fn tune_on_cpu(problem: Problem, missing: &[Config], stop: &AtomicBool) -> Vec<Record> {
+    let mut subject = CpuSubject::new(problem, rand::random());
+    let outcomes = race(&mut subject, missing, stop);
+    let environment = Environment {
+        version: env!("CARGO_PKG_VERSION").into(),
+        date: jiff::Timestamp::now().to_string(),
+        ..Environment::default()
+    };
+    finished(outcomes.into_iter())
+        .map(|(config, outcome)| Record { device: cpu::device(), problem, config, outcome, environment: environment.clone() })
+        .collect()
+}
+
+/// Without the candidates that an interrupt left unfinished: they are still missing.
+fn finished(outcomes: impl Iterator<Item = (Config, Outcome)>) -> impl Iterator<Item = (Config, Outcome)> {
+    outcomes.filter(|(_, outcome)| !matches!(outcome, Outcome::Failed { stage, .. } if stage == "interrupted"))
+}
+
+/// Notes the candidates that are hopeless from here on.
+fn note_slow(slow: &mut BTreeMap<Config, f64>, db: &TuningDb, key: &TuningKey, best: &Record, all: &[Config]) -> Result<()> {
+    if key.problem.m < HOPELESS_FROM_M {
+        return Ok(());
+    }
+    let Some(best) = best.measurement() else { return Ok(()) };
+    for config in all {
+        let record = db.record(key, config)?;
+        if let Some(time) = record.as_ref().and_then(Record::measurement) {
+            let ratio = time.median_us / best.median_us;
+            if ratio > HOPELESS_FACTOR {
+                slow.insert(*config, ratio);
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,156 @@
+//! What is to be tuned: presets and shape files, as groups of problems that share weights.
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+use std::collections::BTreeSet;
+use std::path::Path;
+use swiglu_kernels::{DType, Problem, WeightLayout};
+
+/// The values of M that are tuned when none are given.
+pub(crate) const ANCHORS: [u32; 14] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192];
+
+/// Problems that differ in M only.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Group {
+    pub(crate) dtype: DType,
+    pub(crate) layout: WeightLayout,
+    pub(crate) n: u32,
+    pub(crate) k: u32,
+    /// Ascending.
+    pub(crate) m: Vec<u32>,
+}
+
+impl Group {
+    /// The problem for `m` tokens.
+    pub(crate) fn problem(&self, m: u32) -> Problem {
+        Problem::forward(self.dtype, self.layout.major(), m, self.n, self.k)
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Models {
+    model: Vec<Model>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Model {
+    name: String,
+    k: u32,
+    n: u32,
+    m: Option<Vec<u32>>,
+}
+
+/// A shapes file: `[[shape]]` tables with `n`, `k`, and optionally `m`, `dtype`, `layout`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Shapes {
+    shape: Vec<Shape>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Shape {
+    n: u32,
+    k: u32,
+    m: Option<Vec<u32>>,
+    dtype: Option<Vec<DType>>,
+    layout: Option<Vec<WeightLayout>>,
+}
+
+fn models() -> Result<Vec<Model>> {
+    let models: Models = toml::from_str(include_str!("../models.toml")).context("models.toml")?;
+    Ok(models.model)
+}
+
+/// Names of the presets, most used first.
+pub(crate) fn model_names() -> Vec<String> {
+    models().map(|models| models.into_iter().map(|model| model.name).collect()).unwrap_or_default()
+}
+
+/// One model's problems; every preset but `tiny` where `name` is `None`.
+pub(crate) fn preset(name: Option<&str>, dtypes: &[DType], layouts: &[WeightLayout]) -> Result<Vec<Group>> {
+    let models = models()?;
+    let known: Vec<_> = models.iter().map(|model| model.name.clone()).collect();
+    let chosen: Vec<Model> =
+        models.into_iter().filter(|model| name.map_or(model.name != "tiny", |name| model.name == name)).collect();
+    if chosen.is_empty() {
+        bail!("`{}` is no model preset; use one of {}", name.unwrap_or_default(), known.join(", "));
+    }
+    let groups = dtypes.iter().flat_map(|&dtype| {
+        chosen.iter().flat_map(move |model| layouts.iter().map(move |&layout| group(model.n, model.k, model.m.as_deref(), dtype, layout)))
+    });
+    Ok(without_repeats(groups))
+}
+
+/// The problems of a shapes file; `dtypes` and `layouts` hold where a shape names none.
+pub(crate) fn from_file(path: &Path, dtypes: &[DType], layouts: &[WeightLayout]) -> Result<Vec<Group>> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("shapes file {}", path.display()))?;
+    let shapes: Shapes = toml::from_str(&text).with_context(|| format!("shapes file {}", path.display()))?;
+    let groups = shapes.shape.iter().flat_map(|shape| {
+        let dtypes = shape.dtype.as_deref().unwrap_or(dtypes);
+        let layouts = shape.layout.as_deref().unwrap_or(layouts);
+        dtypes.iter().flat_map(move |&dtype| {
+            layouts.iter().map(move |&layout| group(shape.n, shape.k, shape.m.as_deref(), dtype, layout))
+        })
+    });
+    let groups = without_repeats(groups);
+    if groups.is_empty() {
+        bail!("shapes file {} names no shape; add a [[shape]] table with n and k", path.display());
+    }
+    if let Some(group) = groups.iter().find(|group| group.m.is_empty() || group.m.contains(&0) || group.n == 0 || group.k == 0) {
+        bail!("shapes file {}: sizes must be positive, found m {:?}, n {}, k {}", path.display(), group.m, group.n, group.k);
+    }
+    Ok(groups)
+}
+
+fn group(n: u32, k: u32, m: Option<&[u32]>, dtype: DType, layout: WeightLayout) -> Group {
+    let m: BTreeSet<u32> = m.unwrap_or(&ANCHORS).iter().copied().collect();
+    Group { dtype, layout, n, k, m: m.into_iter().collect() }
+}
+
+/// Keeps the first of equal groups: layouts with one weight order are one problem.
+fn without_repeats(groups: impl Iterator<Item = Group>) -> Vec<Group> {
+    let mut seen = BTreeSet::new();
+    groups.filter(|group| seen.insert((group.dtype, group.layout.major(), group.n, group.k, group.m.clone()))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn presets_are_the_ones_promised() {
+        let names = model_names();
+        for name in ["tiny", "llama-3.2-1b", "llama-2-7b", "llama-3-8b", "qwen2.5-7b", "llama-3-70b", "llama-3-70b-tp8", "mixtral-expert"] {
+            assert!(names.iter().any(|known| known == name), "{name}");
+        }
+        let error = preset(Some("gpt-9"), &[DType::Bf16], &[WeightLayout::SeparateNk]).unwrap_err().to_string();
+        assert!(error.contains("llama-3-8b"), "{error}");
+    }
+
+    #[test]
+    fn equal_problems_are_tuned_once() {
+        let layouts = [WeightLayout::SeparateNk, WeightLayout::PackedNk, WeightLayout::PackedKn];
+        let groups = preset(Some("tiny"), &[DType::Bf16], &layouts).unwrap();
+        assert_eq!(groups.len(), 2);
+        assert_eq!(preset(None, &[DType::Bf16], &layouts[..1]).unwrap().len(), 6);
+    }
+
+    #[test]
+    fn a_shapes_file_says_what_is_wrong_with_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("shapes.toml");
+        let read = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            from_file(&path, &[DType::Bf16], &[WeightLayout::SeparateNk])
+        };
+        let groups = read("[[shape]]\nn = 96\nk = 64\nm = [8, 1, 8]\ndtype = [\"f16\", \"tf32\"]").unwrap();
+        assert_eq!((groups.len(), groups[0].m.clone()), (2, vec![1, 8]));
+        for bad in ["", "[[shape]]\nn = 96", "[[shape]]\nn = 96\nk = 0", "[[shape]]\nn = 9\nk = 9\nwidth = 1", "shape = []"] {
+            let error = format!("{:#}", read(bad).unwrap_err());
+            assert!(error.contains("shapes.toml"), "{error}");
+        }
+    }
+}
