@@ -193,7 +193,8 @@ pub fn default_of(family: Family, problem: &Problem, arch: &'static ArchSpec) ->
         Family::MmaSync => mma_sync::defaults(problem).map(Config::MmaSync).to_vec(),
         Family::Cpu => Vec::new(),
     };
-    let mut rejected = Rejected { rule: "the family runs on this kind of device", reason: format!("{family} on {arch}") };
+    let mut rejected =
+        Rejected { rule: "the family runs on this kind of device", reason: format!("{family} on {arch}") };
     let space = space(problem, target).into_iter().filter(|config| config.family() == family);
     for config in preferred.into_iter().chain(space) {
         match config.check(problem, target) {

@@ -5,7 +5,9 @@ use half::bf16;
 use std::error::Error;
 use swiglu_kernels::{Activation, oracle};
 use swiglu_runtime::cudarc::driver::CudaContext;
-use swiglu_runtime::{DType, Forward, ForwardSpec, GateOrder, Matrix, Options, Runtime, WeightLayout, Weights, library};
+use swiglu_runtime::{
+    DType, Forward, ForwardSpec, GateOrder, Matrix, Options, Runtime, WeightLayout, Weights, library,
+};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let (m, n, k) = (128, 8192, 2048);
@@ -22,7 +24,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         k: k as u32,
     };
     let plan = runtime.prepare(&spec)?;
-    println!("{}: m = {m} runs `{}` ({:?})", runtime.gpu().device.name, plan.choice(m as u32).config, plan.choice(m as u32).matched);
+    println!(
+        "{}: m = {m} runs `{}` ({:?})",
+        runtime.gpu().device.name,
+        plan.choice(m as u32).config,
+        plan.choice(m as u32).matched
+    );
 
     let x = numbers(m * k, 1.0, 1);
     let gate = numbers(n * k, 1.0 / (k as f32).sqrt(), 2);
@@ -44,8 +51,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     // Two rows suffice here; the tuner has checked every element.
     let rows = [0, m - 1];
     let wide = |values: &[bf16]| values.iter().map(|value| value.to_f64()).collect::<Vec<f64>>();
-    let pick = |values: &[bf16], width: usize| rows.iter().flat_map(|row| wide(&values[row * width..(row + 1) * width])).collect::<Vec<f64>>();
-    let operands = oracle::Forward { x: &pick(&x, k), gate: &wide(&gate), up: &wide(&up), gate_bias: None, up_bias: None, k };
+    let pick = |values: &[bf16], width: usize| {
+        rows.iter().flat_map(|row| wide(&values[row * width..(row + 1) * width])).collect::<Vec<f64>>()
+    };
+    let operands =
+        oracle::Forward { x: &pick(&x, k), gate: &wide(&gate), up: &wide(&up), gate_bias: None, up_bias: None, k };
     let error = oracle::relative_error(pick(&z, n), oracle::forward(Activation::Silu, &operands));
     println!("relative error against float64: {error:.2e}");
     if error > DType::Bf16.tolerance() {
@@ -56,7 +66,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 /// Uniform numbers of standard deviation `scale`.
 fn numbers(count: usize, scale: f32, seed: u64) -> Vec<bf16> {
-    use rand::{Rng, SeedableRng, rngs::SmallRng};
+    use rand::{RngExt, SeedableRng, rngs::SmallRng};
     let mut rng = SmallRng::seed_from_u64(seed);
     let half_width = scale * 3f32.sqrt();
     (0..count).map(|_| bf16::from_f32(rng.random_range(-half_width..half_width))).collect()

@@ -1,8 +1,261 @@
-//! placeholder
-use crate::operands::*; use swiglu_kernels::families::CpuConfig;
-#[derive(Debug)] pub struct CpuPlan { spec: ForwardSpec }
-#[derive(Debug, thiserror::Error)] #[error("x")] pub struct CpuError;
-impl CpuPlan { pub fn new(spec: ForwardSpec, _e: &[(u32, CpuConfig)]) -> Result<Self, CpuError> { Ok(Self{spec}) } pub fn spec(&self)->&ForwardSpec{&self.spec}
- pub fn launch<T: Element>(&self, _f: Forward<&[T], &mut [T]>) -> Result<(), ArgumentError> { Ok(()) } }
-pub fn device() -> swiglu_db::Device { swiglu_db::Device{class:"cpu".into(),name:"cpu".into()} }
-pub fn threads() -> u32 { 2 }
+//! The CPU backend: blocks of both GEMMs and the gate, one task per output tile, on a rayon pool.
+//!
+//! Design: `docs/kernels/cpu.md`. Config: `crates/swiglu-kernels/src/families/cpu.rs`.
+
+mod silu;
+
+use crate::buckets::BucketTable;
+use crate::operands::{ArgumentError, Element, Forward, ForwardSpec, Matrix, WeightOffsets, Weights};
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+use rayon::prelude::*;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use swiglu_db::Device;
+use swiglu_kernels::families::cpu::default_config;
+use swiglu_kernels::families::{CpuConfig, Target};
+use swiglu_kernels::{Config, DType, Rejected, WeightMajor};
+
+/// Why there is no CPU plan.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CpuError {
+    /// The config cannot run this problem.
+    #[error("the CPU cannot run this: {0}")]
+    Rejected(#[from] Rejected),
+    /// The worker threads could not be started.
+    #[error("worker threads could not be started: {0}")]
+    Threads(#[from] rayon::ThreadPoolBuildError),
+}
+
+/// A prepared forward problem on the CPU. `Send` and `Sync`.
+#[derive(Debug)]
+pub struct CpuPlan {
+    spec: ForwardSpec,
+    table: BucketTable,
+    /// One per anchor, ascending.
+    entries: Vec<(CpuConfig, Arc<rayon::ThreadPool>)>,
+}
+
+/// Threads this machine can run at once.
+pub fn threads() -> u32 {
+    std::thread::available_parallelism().map_or(1, |count| u32::try_from(count.get()).unwrap_or(1))
+}
+
+/// Identity of this CPU in the tuning database: `cpu-<model>-<threads>`.
+pub fn device() -> Device {
+    let name = model_name().unwrap_or_else(|| format!("{} CPU", std::env::consts::ARCH));
+    let word: String =
+        name.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' }).collect();
+    let word = word.split('-').filter(|part| !part.is_empty()).collect::<Vec<_>>().join("-");
+    Device { class: format!("cpu-{word}-{}", threads()), name }
+}
+
+fn model_name() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}
+
+impl CpuPlan {
+    /// A plan with a tuned config per anchor M, ascending; with the default one where there is none. Starts the
+    /// worker threads.
+    ///
+    /// # Errors
+    /// When a config is not legal here, or threads cannot be started.
+    pub fn new(spec: ForwardSpec, anchors: &[(u32, CpuConfig)]) -> Result<Self, CpuError> {
+        let default = [(1, default_config(threads()))];
+        let anchors = if anchors.is_empty() { &default[..] } else { anchors };
+        let mut pools: BTreeMap<u32, Arc<rayon::ThreadPool>> = BTreeMap::new();
+        let mut entries = Vec::with_capacity(anchors.len());
+        for &(m, config) in anchors {
+            Config::Cpu(config).check(&spec.problem(m), Target::Cpu { threads: threads() })?;
+            let pool = match pools.get(&config.threads) {
+                Some(pool) => Arc::clone(pool),
+                None => Arc::new(rayon::ThreadPoolBuilder::new().num_threads(config.threads as usize).build()?),
+            };
+            pools.insert(config.threads, Arc::clone(&pool));
+            entries.push((config, pool));
+        }
+        let table = BucketTable::new(&anchors.iter().map(|&(m, _)| m).collect::<Vec<_>>());
+        Ok(Self { spec, table, entries })
+    }
+
+    /// What it was prepared for.
+    pub fn spec(&self) -> &ForwardSpec {
+        &self.spec
+    }
+
+    /// The config that serves `m` tokens.
+    pub fn config_for(&self, m: u32) -> &CpuConfig {
+        &self.entries[self.table.anchor(m)].0
+    }
+
+    /// Computes `z[M,N] = silu(x·Wg + bg) ⊙ (x·Wu + bu)`; every shape is checked first. Empty M or N returns at
+    /// once. The same bits in every run of one config.
+    ///
+    /// # Errors
+    /// [`ArgumentError`] names the operand that does not fit.
+    pub fn launch<T: Element>(&self, forward: Forward<&[T], &mut [T]>) -> Result<(), ArgumentError> {
+        if !T::stores(self.spec.dtype) || self.spec.dtype == DType::Tf32 {
+            return Err(ArgumentError::new("x", format!("its element type does not store `{}`", self.spec.dtype)));
+        }
+        let offsets = forward.check(&self.spec, |slice| slice.len(), |slice| slice.len())?;
+        let m = forward.x.rows;
+        if m == 0 || self.spec.n == 0 {
+            return Ok(());
+        }
+        let (config, pool) = &self.entries[self.table.anchor(u32::try_from(m).unwrap_or(u32::MAX))];
+        let work = Work::new(&self.spec, config, &forward, offsets);
+        let tiles = tiles(forward.z, work.block_m, work.block_n);
+        pool.install(|| tiles.into_par_iter().for_each_init(Scratch::default, |scratch, tile| work.run(tile, scratch)));
+        Ok(())
+    }
+}
+
+/// One block of z: its rows' pieces, and where it lies.
+struct Tile<'a, T> {
+    row: usize,
+    column: usize,
+    pieces: Vec<&'a mut [T]>,
+}
+
+/// Cuts z into tiles that share nothing, so that tasks need no lock.
+fn tiles<T>(z: Matrix<&mut [T]>, block_m: usize, block_n: usize) -> Vec<Tile<'_, T>> {
+    let across = z.cols.div_ceil(block_n);
+    let mut tiles: Vec<Tile<T>> = Vec::with_capacity(z.rows.div_ceil(block_m) * across);
+    for (row, line) in z.data.chunks_mut(z.row_stride.max(z.cols)).take(z.rows).enumerate() {
+        let (cells, _gap) = line.split_at_mut(z.cols);
+        for (index, piece) in cells.chunks_mut(block_n).enumerate() {
+            if row % block_m == 0 {
+                tiles.push(Tile { row, column: index * block_n, pieces: Vec::with_capacity(block_m) });
+            }
+            tiles[row / block_m * across + index].pieces.push(piece);
+        }
+    }
+    tiles
+}
+
+/// Buffers of one worker, kept from task to task.
+#[derive(Default)]
+struct Scratch {
+    x: Vec<f32>,
+    weights: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+}
+
+/// What every task reads.
+struct Work<'a, T> {
+    x: &'a [T],
+    x_stride: usize,
+    gate: &'a [T],
+    up: &'a [T],
+    offsets: WeightOffsets,
+    major: WeightMajor,
+    gate_bias: Option<&'a [T]>,
+    up_bias: Option<&'a [T]>,
+    k: usize,
+    block_m: usize,
+    block_n: usize,
+}
+
+impl<'a, T: Element> Work<'a, T> {
+    fn new(
+        spec: &ForwardSpec,
+        config: &CpuConfig,
+        forward: &Forward<&'a [T], &mut [T]>,
+        offsets: WeightOffsets,
+    ) -> Self {
+        let (gate, up) = match forward.weights {
+            Weights::Packed(packed) => (packed.data, packed.data),
+            Weights::Separate { gate, up } => (gate.data, up.data),
+        };
+        Self {
+            x: forward.x.data,
+            x_stride: forward.x.row_stride,
+            gate,
+            up,
+            offsets,
+            major: spec.layout.major(),
+            gate_bias: forward.gate_bias,
+            up_bias: forward.up_bias,
+            k: spec.k as usize,
+            block_m: config.block_m as usize,
+            block_n: config.block_n as usize,
+        }
+    }
+
+    /// Both GEMMs of one tile, then the gate.
+    fn run(&self, tile: Tile<'_, T>, scratch: &mut Scratch) {
+        let rows = tile.pieces.len();
+        let columns = tile.pieces.first().map_or(0, |piece| piece.len());
+        let Scratch { x, weights, gate, up } = scratch;
+        for sums in [&mut *gate, &mut *up] {
+            sums.clear();
+            sums.resize(rows * columns, 0.0);
+        }
+        if self.k > 0 {
+            let x = rows_as_f32(&self.x[tile.row * self.x_stride..], rows, self.k, self.x_stride, x);
+            let WeightOffsets { gate: gate_at, gate_stride, up: up_at, up_stride } = self.offsets;
+            self.multiply(x, &self.gate[gate_at..], gate_stride, tile.column, columns, weights, gate);
+            self.multiply(x, &self.up[up_at..], up_stride, tile.column, columns, weights, up);
+        }
+        let here = tile.column..tile.column + columns;
+        let gate_bias = self.gate_bias.map(|bias| &bias[here.clone()]);
+        let up_bias = self.up_bias.map(|bias| &bias[here]);
+        for ((piece, gate), up) in tile.pieces.into_iter().zip(gate.chunks_mut(columns)).zip(up.chunks_mut(columns)) {
+            add(gate, gate_bias);
+            add(up, up_bias);
+            silu::silu_mul(gate, up);
+            for (out, value) in piece.iter_mut().zip(gate) {
+                *out = T::from_f32(*value);
+            }
+        }
+    }
+
+    /// `sums[rows, columns] = x · w` for the columns of z from `column` on.
+    #[allow(clippy::too_many_arguments, reason = "three matrices with their sizes")]
+    fn multiply(
+        &self,
+        x: MatRef<'_, f32>,
+        w: &[T],
+        stride: usize,
+        column: usize,
+        columns: usize,
+        scratch: &mut Vec<f32>,
+        sums: &mut [f32],
+    ) {
+        let w = match self.major {
+            WeightMajor::K => rows_as_f32(&w[column * stride..], columns, self.k, stride, scratch).transpose(),
+            WeightMajor::N => rows_as_f32(&w[column..], self.k, columns, stride, scratch),
+        };
+        let sums = MatMut::from_row_major_slice_mut(sums, x.nrows(), columns);
+        matmul(sums, Accum::Replace, x, w, 1.0, Par::Seq);
+    }
+}
+
+/// `rows` x `columns` of a row-major matrix as fp32: in place where it is, else widened into `scratch`.
+fn rows_as_f32<'a, T: Element>(
+    data: &'a [T],
+    rows: usize,
+    columns: usize,
+    stride: usize,
+    scratch: &'a mut Vec<f32>,
+) -> MatRef<'a, f32> {
+    if let Some(data) = T::as_f32(data) {
+        let needed = (rows - 1) * stride + columns;
+        return MatRef::from_row_major_slice_with_stride(&data[..needed], rows, columns, stride);
+    }
+    scratch.clear();
+    for row in 0..rows {
+        scratch.extend(data[row * stride..row * stride + columns].iter().map(|value| value.to_f32()));
+    }
+    MatRef::from_row_major_slice(&scratch[..], rows, columns)
+}
+
+fn add<T: Element>(sums: &mut [f32], bias: Option<&[T]>) {
+    for (sum, bias) in sums.iter_mut().zip(bias.unwrap_or(&[])) {
+        *sum += bias.to_f32();
+    }
+}

@@ -28,7 +28,10 @@ impl CubinCache {
     /// # Errors
     /// What [`Nvrtc::compile`] reports.
     pub fn get_or_compile(
-        &self, nvrtc: &Nvrtc, source: &KernelSource, arch: &'static ArchSpec,
+        &self,
+        nvrtc: &Nvrtc,
+        source: &KernelSource,
+        arch: &'static ArchSpec,
     ) -> Result<Cubin, CompileError> {
         let path = self.path(nvrtc, source, arch);
         if let Some(cubin) = read(&path) {

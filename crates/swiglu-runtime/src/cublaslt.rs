@@ -79,18 +79,22 @@ impl CublasLt {
         // cuBLASLt is column-major: a row-major matrix is its transpose, so out^T = w^T x^T.
         let transpose_w = weight_major == WeightMajor::K;
         let (w_rows, w_cols) = if transpose_w { (k, n) } else { (n, k) };
-        let description = result::create_matmul_desc(compute, sys::cudaDataType::CUDA_R_32F).map_err(failed("describe a GEMM"))?;
+        let description =
+            result::create_matmul_desc(compute, sys::cudaDataType::CUDA_R_32F).map_err(failed("describe a GEMM"))?;
         let mut layouts = [std::ptr::null_mut(); 3];
         for (layout, (rows, cols)) in layouts.iter_mut().zip([(w_rows, w_cols), (k, m), (n, m)]) {
-            *layout = result::create_matrix_layout(data, rows.into(), cols.into(), rows.into()).map_err(failed("describe a matrix"))?;
+            *layout = result::create_matrix_layout(data, rows.into(), cols.into(), rows.into())
+                .map_err(failed("describe a matrix"))?;
         }
         let mut gemm = Gemm { description, layouts, algorithms: Vec::new() };
         let operation = i32::from(transpose_w);
         // SAFETY: the descriptor is live; the attribute is a 32-bit integer.
         unsafe {
             result::set_matmul_desc_attribute(
-                gemm.description, sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA,
-                (&raw const operation).cast::<c_void>(), std::mem::size_of::<i32>(),
+                gemm.description,
+                sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA,
+                (&raw const operation).cast::<c_void>(),
+                std::mem::size_of::<i32>(),
             )
         }
         .map_err(failed("set the transpose"))?;
@@ -104,8 +108,10 @@ impl CublasLt {
         // SAFETY: the preference is live; the attribute is a size.
         let set = unsafe {
             result::set_matmul_pref_attribute(
-                preference, sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                (&raw const workspace_bytes).cast::<c_void>(), std::mem::size_of::<usize>(),
+                preference,
+                sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                (&raw const workspace_bytes).cast::<c_void>(),
+                std::mem::size_of::<usize>(),
             )
         };
         let [w, x, out] = gemm.layouts;
@@ -114,7 +120,16 @@ impl CublasLt {
         // SAFETY: every descriptor is live; the array has room for as many results as are asked for.
         let status = unsafe {
             sys::cublasLtMatmulAlgoGetHeuristic(
-                self.handle, gemm.description, w, x, out, out, preference, ALGORITHMS as i32, found.as_mut_ptr(), &raw mut count,
+                self.handle,
+                gemm.description,
+                w,
+                x,
+                out,
+                out,
+                preference,
+                ALGORITHMS as i32,
+                found.as_mut_ptr(),
+                &raw mut count,
             )
         };
         // SAFETY: the preference was made above and is destroyed once.
@@ -149,9 +164,22 @@ impl CublasLt {
         // SAFETY: descriptors are live, scalars outlive the call, addresses by contract.
         let status = unsafe {
             result::matmul(
-                self.handle, gemm.description, (&raw const alpha).cast(), (&raw const beta).cast(),
-                pointer(w), w_layout, pointer(x), x_layout, pointer(out), out_layout, pointer(out), out_layout,
-                algorithm, pointer(workspace), WORKSPACE_BYTES, self.stream.cu_stream().cast(),
+                self.handle,
+                gemm.description,
+                (&raw const alpha).cast(),
+                (&raw const beta).cast(),
+                pointer(w),
+                w_layout,
+                pointer(x),
+                x_layout,
+                pointer(out),
+                out_layout,
+                pointer(out),
+                out_layout,
+                algorithm,
+                pointer(workspace),
+                WORKSPACE_BYTES,
+                self.stream.cu_stream().cast(),
             )
         };
         status.map_err(failed("run a GEMM"))

@@ -108,7 +108,10 @@ impl Gpu {
         // multiprocessors and L2, so it is a class of its own.
         let class = format!(
             "{}-sm{sm_count}-l2_{}m-smem{}k-bus{bus_bits}-mem{}mhz",
-            arch.name, l2_bytes >> 20, smem >> 10, memory_khz / 1000
+            arch.name,
+            l2_bytes >> 20,
+            smem >> 10,
+            memory_khz / 1000
         );
         let mut driver_version = 0;
         // SAFETY: the pointer is to a live integer; a context exists, so the driver is loaded.
@@ -131,7 +134,8 @@ impl Gpu {
     /// # Errors
     /// When the driver refuses the image or the shared memory.
     pub fn load(&self, source: &KernelSource, cubin: &Cubin) -> Result<CudaFunction, GpuError> {
-        let module = self.context.load_module(Ptx::from_binary(cubin.image.clone())).map_err(failed("load a kernel"))?;
+        let module =
+            self.context.load_module(Ptx::from_binary(cubin.image.clone())).map_err(failed("load a kernel"))?;
         module.load_function(source.entry).map_err(failed("find a kernel's entry"))
     }
 
@@ -140,7 +144,11 @@ impl Gpu {
     /// # Errors
     /// As [`Gpu::load`].
     pub fn load_config(
-        &self, source: &KernelSource, cubin: &Cubin, config: &Config, problem: &Problem,
+        &self,
+        source: &KernelSource,
+        cubin: &Cubin,
+        config: &Config,
+        problem: &Problem,
     ) -> Result<Kernel, GpuError> {
         let function = self.load(source, cubin)?;
         let shape = config.launch_shape(problem).ok_or_else(|| GpuError::Driver {

@@ -73,28 +73,53 @@ struct KernelParams {
 /// format and stays allocated until the launch has finished; z overlaps no other operand; addresses and strides
 /// are multiples of the config's `access_bytes`; `stream` is live and of the kernel's context.
 pub unsafe fn forward(
-    kernel: &Kernel, stream: sys::CUstream, n: u32, k: u32, args: &RawForward,
+    kernel: &Kernel,
+    stream: sys::CUstream,
+    n: u32,
+    k: u32,
+    args: &RawForward,
 ) -> Result<(), DriverError> {
     let shape = &kernel.shape;
     let int = |value: u32| i32::try_from(value).map_err(|_| invalid());
     let mut params = KernelParams {
-        x: args.x, gate: args.gate, up: args.up, gate_bias: args.gate_bias, up_bias: args.up_bias, z: args.z,
-        x_stride: args.x_stride, gate_stride: args.gate_stride, up_stride: args.up_stride, z_stride: args.z_stride,
-        m: int(args.m)?, n: int(n)?, k: int(k)?,
+        x: args.x,
+        gate: args.gate,
+        up: args.up,
+        gate_bias: args.gate_bias,
+        up_bias: args.up_bias,
+        z: args.z,
+        x_stride: args.x_stride,
+        gate_stride: args.gate_stride,
+        up_stride: args.up_stride,
+        z_stride: args.z_stride,
+        m: int(args.m)?,
+        n: int(n)?,
+        k: int(k)?,
         raster_along_n: i32::from(shape.raster == Raster::AlongN),
         raster_group: int(shape.raster_group)?,
     };
     let tiles = u64::from(args.m.div_ceil(shape.block_m)) * u64::from(n.div_ceil(shape.block_n));
     let config = sys::CUlaunchConfig {
         gridDimX: u32::try_from(tiles).ok().filter(|&tiles| int(tiles).is_ok()).ok_or_else(invalid)?,
-        gridDimY: 1, gridDimZ: 1,
-        blockDimX: shape.threads, blockDimY: 1, blockDimZ: 1,
-        sharedMemBytes: shape.smem_bytes, hStream: stream, attrs: std::ptr::null_mut(), numAttrs: 0,
+        gridDimY: 1,
+        gridDimZ: 1,
+        blockDimX: shape.threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: shape.smem_bytes,
+        hStream: stream,
+        attrs: std::ptr::null_mut(),
+        numAttrs: 0,
     };
     let mut pointers = [(&raw mut params).cast::<std::ffi::c_void>()];
     // SAFETY: the kernel takes one `Params` by value, which `params` mirrors and outlives; addresses by contract.
     let status = unsafe {
-        sys::cuLaunchKernelEx(&raw const config, kernel.function.cu_function(), pointers.as_mut_ptr(), std::ptr::null_mut())
+        sys::cuLaunchKernelEx(
+            &raw const config,
+            kernel.function.cu_function(),
+            pointers.as_mut_ptr(),
+            std::ptr::null_mut(),
+        )
     };
     status.result()
 }
@@ -109,7 +134,17 @@ mod tests {
 
     #[test]
     fn one_odd_address_or_stride_decides_the_alignment() {
-        let aligned = RawForward { x: 256, gate: 512, up: 1024, z: 4096, x_stride: 64, gate_stride: 64, up_stride: 64, z_stride: 64, ..RawForward::default() };
+        let aligned = RawForward {
+            x: 256,
+            gate: 512,
+            up: 1024,
+            z: 4096,
+            x_stride: 64,
+            gate_stride: 64,
+            up_stride: 64,
+            z_stride: 64,
+            ..RawForward::default()
+        };
         assert_eq!(aligned.alignment(2), 16);
         assert_eq!(RawForward { up: 1032, ..aligned }.alignment(2), 8);
         assert_eq!(RawForward { z_stride: 63, ..aligned }.alignment(2), 2);

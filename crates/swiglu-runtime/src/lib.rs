@@ -7,8 +7,8 @@
 
 mod buckets;
 pub mod cpu;
-pub mod cublaslt;
 pub mod cubin_cache;
+pub mod cublaslt;
 pub mod gpu;
 pub mod launch;
 pub mod library;

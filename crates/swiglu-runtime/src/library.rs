@@ -65,8 +65,10 @@ fn find_nvrtc(explicit: Option<&Path>) -> Result<PathBuf, MissingLibrary> {
         Some(folder) => wheel_folders(folder),
         None => library_folders(),
     };
-    let found = folders.iter().flat_map(|folder| versions_in(folder, "libnvrtc.so.")).find_map(|path| load_nvrtc(&path));
-    let by_name = || ["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"].map(Path::new).into_iter().find(|name| load(name));
+    let found =
+        folders.iter().flat_map(|folder| versions_in(folder, "libnvrtc.so.")).find_map(|path| load_nvrtc(&path));
+    let by_name =
+        || ["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"].map(Path::new).into_iter().find(|name| load(name));
     let found = found.or_else(|| explicit.is_none().then(by_name).flatten().map(Path::to_path_buf));
     found.ok_or_else(|| missing_nvrtc(&folders))
 }

@@ -101,7 +101,9 @@ impl Nvrtc {
         unsafe { sys::nvrtcGetNumSupportedArchs(&raw mut count) }.result().map_err(failed("list architectures"))?;
         let mut supported = vec![0; usize::try_from(count).unwrap_or(0)];
         // SAFETY: the array has as many elements as NVRTC said it writes.
-        unsafe { sys::nvrtcGetSupportedArchs(supported.as_mut_ptr()) }.result().map_err(failed("list architectures"))?;
+        unsafe { sys::nvrtcGetSupportedArchs(supported.as_mut_ptr()) }
+            .result()
+            .map_err(failed("list architectures"))?;
         Ok(Self { path, version: (major, minor), supported })
     }
 
@@ -119,7 +121,8 @@ impl Nvrtc {
         if self.supported.iter().any(|&number| u32::try_from(number) == Ok(major * 10 + minor)) {
             return Ok(());
         }
-        let wheel = if major < 8 && minor < 5 { "nvidia-cuda-nvrtc-cu12 (CUDA 12)" } else { "nvidia-cuda-nvrtc (CUDA 13)" };
+        let wheel =
+            if major < 8 && minor < 5 { "nvidia-cuda-nvrtc-cu12 (CUDA 12)" } else { "nvidia-cuda-nvrtc (CUDA 13)" };
         Err(CompileError::UnsupportedArch { version: self.version_string(), arch: arch.name, wheel })
     }
 
@@ -153,7 +156,8 @@ impl Program {
     fn log(&self) -> String {
         // SAFETY: the handle is live.
         let bytes = unsafe { result::get_program_log(self.0) }.unwrap_or_default();
-        let bytes: Vec<u8> = bytes.into_iter().map(|byte| byte.to_ne_bytes()[0]).take_while(|&byte| byte != 0).collect();
+        let bytes: Vec<u8> =
+            bytes.into_iter().map(|byte| byte.to_ne_bytes()[0]).take_while(|&byte| byte != 0).collect();
         String::from_utf8_lossy(&bytes).trim().to_owned()
     }
 

@@ -49,6 +49,10 @@ pub trait Element: Copy + Send + Sync + 'static {
     fn to_f32(self) -> f32;
     /// Round to nearest, ties to even.
     fn from_f32(value: f32) -> Self;
+    /// The slice itself where this type is `f32`.
+    fn as_f32(_slice: &[Self]) -> Option<&[f32]> {
+        None
+    }
 }
 
 impl Element for f32 {
@@ -60,6 +64,9 @@ impl Element for f32 {
     }
     fn from_f32(value: f32) -> Self {
         value
+    }
+    fn as_f32(slice: &[Self]) -> Option<&[f32]> {
+        Some(slice)
     }
 }
 
@@ -112,7 +119,13 @@ impl<S> Matrix<S> {
     }
 
     /// Checks that the matrix is `rows`x`cols` and that its last element lies inside `len` elements.
-    pub(crate) fn check(&self, argument: &'static str, rows: usize, cols: usize, len: usize) -> Result<(), ArgumentError> {
+    pub(crate) fn check(
+        &self,
+        argument: &'static str,
+        rows: usize,
+        cols: usize,
+        len: usize,
+    ) -> Result<(), ArgumentError> {
         if (self.rows, self.cols) != (rows, cols) {
             let reason = format!("is [{}, {}], expected [{rows}, {cols}]", self.rows, self.cols);
             return Err(ArgumentError::new(argument, reason));
@@ -128,7 +141,8 @@ impl<S> Matrix<S> {
         match needed {
             Some(needed) if needed <= len => Ok(()),
             _ => {
-                let reason = format!("[{rows}, {cols}] with row stride {} does not fit in {len} elements", self.row_stride);
+                let reason =
+                    format!("[{rows}, {cols}] with row stride {} does not fit in {len} elements", self.row_stride);
                 Err(ArgumentError::new(argument, reason))
             }
         }
@@ -176,7 +190,10 @@ pub(crate) struct WeightOffsets {
 impl<S, O> Forward<S, O> {
     /// Checks every operand against `spec`; `len` and `len_out` tell the elements behind a slice.
     pub(crate) fn check(
-        &self, spec: &ForwardSpec, len: impl Fn(&S) -> usize, len_out: impl Fn(&O) -> usize,
+        &self,
+        spec: &ForwardSpec,
+        len: impl Fn(&S) -> usize,
+        len_out: impl Fn(&O) -> usize,
     ) -> Result<WeightOffsets, ArgumentError> {
         let (n, k) = (spec.n as usize, spec.k as usize);
         let m = self.x.rows;
@@ -207,10 +224,12 @@ impl<S, O> Forward<S, O> {
                 Ok(WeightOffsets { gate: 0, gate_stride: gate.row_stride, up: 0, up_stride: up.row_stride })
             }
             (Weights::Packed(_), false) => Err(ArgumentError::new(
-                "weights", format!("is one packed matrix, the plan's layout `{}` has two", spec.layout),
+                "weights",
+                format!("is one packed matrix, the plan's layout `{}` has two", spec.layout),
             )),
             (Weights::Separate { .. }, true) => Err(ArgumentError::new(
-                "weights", format!("is two matrices, the plan's layout `{}` is packed in one", spec.layout),
+                "weights",
+                format!("is two matrices, the plan's layout `{}` is packed in one", spec.layout),
             )),
         }
     }

@@ -150,13 +150,16 @@ impl Plan {
         if here.cu_ctx() == there.cu_ctx() {
             return Ok(());
         }
-        let reason = format!("is on GPU {}, the plan on GPU {} or another context of it", there.ordinal(), here.ordinal());
+        let reason =
+            format!("is on GPU {}, the plan on GPU {} or another context of it", there.ordinal(), here.ordinal());
         Err(ArgumentError::new(argument, reason))
     }
 }
 
 /// The inputs with their names.
-fn named_slices<'a, S: ?Sized, O: ?Sized>(forward: &Forward<&'a S, &mut O>) -> impl Iterator<Item = (&'static str, &'a S)> {
+fn named_slices<'a, S: ?Sized, O: ?Sized>(
+    forward: &Forward<&'a S, &mut O>,
+) -> impl Iterator<Item = (&'static str, &'a S)> {
     let (gate, up) = match &forward.weights {
         Weights::Packed(packed) => (("weights", packed.data), None),
         Weights::Separate { gate, up } => (("gate", gate.data), Some(("up", up.data))),

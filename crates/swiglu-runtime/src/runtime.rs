@@ -12,7 +12,7 @@ use cudarc::driver::CudaContext;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use swiglu_db::{Match, TuningTable};
+use swiglu_db::{Match, Record, TuningTable};
 use swiglu_kernels::families::{Target, default_config};
 use swiglu_kernels::problem::Problem;
 use swiglu_kernels::render::{self, RenderError};
@@ -93,17 +93,29 @@ impl Runtime {
     /// a warning; the default serves in its place.
     pub fn prepare(&self, spec: &ForwardSpec) -> Result<Plan, PrepareError> {
         check_sizes(spec)?;
+        let tuned = self.table.anchors(&self.gpu.device.class, &spec.problem(1), Target::Gpu(self.gpu.arch));
+        let choice =
+            |(anchor, record, matched): (u32, Record, Match)| Choice { anchor, config: record.config, matched };
+        let tuned: Vec<Choice> = tuned.into_iter().map(choice).collect();
+        let choices = if tuned.is_empty() { self.defaults(spec)? } else { tuned };
+        self.prepare_choices(spec, choices)
+    }
+
+    /// As [`Runtime::prepare`], with one config for every M: for tests and for measuring.
+    ///
+    /// # Errors
+    /// As [`Runtime::prepare`], and when the config is not legal for `spec` or does not compile.
+    pub fn prepare_config(&self, spec: &ForwardSpec, config: Config) -> Result<Plan, PrepareError> {
+        check_sizes(spec)?;
+        config.check(&spec.problem(1), Target::Gpu(self.gpu.arch))?;
+        self.kernel(&config, &spec.problem(1))?;
+        self.prepare_choices(spec, vec![Choice { anchor: 1, config, matched: Match::Untuned }])
+    }
+
+    fn prepare_choices(&self, spec: &ForwardSpec, choices: Vec<Choice>) -> Result<Plan, PrepareError> {
         let problem = spec.problem(1);
-        let target = Target::Gpu(self.gpu.arch);
-        let tuned = self.table.anchors(&self.gpu.device.class, &problem, target);
-        let tuned = tuned.into_iter().map(|(anchor, record, matched)| Choice { anchor, config: record.config, matched });
-        let mut choices: Vec<Choice> = tuned.collect();
-        if choices.is_empty() {
-            choices = self.defaults(spec)?;
-        }
         let unaligned = Problem { alignment: problem.dtype.bytes(), ..problem };
         let fallback = default_config(&unaligned.with_m(256), self.gpu.arch)?;
-
         let configs: BTreeMap<Config, Problem> =
             choices.iter().map(|choice| (choice.config, problem)).chain([(fallback, unaligned)]).collect();
         let kernels: BTreeMap<Config, Result<Kernel, PrepareError>> =
@@ -112,7 +124,10 @@ impl Runtime {
     }
 
     fn assemble(
-        &self, spec: &ForwardSpec, choices: Vec<Choice>, fallback: Config,
+        &self,
+        spec: &ForwardSpec,
+        choices: Vec<Choice>,
+        fallback: Config,
         mut kernels: BTreeMap<Config, Result<Kernel, PrepareError>>,
     ) -> Result<Plan, PrepareError> {
         let fallback = kernels.remove(&fallback).unwrap_or_else(|| self.kernel(&fallback, &spec.problem(1)))?;

@@ -51,6 +51,9 @@ pub(crate) struct BenchArgs {
     /// The best tuned config of this family instead of the best of all.
     #[arg(long, value_parser = crate::cli::gpu_family)]
     family: Option<Family>,
+    /// One config as JSON, as `report --json` shows it, instead of a tuned one.
+    #[arg(long, conflicts_with = "family")]
+    config: Option<String>,
     /// Interleaved rounds.
     #[arg(long, default_value_t = 30)]
     rounds: usize,
@@ -101,11 +104,22 @@ pub(crate) fn run(args: &BenchArgs, options: &Options) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn config_for(lab: &GpuLab, table: &TuningTable, args: &BenchArgs, problem: &Problem, options: &Options) -> Result<(Config, String)> {
+fn config_for(
+    lab: &GpuLab,
+    table: &TuningTable,
+    args: &BenchArgs,
+    problem: &Problem,
+    options: &Options,
+) -> Result<(Config, String)> {
     let target = Target::Gpu(lab.gpu.arch);
+    if let Some(text) = &args.config {
+        return Ok((serde_json::from_str(text).context("--config is no config")?, "given".into()));
+    }
     if let Some(family) = args.family {
         let of_family = records::read(options)?.into_iter().filter(|record| {
-            record.config.family() == family && record.problem == *problem && record.device.class == lab.gpu.device.class
+            record.config.family() == family
+                && record.problem == *problem
+                && record.device.class == lab.gpu.device.class
         });
         let measured = of_family.filter_map(|record| Some((record.measurement()?.median_us, record.config)));
         return Ok(match measured.min_by(|a, b| a.0.total_cmp(&b.0)) {
@@ -131,9 +145,20 @@ fn bench(lab: &GpuLab, table: &TuningTable, args: &BenchArgs, problem: Problem, 
     let arena = Arena::new(lab, problem, rand::random()).map_err(|failure| as_error(&failure))?;
     let peer = CublasLtPeer::new(lab, &arena)?;
     let watch = Stopwatch::new(lab).map_err(|failure| as_error(&failure))?;
-    let times = peer.race(&watch, |index| arena.launch(lab, kernel, index), args.rounds).map_err(|failure| as_error(&failure))?;
+    let times = peer
+        .race(&watch, |index| arena.launch(lab, kernel, index), args.rounds)
+        .map_err(|failure| as_error(&failure))?;
     let [ours_us, gemm_us, gemm_and_gate_us] = times;
-    Ok(Row { problem, config, source, ours_us, gemm_us, gemm_and_gate_us, over_gemm: gemm_us / ours_us, over_gemm_and_gate: gemm_and_gate_us / ours_us })
+    Ok(Row {
+        problem,
+        config,
+        source,
+        ours_us,
+        gemm_us,
+        gemm_and_gate_us,
+        over_gemm: gemm_us / ours_us,
+        over_gemm_and_gate: gemm_and_gate_us / ours_us,
+    })
 }
 
 fn as_error(failure: &Failure) -> anyhow::Error {
@@ -178,7 +203,12 @@ impl<'a> CublasLtPeer<'a> {
     }
 
     /// Medians of ours, of the GEMM and of GEMM + gate; the GEMM with the fastest of its algorithms.
-    fn race(&self, watch: &Stopwatch, ours: impl Fn(usize) -> Result<(), Failure>, rounds: usize) -> Result<[f64; 3], Failure> {
+    fn race(
+        &self,
+        watch: &Stopwatch,
+        ours: impl Fn(usize) -> Result<(), Failure>,
+        rounds: usize,
+    ) -> Result<[f64; 3], Failure> {
         let mut best = (f64::INFINITY, 0);
         for algorithm in 0..self.gemm.algorithm_count() {
             let Ok(graph) = watch.capture(|index| self.launch_gemm(algorithm, index)) else { continue };
@@ -207,7 +237,20 @@ impl<'a> CublasLtPeer<'a> {
 fn print_table(rows: &[Row]) {
     let mut table = comfy_table::Table::new();
     table.load_style(comfy_table::presets::ASCII_MARKDOWN);
-    table.set_header(["dtype", "M", "N", "K", "config", "from", "ours us", "GEMM us", "GEMM+gate us", "GEMM/ours", "GEMM+gate/ours", "TFLOP/s"]);
+    table.set_header([
+        "dtype",
+        "M",
+        "N",
+        "K",
+        "config",
+        "from",
+        "ours us",
+        "GEMM us",
+        "GEMM+gate us",
+        "GEMM/ours",
+        "GEMM+gate/ours",
+        "TFLOP/s",
+    ]);
     for row in rows {
         let Problem { dtype, m, n, k, .. } = row.problem;
         table.add_row([
@@ -226,6 +269,11 @@ fn print_table(rows: &[Row]) {
         ]);
     }
     println!("{table}");
-    let geomean = |ratio: fn(&Row) -> f64| (rows.iter().map(|row| ratio(row).ln()).sum::<f64>() / rows.len().max(1) as f64).exp();
-    println!("geometric mean: {:.3} of the GEMM alone, {:.3} of GEMM + gate", geomean(|row| row.over_gemm), geomean(|row| row.over_gemm_and_gate));
+    let geomean =
+        |ratio: fn(&Row) -> f64| (rows.iter().map(|row| ratio(row).ln()).sum::<f64>() / rows.len().max(1) as f64).exp();
+    println!(
+        "geometric mean: {:.3} of the GEMM alone, {:.3} of GEMM + gate",
+        geomean(|row| row.over_gemm),
+        geomean(|row| row.over_gemm_and_gate)
+    );
 }

@@ -27,8 +27,10 @@ use swiglu_runtime::nvrtc::Nvrtc;
 /// then launch those kernels. A later run goes on where the last one stopped.
 #[derive(Debug, Parser)]
 #[command(name = "swiglu-tune", version, args_conflicts_with_subcommands = true)]
-#[command(after_help = "Examples:\n  swiglu-tune --gpu auto --model llama-3-8b --dtype bf16\n  swiglu-tune report\n  swiglu-tune doctor\n\n\
-    Exit codes: 0 done, 1 failed, 2 wrong usage.")]
+#[command(
+    after_help = "Examples:\n  swiglu-tune --gpu auto --model llama-3-8b --dtype bf16\n  swiglu-tune report\n  swiglu-tune doctor\n\n\
+    Exit codes: 0 done, 1 failed, 2 wrong usage."
+)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -152,7 +154,8 @@ fn run_tune(args: &TuneArgs, options: &Options) -> Result<ExitCode> {
     let dir = records::db_dir(options)?;
     let mut db = TuningDb::open(&dir).context("opening the tuning database")?;
     let whole_default = args.model.is_none() && args.shapes.is_none();
-    let budget = args.budget.map_or(if whole_default { Duration::from_secs(600) } else { Duration::MAX }, Duration::from_secs);
+    let budget =
+        args.budget.map_or(if whole_default { Duration::from_secs(600) } else { Duration::MAX }, Duration::from_secs);
     let stop = Arc::new(AtomicBool::new(false));
     let on_signal = Arc::clone(&stop);
     ctrlc::set_handler(move || on_signal.store(true, Ordering::Relaxed)).context("installing the Ctrl-C handler")?;
@@ -165,7 +168,11 @@ fn run_tune(args: &TuneArgs, options: &Options) -> Result<ExitCode> {
 
 fn tell(summary: &Summary, lab: &Lab, elapsed: Duration, stop: &AtomicBool) {
     let Summary { tuned, already, left, without_winner } = *summary;
-    eprintln!("{}: {tuned} problems tuned in {:.1} s, {already} were tuned before", lab.device().name, elapsed.as_secs_f64());
+    eprintln!(
+        "{}: {tuned} problems tuned in {:.1} s, {already} were tuned before",
+        lab.device().name,
+        elapsed.as_secs_f64()
+    );
     if left > 0 {
         let why = if stop.load(Ordering::Relaxed) { "interrupted" } else { "the budget is spent" };
         eprintln!("{why}: {left} problems are left; run the same command again to go on");

@@ -16,7 +16,12 @@ use swiglu_runtime::nvrtc::{Nvrtc, SPILL_BUDGET_BYTES};
 #[derive(Debug, Clone, Args)]
 pub(crate) struct CompileArgs {
     /// Architectures to compile for.
-    #[arg(long, value_delimiter = ',', default_value = "sm_75,sm_80,sm_86,sm_89,sm_90a,sm_120", value_name = "sm_80,...")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "sm_75,sm_80,sm_86,sm_89,sm_90a,sm_120",
+        value_name = "sm_80,..."
+    )]
     arch: Vec<String>,
     /// Number formats.
     #[arg(long, value_delimiter = ',', default_value = "f32,tf32,f16,bf16", value_name = "f32,...")]
@@ -72,7 +77,10 @@ pub(crate) fn run(args: &CompileArgs, options: &Options) -> Result<ExitCode> {
                 entry.spilled += usize::from(cubin.resources.spill_bytes > SPILL_BUDGET_BYTES);
                 entry.most_registers = entry.most_registers.max(cubin.resources.registers);
                 if cubin.resources.spill_bytes > SPILL_BUDGET_BYTES {
-                    eprintln!("{} {} {}: {} spills {} bytes", job.arch, job.problem.dtype, job.problem.weight_major, job.config, cubin.resources.spill_bytes);
+                    eprintln!(
+                        "{} {} {}: {} spills {} bytes",
+                        job.arch, job.problem.dtype, job.problem.weight_major, job.config, cubin.resources.spill_bytes
+                    );
                 }
             }
             Err(error) => {
@@ -86,7 +94,14 @@ pub(crate) fn run(args: &CompileArgs, options: &Options) -> Result<ExitCode> {
     table.set_header(["arch", "family", "compiled", "spilled", "failed", "most registers"]);
     for ((arch, family), counts) in &counts {
         let Counts { compiled, spilled, failed, most_registers } = counts;
-        table.add_row([*arch, family.name(), &compiled.to_string(), &spilled.to_string(), &failed.to_string(), &most_registers.to_string()]);
+        table.add_row([
+            *arch,
+            family.name(),
+            &compiled.to_string(),
+            &spilled.to_string(),
+            &failed.to_string(),
+            &most_registers.to_string(),
+        ]);
     }
     println!("{table}");
     let broken: usize = counts.values().map(|counts| counts.failed + counts.spilled).sum();
@@ -103,7 +118,8 @@ fn jobs_of(args: &CompileArgs, arch: &'static ArchSpec, dtype: DType, weight_maj
     for problem in [aligned, Problem { alignment: dtype.bytes(), ..aligned }] {
         let candidates = families::candidates(&problem, Target::Gpu(arch));
         for family in Family::GPU {
-            let of_family: Vec<Config> = candidates.iter().filter(|config| config.family() == family).copied().collect();
+            let of_family: Vec<Config> =
+                candidates.iter().filter(|config| config.family() == family).copied().collect();
             let chosen: Vec<Config> = if args.all {
                 of_family
             } else {

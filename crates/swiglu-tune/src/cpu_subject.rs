@@ -2,8 +2,8 @@
 
 use crate::race::{Failure, Subject};
 use half::{bf16, f16};
-use rand::rngs::SmallRng;
 use rand::SeedableRng;
+use rand::rngs::SmallRng;
 use rand_distr::{Distribution, StandardNormal};
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -67,7 +67,8 @@ impl<T: Element> Typed<T> {
         // The first and the last rows: the edges of blocks are among them.
         let chosen = [wide(&x[..rows.div_ceil(2) * k]), wide(&x[(m - rows / 2) * k..])].concat();
         let (gate_wide, up_wide) = (k_major(&gate), k_major(&up));
-        let operands = oracle::Forward { x: &chosen, gate: &gate_wide, up: &up_wide, gate_bias: None, up_bias: None, k };
+        let operands =
+            oracle::Forward { x: &chosen, gate: &gate_wide, up: &up_wide, gate_bias: None, up_bias: None, k };
         let reference = oracle::forward(problem.activation, &operands);
         Self { problem, x, gate, up, z: vec![T::from_f32(f32::NAN); m * n], reference, plans: BTreeMap::new() }
     }
@@ -89,7 +90,10 @@ impl<T: Element> Typed<T> {
         let (rows, cols) = plan.spec().layout.shape(n, k);
         let forward = Forward {
             x: Matrix::new(&self.x[..], m, k),
-            weights: Weights::Separate { gate: Matrix::new(&self.gate[..], rows, cols), up: Matrix::new(&self.up[..], rows, cols) },
+            weights: Weights::Separate {
+                gate: Matrix::new(&self.gate[..], rows, cols),
+                up: Matrix::new(&self.up[..], rows, cols),
+            },
             gate_bias: None,
             up_bias: None,
             z: Matrix::new(&mut self.z[..], m, n),

@@ -67,7 +67,13 @@ const COMPARE_BLOCKS: u32 = 1024;
 
 impl Support {
     /// Compiles and loads the helpers for the number format and weight order of `problem`.
-    pub(crate) fn load(gpu: &Gpu, nvrtc: &Nvrtc, cache: &CubinCache, stream: &Arc<CudaStream>, problem: &Problem) -> Result<Self, PrepareError> {
+    pub(crate) fn load(
+        gpu: &Gpu,
+        nvrtc: &Nvrtc,
+        cache: &CubinCache,
+        stream: &Arc<CudaStream>,
+        problem: &Problem,
+    ) -> Result<Self, PrepareError> {
         let source = render::render_support(problem)?;
         let cubin = cache.get_or_compile(nvrtc, &source, gpu.arch)?;
         let load = |entry| gpu.load(&swiglu_kernels::KernelSource { entry, ..source.clone() }, &cubin);
@@ -85,7 +91,8 @@ impl Support {
     pub(crate) fn allocate(&self, bytes: usize) -> Result<GuardedBuffer, Failure> {
         // SAFETY: every byte is written before it is read: guards here, contents by `fill` or by a kernel.
         let memory = unsafe { self.stream.alloc::<u8>(bytes + 2 * GUARD_BYTES) };
-        let memory = memory.map_err(|error| Failure::new("launch", format!("no device memory for {bytes} bytes: {error}")))?;
+        let memory =
+            memory.map_err(|error| Failure::new("launch", format!("no device memory for {bytes} bytes: {error}")))?;
         let address = memory.device_ptr(&self.stream).0 + GUARD_BYTES as u64;
         let buffer = GuardedBuffer { memory, bytes, address };
         for start in [address - GUARD_BYTES as u64, address + bytes as u64] {
@@ -95,7 +102,13 @@ impl Support {
     }
 
     /// Normal numbers of standard deviation `scale`.
-    pub(crate) fn fill(&self, buffer: &GuardedBuffer, element_bytes: u32, seed: u64, scale: f32) -> Result<(), Failure> {
+    pub(crate) fn fill(
+        &self,
+        buffer: &GuardedBuffer,
+        element_bytes: u32,
+        seed: u64,
+        scale: f32,
+    ) -> Result<(), Failure> {
         let count = (buffer.bytes / element_bytes as usize) as u64;
         let mut launch = self.stream.launch_builder(&self.fill_normal);
         launch.arg(&buffer.address).arg(&count).arg(&seed).arg(&scale);
@@ -140,7 +153,11 @@ impl Support {
             strides: [args.x_stride, args.gate_stride, args.up_stride, args.z_stride],
             sizes: [int(m), int(n), int(problem.k), 0, 1],
         };
-        let config = LaunchConfig { grid_dim: (m.div_ceil(64) * n.div_ceil(64), 1, 1), block_dim: (256, 1, 1), shared_mem_bytes: 0 };
+        let config = LaunchConfig {
+            grid_dim: (m.div_ceil(64) * n.div_ceil(64), 1, 1),
+            block_dim: (256, 1, 1),
+            shared_mem_bytes: 0,
+        };
         let mut launch = self.stream.launch_builder(&self.oracle_forward);
         launch.arg(&params).arg(&reference);
         // SAFETY: `oracle_forward(Params, double*)`; the operands hold the problem, the reference m·n doubles.
@@ -151,7 +168,11 @@ impl Support {
     /// The unfused second half of a peer: `z = act(gate) ⊙ up` over packed `[m, 2n]` rows, N a multiple of 8.
     pub(crate) fn gate_packed(&self, problem: &Problem, packed: u64, z: u64) -> Result<(), Failure> {
         let (m, n) = (i32::try_from(problem.m).unwrap_or(i32::MAX), i32::try_from(problem.n).unwrap_or(i32::MAX));
-        let config = LaunchConfig { grid_dim: (problem.n.div_ceil(256 * 8), problem.m, 1), block_dim: (256, 1, 1), shared_mem_bytes: 0 };
+        let config = LaunchConfig {
+            grid_dim: (problem.n.div_ceil(256 * 8), problem.m, 1),
+            block_dim: (256, 1, 1),
+            shared_mem_bytes: 0,
+        };
         let mut launch = self.stream.launch_builder(&self.gate_packed);
         launch.arg(&packed).arg(&z).arg(&m).arg(&n);
         // SAFETY: `gate_packed(const Element*, Element*, int, int)`; the caller's buffers hold m·2n and m·n elements.
@@ -159,7 +180,13 @@ impl Support {
     }
 
     /// Holds z to the reference; `rms` of the reference is 0 when it is not known yet.
-    pub(crate) fn compare(&self, problem: &Problem, args: &RawForward, reference: &CudaSlice<f64>, rms: f64) -> Result<Comparison, Failure> {
+    pub(crate) fn compare(
+        &self,
+        problem: &Problem,
+        args: &RawForward,
+        reference: &CudaSlice<f64>,
+        rms: f64,
+    ) -> Result<Comparison, Failure> {
         let (m, n) = (i32::try_from(problem.m).unwrap_or(i32::MAX), i32::try_from(problem.n).unwrap_or(i32::MAX));
         let partial = self.stream.alloc_zeros::<f64>(3 * COMPARE_BLOCKS as usize).map_err(driver("allocate"))?;
         // One element may be off by 16 times what all may be in the mean: rounding never is, a wrong tile always.

@@ -31,14 +31,22 @@ pub(crate) fn run(json: bool, options: &Options) -> Result<ExitCode> {
     let nvrtc = Nvrtc::load(options.nvrtc.as_deref());
     checks.push(Check::new(
         "NVRTC",
-        nvrtc.as_ref().map(|nvrtc| format!("{} at {}, compiles for sm_{:?}", nvrtc.version_string(), nvrtc.path.display(), nvrtc.supported)),
+        nvrtc.as_ref().map(|nvrtc| {
+            format!("{} at {}, compiles for sm_{:?}", nvrtc.version_string(), nvrtc.path.display(), nvrtc.supported)
+        }),
     ));
     let count = gpu::count().unwrap_or(0);
     for ordinal in 0..count {
         let gpu = Gpu::open(ordinal);
-        checks.push(Check::new("GPU", gpu.as_ref().map(|gpu| format!("{ordinal}: {} ({})", gpu.device.name, gpu.device.class))));
+        checks.push(Check::new(
+            "GPU",
+            gpu.as_ref().map(|gpu| format!("{ordinal}: {} ({})", gpu.device.name, gpu.device.class)),
+        ));
         if let (Ok(gpu), Ok(nvrtc)) = (&gpu, &nvrtc) {
-            checks.push(Check::new("NVRTC for this GPU", nvrtc.check_arch(gpu.arch).map(|()| format!("compiles for {}", gpu.arch))));
+            checks.push(Check::new(
+                "NVRTC for this GPU",
+                nvrtc.check_arch(gpu.arch).map(|()| format!("compiles for {}", gpu.arch)),
+            ));
         }
     }
     if count == 0 {

@@ -15,6 +15,10 @@ use swiglu_runtime::{PrepareError, RawForward, launch};
 
 /// Buffer sets together exceed the L2 cache by this factor, so that every launch finds it cold.
 const L2_FACTOR: usize = 3;
+/// A candidate whose first launch takes this many times the shortest one's is not timed more closely.
+const ABANDON_FACTOR: f64 = 3.0;
+/// What events and the launch itself add to a single launch, in microseconds.
+const EVENT_US: f64 = 20.0;
 /// Length of one sample, in microseconds: long against the events' resolution and the launch gaps.
 const SAMPLE_US: f64 = 400.0;
 
@@ -39,12 +43,20 @@ impl GpuLab {
         // SAFETY: this process uses the one stream made below, which orders all work; without tracking, launches
         // record no events and can be captured.
         unsafe { gpu.context.disable_event_tracking() };
-        let stream = gpu.context.new_stream().map_err(|error| swiglu_runtime::gpu::GpuError::Driver { act: "make a stream", error })?;
+        let stream = gpu
+            .context
+            .new_stream()
+            .map_err(|error| swiglu_runtime::gpu::GpuError::Driver { act: "make a stream", error })?;
         Ok(Self { gpu, nvrtc, cache, stream })
     }
 
     /// Compiles every config on all cores; configs that differ in launch parameters only share one image.
-    pub(crate) fn compile(&self, problem: &Problem, configs: &[Config], done: impl Fn() + Sync) -> BTreeMap<Config, Compiled> {
+    pub(crate) fn compile(
+        &self,
+        problem: &Problem,
+        configs: &[Config],
+        done: impl Fn() + Sync,
+    ) -> BTreeMap<Config, Compiled> {
         let compile = |config: &Config| {
             let compiled = self.compile_one(problem, config);
             done();
@@ -57,14 +69,22 @@ impl GpuLab {
         let source = match render::render(problem, config, self.gpu.arch) {
             Ok(source) => source,
             Err(error) => {
-                return Compiled { digest: String::new(), resources: Resources::default(), kernel: Err(Failure::new("compile", error)) };
+                return Compiled {
+                    digest: String::new(),
+                    resources: Resources::default(),
+                    kernel: Err(Failure::new("compile", error)),
+                };
             }
         };
         let digest = source.digest.clone();
         let cubin = match self.cache.get_or_compile(&self.nvrtc, &source, self.gpu.arch) {
             Ok(cubin) => cubin,
             Err(error) => {
-                return Compiled { digest, resources: Resources::default(), kernel: Err(Failure::new("compile", error)) };
+                return Compiled {
+                    digest,
+                    resources: Resources::default(),
+                    kernel: Err(Failure::new("compile", error)),
+                };
             }
         };
         let resources = cubin.resources;
@@ -103,7 +123,11 @@ impl Arena {
         let count = (L2_FACTOR * lab.gpu.l2_bytes / sizes.iter().sum::<usize>().max(1) + 1).clamp(2, 256);
         let mut sets = Vec::with_capacity(count);
         for index in 0..count as u64 {
-            let set = BufferSet { x: support.allocate(sizes[0])?, weights: support.allocate(sizes[1])?, z: support.allocate(sizes[2])? };
+            let set = BufferSet {
+                x: support.allocate(sizes[0])?,
+                weights: support.allocate(sizes[1])?,
+                z: support.allocate(sizes[2])?,
+            };
             support.fill(&set.x, bytes, seed.wrapping_add(2 * index), 1.0)?;
             // Weights of 1/sqrt(K) keep gate and up near 1, where silu bends.
             support.fill(&set.weights, bytes, seed.wrapping_add(2 * index + 1), 1.0 / (problem.k as f32).sqrt())?;
@@ -146,7 +170,8 @@ impl Arena {
         let args = self.args(index);
         // SAFETY: the buffers hold the problem, are apart, outlive the stream's work, and are as aligned as the
         // problem says, since they start at multiples of 16 bytes with contiguous rows.
-        let launched = unsafe { launch::forward(kernel, lab.stream.cu_stream(), self.problem.n, self.problem.k, &args) };
+        let launched =
+            unsafe { launch::forward(kernel, lab.stream.cu_stream(), self.problem.n, self.problem.k, &args) };
         launched.map_err(|error| Failure::new("launch", format!("the driver refused the launch: {error}")))
     }
 }
@@ -166,7 +191,8 @@ pub(crate) struct TimedGraph {
 
 impl<'a> Stopwatch<'a> {
     pub(crate) fn new(lab: &'a GpuLab) -> Result<Self, Failure> {
-        let event = || lab.gpu.context.new_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver("make an event"));
+        let event =
+            || lab.gpu.context.new_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver("make an event"));
         Ok(Self { stream: &lab.stream, start: event()?, end: event()? })
     }
 
@@ -184,14 +210,22 @@ impl<'a> Stopwatch<'a> {
     pub(crate) fn capture(&self, launch: impl Fn(usize) -> Result<(), Failure>) -> Result<TimedGraph, Failure> {
         launch(1)?;
         let once = self.time(|| launch(2))?;
+        self.capture_for(once, launch)
+    }
+
+    /// As [`Stopwatch::capture`], for launches that take about `once` microseconds and were launched before.
+    fn capture_for(&self, once: f64, launch: impl Fn(usize) -> Result<(), Failure>) -> Result<TimedGraph, Failure> {
         let launches = (SAMPLE_US / once.max(1.0)).ceil().clamp(1.0, 128.0) as u32;
         self.stream
             .begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
             .map_err(driver("begin a capture"))?;
         let launched = (0..launches as usize).try_for_each(&launch);
-        let graph = self.stream.end_capture(sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH);
+        let graph =
+            self.stream.end_capture(sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH);
         launched?;
-        let graph = graph.map_err(driver("end a capture"))?.ok_or_else(|| Failure::new("launch", "an empty graph was captured"))?;
+        let graph = graph
+            .map_err(driver("end a capture"))?
+            .ok_or_else(|| Failure::new("launch", "an empty graph was captured"))?;
         graph.upload().map_err(driver("upload a graph"))?;
         Ok(TimedGraph { graph, launches })
     }
@@ -212,15 +246,31 @@ pub(crate) struct GpuSubject<'a> {
     rms: f64,
     stopwatch: Stopwatch<'a>,
     graphs: BTreeMap<Config, TimedGraph>,
+    /// Shortest single launch of any candidate so far, in microseconds.
+    shortest: f64,
 }
 
 impl<'a> GpuSubject<'a> {
     /// Allocates and fills fresh operands and computes the reference.
-    pub(crate) fn new(lab: &'a GpuLab, compiled: &'a BTreeMap<Config, Compiled>, problem: Problem, seed: u64) -> Result<Self, Failure> {
+    pub(crate) fn new(
+        lab: &'a GpuLab,
+        compiled: &'a BTreeMap<Config, Compiled>,
+        problem: Problem,
+        seed: u64,
+    ) -> Result<Self, Failure> {
         let arena = Arena::new(lab, problem, seed)?;
         let reference = arena.support.oracle(&problem, &arena.args(0))?;
         let rms = arena.support.compare(&problem, &arena.args(0), &reference, 0.0)?.rms;
-        Ok(Self { lab, compiled, arena, reference, rms, stopwatch: Stopwatch::new(lab)?, graphs: BTreeMap::new() })
+        Ok(Self {
+            lab,
+            compiled,
+            arena,
+            reference,
+            rms,
+            stopwatch: Stopwatch::new(lab)?,
+            graphs: BTreeMap::new(),
+            shortest: f64::INFINITY,
+        })
     }
 
     fn kernel(&self, config: &Config) -> Result<&'a Kernel, Failure> {
@@ -239,7 +289,8 @@ impl Subject for GpuSubject<'_> {
         let found = support.compare(problem, &self.arena.args(0), &self.reference, self.rms)?;
         let tolerance = problem.dtype.tolerance();
         if found.wrong > 0.0 || found.error.is_nan() || found.error > tolerance {
-            let reason = format!("{} wrong elements, relative error {:.2e} (limit {tolerance:.1e})", found.wrong, found.error);
+            let reason =
+                format!("{} wrong elements, relative error {:.2e} (limit {tolerance:.1e})", found.wrong, found.error);
             return Err(Failure::new("verify", reason));
         }
         for (name, buffer) in [("x", &set.x), ("weights", &set.weights), ("z", &set.z)] {
@@ -253,8 +304,13 @@ impl Subject for GpuSubject<'_> {
     fn sample(&mut self, config: &Config) -> Result<f64, Failure> {
         if !self.graphs.contains_key(config) {
             let kernel = self.kernel(config)?;
-            let graph = self.stopwatch.capture(|index| self.arena.launch(self.lab, kernel, index))?;
-            self.graphs.insert(*config, graph);
+            let launch = |index| self.arena.launch(self.lab, kernel, index);
+            let once = self.stopwatch.time(|| launch(1))?;
+            if once > self.shortest * ABANDON_FACTOR + EVENT_US {
+                return Ok(once);
+            }
+            self.shortest = self.shortest.min(once);
+            self.graphs.insert(*config, self.stopwatch.capture_for(once, launch)?);
         }
         let graph = self.graphs.get(config).ok_or_else(|| Failure::new("launch", "was not captured"))?;
         self.stopwatch.sample(graph)

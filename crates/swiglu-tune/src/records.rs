@@ -18,6 +18,7 @@ pub(crate) fn read(options: &Options) -> Result<Vec<Record>> {
         return Ok(Vec::new());
     }
     let contents = journal::read(&path).context("reading the tuning database")?;
-    let latest: BTreeMap<_, _> = contents.records.into_iter().map(|record| ((record.key(), record.config), record)).collect();
+    let latest: BTreeMap<_, _> =
+        contents.records.into_iter().map(|record| ((record.key(), record.config), record)).collect();
     Ok(latest.into_values().collect())
 }

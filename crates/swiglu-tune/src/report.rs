@@ -25,7 +25,8 @@ pub(crate) fn run(json: bool, options: &Options) -> Result<ExitCode> {
         eprintln!("nothing is tuned in {}; run `swiglu-tune --gpu auto`", records::db_dir(options)?.display());
         return Ok(ExitCode::SUCCESS);
     }
-    let roofline = Gpu::open(0).ok().map(|gpu| Roofline { class: gpu.device.class.clone(), bytes_per_second: gpu.peak_bandwidth });
+    let roofline =
+        Gpu::open(0).ok().map(|gpu| Roofline { class: gpu.device.class.clone(), bytes_per_second: gpu.peak_bandwidth });
     print_table(&winners, roofline.as_ref());
     Ok(ExitCode::SUCCESS)
 }
@@ -37,11 +38,31 @@ fn print_table(winners: &[Record], roofline: Option<&Roofline>) {
         let of_device: Vec<&Record> = winners.iter().filter(|record| record.device.name == device).collect();
         if let Some(first) = of_device.first() {
             let environment = &first.environment;
-            println!("{device} ({}), driver {}, NVRTC {}, {}", first.device.class, or_dash(&environment.driver), or_dash(&environment.nvrtc), environment.date);
+            println!(
+                "{device} ({}), driver {}, NVRTC {}, {}",
+                first.device.class,
+                or_dash(&environment.driver),
+                or_dash(&environment.nvrtc),
+                environment.date
+            );
         }
         let mut table = comfy_table::Table::new();
         table.load_style(comfy_table::presets::ASCII_MARKDOWN);
-        table.set_header(["op", "dtype", "weights", "M", "N", "K", "config", "median us", "p10-p90", "TFLOP/s", "GB/s", "of roofline", "error"]);
+        table.set_header([
+            "op",
+            "dtype",
+            "weights",
+            "M",
+            "N",
+            "K",
+            "config",
+            "median us",
+            "p10-p90",
+            "TFLOP/s",
+            "GB/s",
+            "of roofline",
+            "error",
+        ]);
         for record in of_device {
             table.add_row(row(record, roofline));
         }
@@ -54,9 +75,9 @@ fn row(record: &Record, roofline: Option<&Roofline>) -> Vec<String> {
     let Some(measured) = record.measurement() else { return Vec::new() };
     let seconds = measured.median_us * 1e-6;
     // Decode is bound by bytes, prefill by arithmetic; both rates are shown, the bytes' ceiling is known.
-    let share = roofline.filter(|roofline| roofline.class == record.device.class).map(|roofline| {
-        format!("{:.0} % of bytes", 100.0 * problem.bytes() / seconds / roofline.bytes_per_second)
-    });
+    let share = roofline
+        .filter(|roofline| roofline.class == record.device.class)
+        .map(|roofline| format!("{:.0} % of bytes", 100.0 * problem.bytes() / seconds / roofline.bytes_per_second));
     vec![
         problem.op.to_string(),
         problem.dtype.to_string(),

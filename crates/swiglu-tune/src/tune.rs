@@ -57,7 +57,14 @@ const HOPELESS_FACTOR: f64 = 3.0;
 const HOPELESS_FROM_M: u32 = 256;
 
 /// Tunes `groups` in their order, until done, `stop` or the budget's end.
-pub(crate) fn tune(lab: &Lab, groups: &[Group], db: &mut TuningDb, budget: Duration, quiet: bool, stop: &AtomicBool) -> Result<Summary> {
+pub(crate) fn tune(
+    lab: &Lab,
+    groups: &[Group],
+    db: &mut TuningDb,
+    budget: Duration,
+    quiet: bool,
+    stop: &AtomicBool,
+) -> Result<Summary> {
     let begun = Instant::now();
     let total = groups.iter().map(|group| group.m.len()).sum::<usize>();
     let progress = progress_bar(total, quiet);
@@ -67,7 +74,10 @@ pub(crate) fn tune(lab: &Lab, groups: &[Group], db: &mut TuningDb, budget: Durat
         let mut compiled = None;
         for &m in &group.m {
             let problem = group.problem(m);
-            progress.set_message(format!("{} {} m={m} n={} k={}", problem.dtype, problem.weight_major, problem.n, problem.k));
+            progress.set_message(format!(
+                "{} {} m={m} n={} k={}",
+                problem.dtype, problem.weight_major, problem.n, problem.k
+            ));
             if stop.load(Ordering::Relaxed) || begun.elapsed() >= budget {
                 summary.left += 1;
                 continue;
@@ -148,7 +158,12 @@ fn compile(lab: &GpuLab, problem: &Problem, all: &[Config], progress: &ProgressB
 }
 
 fn tune_on_gpu(
-    lab: &GpuLab, compiled: &BTreeMap<Config, Compiled>, problem: Problem, missing: &[Config], slow: &BTreeMap<Config, f64>, stop: &AtomicBool,
+    lab: &GpuLab,
+    compiled: &BTreeMap<Config, Compiled>,
+    problem: Problem,
+    missing: &[Config],
+    slow: &BTreeMap<Config, f64>,
+    stop: &AtomicBool,
 ) -> Vec<Record> {
     let (hopeless, hopeful): (Vec<Config>, Vec<Config>) = missing.iter().partition(|config| slow.contains_key(config));
     let outcomes = match GpuSubject::new(lab, compiled, problem, rand::random()) {
@@ -171,7 +186,13 @@ fn tune_on_gpu(
         }
     };
     finished(outcomes.into_iter().chain(pruned))
-        .map(|(config, outcome)| Record { device: lab.gpu.device.clone(), problem, config, outcome, environment: environment(&config) })
+        .map(|(config, outcome)| Record {
+            device: lab.gpu.device.clone(),
+            problem,
+            config,
+            outcome,
+            environment: environment(&config),
+        })
         .collect()
 }
 
@@ -184,7 +205,13 @@ fn tune_on_cpu(problem: Problem, missing: &[Config], stop: &AtomicBool) -> Vec<R
         ..Environment::default()
     };
     finished(outcomes.into_iter())
-        .map(|(config, outcome)| Record { device: cpu::device(), problem, config, outcome, environment: environment.clone() })
+        .map(|(config, outcome)| Record {
+            device: cpu::device(),
+            problem,
+            config,
+            outcome,
+            environment: environment.clone(),
+        })
         .collect()
 }
 
@@ -194,7 +221,13 @@ fn finished(outcomes: impl Iterator<Item = (Config, Outcome)>) -> impl Iterator<
 }
 
 /// Notes the candidates that are hopeless from here on.
-fn note_slow(slow: &mut BTreeMap<Config, f64>, db: &TuningDb, key: &TuningKey, best: &Record, all: &[Config]) -> Result<()> {
+fn note_slow(
+    slow: &mut BTreeMap<Config, f64>,
+    db: &TuningDb,
+    key: &TuningKey,
+    best: &Record,
+    all: &[Config],
+) -> Result<()> {
     if key.problem.m < HOPELESS_FROM_M {
         return Ok(());
     }

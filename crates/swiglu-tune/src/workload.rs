@@ -79,7 +79,9 @@ pub(crate) fn preset(name: Option<&str>, dtypes: &[DType], layouts: &[WeightLayo
         bail!("`{}` is no model preset; use one of {}", name.unwrap_or_default(), known.join(", "));
     }
     let groups = dtypes.iter().flat_map(|&dtype| {
-        chosen.iter().flat_map(move |model| layouts.iter().map(move |&layout| group(model.n, model.k, model.m.as_deref(), dtype, layout)))
+        chosen.iter().flat_map(move |model| {
+            layouts.iter().map(move |&layout| group(model.n, model.k, model.m.as_deref(), dtype, layout))
+        })
     });
     Ok(without_repeats(groups))
 }
@@ -99,8 +101,16 @@ pub(crate) fn from_file(path: &Path, dtypes: &[DType], layouts: &[WeightLayout])
     if groups.is_empty() {
         bail!("shapes file {} names no shape; add a [[shape]] table with n and k", path.display());
     }
-    if let Some(group) = groups.iter().find(|group| group.m.is_empty() || group.m.contains(&0) || group.n == 0 || group.k == 0) {
-        bail!("shapes file {}: sizes must be positive, found m {:?}, n {}, k {}", path.display(), group.m, group.n, group.k);
+    if let Some(group) =
+        groups.iter().find(|group| group.m.is_empty() || group.m.contains(&0) || group.n == 0 || group.k == 0)
+    {
+        bail!(
+            "shapes file {}: sizes must be positive, found m {:?}, n {}, k {}",
+            path.display(),
+            group.m,
+            group.n,
+            group.k
+        );
     }
     Ok(groups)
 }
@@ -123,7 +133,16 @@ mod tests {
     #[test]
     fn presets_are_the_ones_promised() {
         let names = model_names();
-        for name in ["tiny", "llama-3.2-1b", "llama-2-7b", "llama-3-8b", "qwen2.5-7b", "llama-3-70b", "llama-3-70b-tp8", "mixtral-expert"] {
+        for name in [
+            "tiny",
+            "llama-3.2-1b",
+            "llama-2-7b",
+            "llama-3-8b",
+            "qwen2.5-7b",
+            "llama-3-70b",
+            "llama-3-70b-tp8",
+            "mixtral-expert",
+        ] {
             assert!(names.iter().any(|known| known == name), "{name}");
         }
         let error = preset(Some("gpt-9"), &[DType::Bf16], &[WeightLayout::SeparateNk]).unwrap_err().to_string();
@@ -148,7 +167,9 @@ mod tests {
         };
         let groups = read("[[shape]]\nn = 96\nk = 64\nm = [8, 1, 8]\ndtype = [\"f16\", \"tf32\"]").unwrap();
         assert_eq!((groups.len(), groups[0].m.clone()), (2, vec![1, 8]));
-        for bad in ["", "[[shape]]\nn = 96", "[[shape]]\nn = 96\nk = 0", "[[shape]]\nn = 9\nk = 9\nwidth = 1", "shape = []"] {
+        for bad in
+            ["", "[[shape]]\nn = 96", "[[shape]]\nn = 96\nk = 0", "[[shape]]\nn = 9\nk = 9\nwidth = 1", "shape = []"]
+        {
             let error = format!("{:#}", read(bad).unwrap_err());
             assert!(error.contains("shapes.toml"), "{error}");
         }

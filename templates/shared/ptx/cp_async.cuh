@@ -2,6 +2,15 @@
 
 __device__ __forceinline__ u32 smem_address(const void* pointer) { return u32(__cvta_generic_to_shared(pointer)); }
 
+// Copies kBytes.
+template <int kBytes> __device__ __forceinline__ void cp_async(u32 smem, const void* gmem) {
+    if constexpr (kBytes == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem), "l"(gmem) : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(smem), "l"(gmem), "n"(kBytes) : "memory");
+    }
+}
+
 // Copies the first `valid` bytes, fills the rest of kBytes with zeros; reads nothing when `valid` is 0.
 template <int kBytes> __device__ __forceinline__ void cp_async(u32 smem, const void* gmem, int valid) {
     if constexpr (kBytes == 16) {

@@ -1,0 +1,417 @@
+//! Every family, layout and number format against the float64 oracle, on a GPU.
+#![allow(unsafe_code, reason = "offers a misaligned view of device memory")]
+
+use half::{bf16, f16};
+use rand::{SeedableRng, rngs::SmallRng};
+use rand_distr::{Distribution, StandardNormal};
+use std::sync::Arc;
+use swiglu_kernels::families::{Config, Family, Target, candidates, default_of};
+use swiglu_kernels::{Activation, oracle};
+use swiglu_runtime::cudarc::driver::{CudaContext, CudaStream, DeviceRepr, sys};
+use swiglu_runtime::{
+    DType, Element, Forward, ForwardSpec, GateOrder, LaunchError, Matrix, Options, Plan, RawForward, Runtime,
+    WeightLayout, Weights,
+};
+
+struct Gpu {
+    stream: Arc<CudaStream>,
+    runtime: Runtime,
+}
+
+fn gpu() -> Gpu {
+    swiglu_runtime::library::driver().unwrap();
+    let context = CudaContext::new(0).unwrap();
+    let stream = context.new_stream().unwrap();
+    let folder = std::env::temp_dir().join("swiglu-gpu-test");
+    let options =
+        Options { db: Some(folder.join("no-db")), cubin_cache: Some(folder.join("cubin")), ..Options::from_env() };
+    Gpu { runtime: Runtime::new(&context, &options).unwrap(), stream }
+}
+
+/// A matrix on the host with `gap` foreign elements after every row.
+struct Host<T> {
+    data: Vec<T>,
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+}
+
+const FOREIGN: f32 = 12345.0;
+
+impl<T: Element> Host<T> {
+    fn normal(rows: usize, cols: usize, gap: usize, scale: f32, rng: &mut SmallRng) -> Self {
+        let row_stride = cols + gap;
+        let value = |i: usize, rng: &mut SmallRng| {
+            let number: f32 = StandardNormal.sample(rng);
+            T::from_f32(if i % row_stride.max(1) < cols { scale * number } else { FOREIGN })
+        };
+        Self { data: (0..rows * row_stride).map(|i| value(i, rng)).collect(), rows, cols, row_stride }
+    }
+
+    fn at(&self, row: usize, col: usize) -> f64 {
+        f64::from(self.data[row * self.row_stride + col].to_f32())
+    }
+
+    fn wide(&self) -> Vec<f64> {
+        (0..self.rows).flat_map(|row| (0..self.cols).map(move |col| self.at(row, col))).collect()
+    }
+}
+
+/// What `‖out − ref‖ / ‖ref‖` may be for `count` elements: over a few, single roundings do not average out.
+fn limit(dtype: DType, count: usize) -> f64 {
+    if count >= 256 { dtype.tolerance() } else { 2.5 * dtype.tolerance() }
+}
+
+/// Operands of one check.
+struct Case<T> {
+    spec: ForwardSpec,
+    m: usize,
+    x: Host<T>,
+    /// One packed matrix or two.
+    weights: Vec<Host<T>>,
+    biases: Option<[Vec<T>; 2]>,
+    z_gap: usize,
+}
+
+impl<T: Element + DeviceRepr> Case<T> {
+    fn new(spec: ForwardSpec, m: usize, gap: usize, bias: bool, seed: u64) -> Self {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let (n, k) = (spec.n as usize, spec.k as usize);
+        let (rows, cols) = spec.layout.shape(n, k);
+        let scale = 1.0 / (k.max(1) as f32).sqrt();
+        let count = if spec.layout.is_packed() { 1 } else { 2 };
+        let x = Host::normal(m, k, gap, 1.0, &mut rng);
+        let weights = (0..count).map(|_| Host::normal(rows, cols, gap, scale, &mut rng)).collect();
+        let mut vector = || (0..n).map(|_| T::from_f32(StandardNormal.sample(&mut rng))).collect::<Vec<T>>();
+        let biases = bias.then(|| [vector(), vector()]);
+        Self { spec, m, x, weights, biases, z_gap: gap }
+    }
+
+    /// Gate and up as `[n, k]` rows.
+    fn wide_weights(&self) -> [Vec<f64>; 2] {
+        let (n, k) = (self.spec.n as usize, self.spec.k as usize);
+        let layout = self.spec.layout;
+        let half = |second: bool| {
+            let matrix = if layout.is_packed() { &self.weights[0] } else { &self.weights[usize::from(second)] };
+            let shift = if layout.is_packed() && second { n } else { 0 };
+            let element = |row: usize, col: usize| match layout {
+                WeightLayout::PackedKn | WeightLayout::SeparateKn => matrix.at(col, row + shift),
+                WeightLayout::PackedNk | WeightLayout::SeparateNk => matrix.at(row + shift, col),
+            };
+            (0..n)
+                .flat_map(|row| (0..k).map(move |col| (row, col)))
+                .map(|(row, col)| element(row, col))
+                .collect::<Vec<_>>()
+        };
+        let (first, second) = (half(false), half(true));
+        if layout.is_packed() && self.spec.gate_order == GateOrder::UpFirst { [second, first] } else { [first, second] }
+    }
+
+    fn reference(&self) -> Vec<f64> {
+        let [gate, up] = self.wide_weights();
+        let wide = |values: &Vec<T>| values.iter().map(|value| f64::from(value.to_f32())).collect::<Vec<_>>();
+        let biases = self.biases.as_ref().map(|[gate, up]| (wide(gate), wide(up)));
+        let operands = oracle::Forward {
+            x: &self.x.wide(),
+            gate: &gate,
+            up: &up,
+            gate_bias: biases.as_ref().map(|(gate, _)| &gate[..]),
+            up_bias: biases.as_ref().map(|(_, up)| &up[..]),
+            k: self.spec.k as usize,
+        };
+        let one_row = oracle::forward(Activation::Silu, &operands);
+        if self.spec.k == 0 { one_row.repeat(self.m) } else { one_row }
+    }
+
+    /// z with its gaps, from poisoned memory.
+    fn run(&self, gpu: &Gpu, plan: &Plan) -> Result<Vec<T>, LaunchError> {
+        let (n, k) = (self.spec.n as usize, self.spec.k as usize);
+        let upload =
+            |values: &[T]| gpu.stream.clone_htod(if values.is_empty() { &self.padding()[..] } else { values }).unwrap();
+        let x = upload(&self.x.data);
+        let weights: Vec<_> = self.weights.iter().map(|matrix| upload(&matrix.data)).collect();
+        let biases = self.biases.as_ref().map(|[gate, up]| (upload(gate), upload(up)));
+        let z_stride = n + self.z_gap;
+        let mut z = gpu.stream.clone_htod(&vec![T::from_f32(f32::NAN); (self.m * z_stride).max(1)]).unwrap();
+        let (rows, cols) = self.spec.layout.shape(n, k);
+        let matrix = |index: usize| Matrix::strided(&weights[index], rows, cols, self.weights[index].row_stride);
+        plan.launch(
+            &gpu.stream,
+            Forward {
+                x: Matrix::strided(&x, self.m, k, self.x.row_stride),
+                weights: if self.spec.layout.is_packed() {
+                    Weights::Packed(matrix(0))
+                } else {
+                    Weights::Separate { gate: matrix(0), up: matrix(1) }
+                },
+                gate_bias: biases.as_ref().map(|(gate, _)| gate),
+                up_bias: biases.as_ref().map(|(_, up)| up),
+                z: Matrix::strided(&mut z, self.m, n, z_stride),
+            },
+        )?;
+        Ok(gpu.stream.clone_dtoh(&z).unwrap())
+    }
+
+    fn padding(&self) -> Vec<T> {
+        vec![T::from_f32(0.0)]
+    }
+
+    fn check(&self, gpu: &Gpu, plan: &Plan, what: &str) {
+        let z = self.run(gpu, plan).unwrap();
+        let (n, stride) = (self.spec.n as usize, self.spec.n as usize + self.z_gap);
+        let inside = |i: &usize| i % stride.max(1) < n;
+        let out = (0..self.m * stride).filter(inside).map(|i| f64::from(z[i].to_f32()));
+        let error = oracle::relative_error(out, self.reference());
+        assert!(error <= limit(self.spec.dtype, self.m * n), "{what}: error {error:.2e}, {:?} m {}", self.spec, self.m);
+        let gap_kept = (0..self.m * stride).filter(|i| !inside(i)).all(|i| z[i].to_f32().is_nan());
+        assert!(gap_kept, "{what}: wrote between the rows of z, {:?} m {}", self.spec, self.m);
+    }
+}
+
+fn spec(dtype: DType, layout: WeightLayout, n: u32, k: u32) -> ForwardSpec {
+    ForwardSpec { dtype, layout, gate_order: GateOrder::GateFirst, n, k }
+}
+
+/// Runs `body` with the element type of every number format.
+macro_rules! for_dtypes {
+    (|$dtype:ident, $element:ident| $body:block) => {{
+        { type $element = f32; for $dtype in [DType::F32, DType::Tf32] $body }
+        { type $element = f16; let $dtype = DType::F16; $body }
+        { type $element = bf16; let $dtype = DType::Bf16; $body }
+    }};
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn every_layout_order_bias_and_edge_matches_the_oracle() {
+    let gpu = gpu();
+    let sizes = [(1, 8, 8), (3, 1, 1), (17, 72, 40), (64, 64, 64), (65, 129, 257), (130, 200, 96), (257, 100, 1000)];
+    for_dtypes!(|dtype, T| {
+        for layout in WeightLayout::ALL {
+            for gate_order in [GateOrder::GateFirst, GateOrder::UpFirst] {
+                for (index, (m, n, k)) in sizes.into_iter().enumerate() {
+                    let spec = ForwardSpec { gate_order, ..spec(dtype, layout, n, k) };
+                    let plan = gpu.runtime.prepare(&spec).unwrap();
+                    for gap in [0, 3, 8] {
+                        Case::<T>::new(spec, m, gap, index % 2 == 0, index as u64).check(&gpu, &plan, "default");
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn a_seeded_sample_of_every_space_matches_the_oracle() {
+    use rand::seq::IndexedRandom;
+    let gpu = gpu();
+    let mut rng = SmallRng::seed_from_u64(7);
+    for_dtypes!(|dtype, T| {
+        for layout in [WeightLayout::SeparateNk, WeightLayout::PackedKn] {
+            for (m, n, k) in [(200, 264, 328), (77, 136, 72)] {
+                let spec = spec(dtype, layout, n, k);
+                let case = Case::<T>::new(spec, m, 0, true, 3);
+                let all = candidates(&spec.problem(m as u32), Target::Gpu(gpu.runtime.gpu().arch));
+                let chosen: Vec<Config> = all.sample(&mut rng, 12).copied().chain(all.last().copied()).collect();
+                for config in chosen {
+                    let plan = gpu.runtime.prepare_config(&spec, config).unwrap();
+                    case.check(&gpu, &plan, &config.to_string());
+                }
+            }
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn the_seeds_shapes_are_right_in_every_layout_and_format() {
+    let gpu = gpu();
+    for_dtypes!(|dtype, T| {
+        for layout in WeightLayout::ALL {
+            let spec = spec(dtype, layout, 2048, 2048);
+            let plan = gpu.runtime.prepare(&spec).unwrap();
+            // The oracle runs on the CPU here; the tuner checks the seeds' larger sizes on the GPU.
+            Case::<T>::new(spec, 8, 0, false, 11).check(&gpu, &plan, "seed");
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn long_sums_stay_within_the_bars() {
+    let gpu = gpu();
+    for_dtypes!(|dtype, T| {
+        let spec = spec(dtype, WeightLayout::SeparateNk, 64, 8192);
+        for family in Family::GPU {
+            let Ok(config) = default_of(family, &spec.problem(64), gpu.runtime.gpu().arch) else { continue };
+            let plan = gpu.runtime.prepare_config(&spec, config).unwrap();
+            Case::<T>::new(spec, 64, 0, false, 5).check(&gpu, &plan, &config.to_string());
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn special_values_behave_as_the_formula_says() {
+    let gpu = gpu();
+    let specials = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, 300.0, -300.0, 3e4, -3e4];
+    for_dtypes!(|dtype, T| {
+        for family in Family::GPU {
+            let spec = spec(dtype, WeightLayout::SeparateNk, 40, 48);
+            let Ok(config) = default_of(family, &spec.problem(16), gpu.runtime.gpu().arch) else { continue };
+            let plan = gpu.runtime.prepare_config(&spec, config).unwrap();
+            let mut case = Case::<T>::new(spec, specials.len(), 0, false, 9);
+            for (row, value) in specials.into_iter().enumerate() {
+                for col in 0..48 {
+                    case.x.data[row * 48 + col] = T::from_f32(if col == 5 { value } else { 0.0 });
+                }
+            }
+            let z = case.run(&gpu, &plan).unwrap();
+            let wide: Vec<f64> = z.iter().map(|value| f64::from(value.to_f32())).collect();
+            // A product beyond the format's range is inf in the format, large in float64: narrow the reference too.
+            let narrow = |value: f64| f64::from(T::from_f32(value as f32).to_f32());
+            let reference: Vec<f64> = case.reference().into_iter().map(narrow).collect();
+            for row in 0..specials.len() {
+                let range = row * 40..(row + 1) * 40;
+                let error =
+                    oracle::relative_error(wide[range.clone()].iter().copied(), reference[range].iter().copied());
+                assert!(error <= 2.0 * dtype.tolerance(), "{config}: row of {} has error {error:.2e}", specials[row]);
+            }
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn empty_problems_return_and_k_of_zero_leaves_the_biases() {
+    let gpu = gpu();
+    for (m, n, k) in [(0, 16, 16), (4, 0, 16), (0, 0, 0)] {
+        let spec = spec(DType::Bf16, WeightLayout::SeparateNk, n, k);
+        let plan = gpu.runtime.prepare(&spec).unwrap();
+        Case::<bf16>::new(spec, m, 0, false, 1).run(&gpu, &plan).unwrap();
+    }
+    for family in Family::GPU {
+        let spec = spec(DType::F16, WeightLayout::PackedNk, 24, 0);
+        let config = default_of(family, &spec.problem(5), gpu.runtime.gpu().arch).unwrap();
+        let plan = gpu.runtime.prepare_config(&spec, config).unwrap();
+        Case::<f16>::new(spec, 5, 0, true, 2).check(&gpu, &plan, "k = 0");
+    }
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn misaligned_addresses_fall_to_a_config_that_is_legal_for_them() {
+    let gpu = gpu();
+    let spec = spec(DType::Bf16, WeightLayout::SeparateNk, 96, 64);
+    let plan = gpu.runtime.prepare(&spec).unwrap();
+    let case = Case::<bf16>::new(spec, 33, 0, false, 4);
+    // One element of padding in front moves every base off its 16-byte boundary.
+    let shifted = |values: &[bf16]| [&[bf16::NAN][..], values].concat();
+    let x = gpu.stream.clone_htod(&shifted(&case.x.data)).unwrap();
+    let weights: Vec<_> =
+        case.weights.iter().map(|matrix| gpu.stream.clone_htod(&shifted(&matrix.data)).unwrap()).collect();
+    let mut z = gpu.stream.clone_htod(&vec![bf16::NAN; 33 * 96 + 1]).unwrap();
+    let forward = Forward {
+        x: Matrix::new(&x.slice(1..), 33, 64),
+        weights: Weights::Separate {
+            gate: Matrix::new(&weights[0].slice(1..), 96, 64),
+            up: Matrix::new(&weights[1].slice(1..), 96, 64),
+        },
+        gate_bias: None,
+        up_bias: None,
+        z: Matrix::new(&mut z.slice_mut(1..), 33, 96),
+    };
+    plan.launch(&gpu.stream, forward).unwrap();
+    let z = gpu.stream.clone_dtoh(&z).unwrap();
+    let error = oracle::relative_error(z[1..].iter().map(|value| value.to_f64()), case.reference());
+    assert!(error <= DType::Bf16.tolerance(), "{error:.2e}");
+    assert!(z[0].is_nan());
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn wrong_arguments_are_named_and_nothing_is_launched() {
+    let gpu = gpu();
+    let spec = spec(DType::Bf16, WeightLayout::SeparateNk, 32, 16);
+    let plan = gpu.runtime.prepare(&spec).unwrap();
+    let memory = gpu.stream.alloc_zeros::<bf16>(4096).unwrap();
+    let other = gpu.stream.alloc_zeros::<f16>(4096).unwrap();
+    let mut z = gpu.stream.alloc_zeros::<bf16>(4096).unwrap();
+    let mut z_other = gpu.stream.alloc_zeros::<f16>(4096).unwrap();
+    let weights =
+        |rows, cols| Weights::Separate { gate: Matrix::new(&memory, 32, 16), up: Matrix::new(&memory, rows, cols) };
+    let named = |result: Result<(), LaunchError>| match result {
+        Err(LaunchError::Argument(error)) => error.argument,
+        other => panic!("{other:?}"),
+    };
+    let x = Matrix::new(&memory, 8, 16);
+    let bias = gpu.stream.alloc_zeros::<bf16>(31).unwrap();
+    let mut launch = |x, weights, gate_bias, rows| {
+        plan.launch(&gpu.stream, Forward { x, weights, gate_bias, up_bias: None, z: Matrix::new(&mut z, rows, 32) })
+    };
+    launch(x, weights(32, 16), None, 8).unwrap();
+    assert_eq!(named(launch(Matrix::new(&memory, 8, 15), weights(32, 16), None, 8)), "x");
+    assert_eq!(named(launch(Matrix::strided(&memory, 300, 16, 16), weights(32, 16), None, 300)), "x");
+    assert_eq!(named(launch(Matrix::strided(&memory, 8, 16, 4), weights(32, 16), None, 8)), "x");
+    assert_eq!(named(launch(x, weights(16, 32), None, 8)), "up");
+    assert_eq!(named(launch(x, Weights::Packed(Matrix::new(&memory, 64, 16)), None, 8)), "weights");
+    assert_eq!(named(launch(x, weights(32, 16), Some(&bias), 8)), "gate_bias");
+    assert_eq!(named(launch(x, weights(32, 16), None, 9)), "z");
+    let result = plan.launch(
+        &gpu.stream,
+        Forward {
+            x: Matrix::new(&other, 8, 16),
+            weights: Weights::Separate { gate: Matrix::new(&other, 32, 16), up: Matrix::new(&other, 32, 16) },
+            gate_bias: None,
+            up_bias: None,
+            z: Matrix::new(&mut z_other, 8, 32),
+        },
+    );
+    assert_eq!(named(result), "x");
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn launches_are_captured_replayed_and_equal_bit_for_bit() {
+    let gpu = gpu();
+    // SAFETY: this test uses one stream, which orders all its work; tracked events cannot be waited for in a capture.
+    unsafe { gpu.stream.context().disable_event_tracking() };
+    let spec = spec(DType::Bf16, WeightLayout::SeparateNk, 512, 768);
+    let plan = gpu.runtime.prepare(&spec).unwrap();
+    let case = Case::<bf16>::new(spec, 100, 0, false, 6);
+    let first = case.run(&gpu, &plan).unwrap();
+    let again = case.run(&gpu, &plan).unwrap();
+    let bits = |values: &[bf16]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+    assert_eq!(bits(&first), bits(&again));
+
+    use swiglu_runtime::cudarc::driver::{DevicePtr, DevicePtrMut};
+    let (x, gate, up) = (
+        gpu.stream.clone_htod(&case.x.data).unwrap(),
+        gpu.stream.clone_htod(&case.weights[0].data).unwrap(),
+        gpu.stream.clone_htod(&case.weights[1].data).unwrap(),
+    );
+    let mut z = gpu.stream.clone_htod(&vec![bf16::NAN; 100 * 512]).unwrap();
+    let raw = RawForward {
+        m: 100,
+        x: x.device_ptr(&gpu.stream).0,
+        x_stride: 768,
+        gate: gate.device_ptr(&gpu.stream).0,
+        gate_stride: 768,
+        up: up.device_ptr(&gpu.stream).0,
+        up_stride: 768,
+        gate_bias: 0,
+        up_bias: 0,
+        z: z.device_ptr_mut(&gpu.stream).0,
+        z_stride: 512,
+    };
+    gpu.stream.synchronize().unwrap();
+    gpu.stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+    // SAFETY: the slices above hold the problem and outlive the graph.
+    unsafe { plan.launch_raw(gpu.stream.cu_stream(), &raw) }.unwrap();
+    let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    let graph = gpu.stream.end_capture(flags).unwrap().unwrap();
+    assert!(gpu.stream.clone_dtoh(&z).unwrap().iter().all(|value| value.is_nan()), "a capture must not run");
+    graph.launch().unwrap();
+    assert_eq!(bits(&gpu.stream.clone_dtoh(&z).unwrap()), bits(&first));
+}
