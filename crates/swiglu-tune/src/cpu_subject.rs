@@ -114,7 +114,9 @@ impl<T: Element> Subject for Typed<T> {
         let (head, tail) = (rows.div_ceil(2) * n, self.z.len() - rows / 2 * n);
         let checked = self.z[..head].iter().chain(&self.z[tail..]).map(|value| f64::from(value.to_f32()));
         let error = oracle::relative_error(checked, self.reference.iter().copied());
-        let tolerance = self.problem.dtype.tolerance();
+        let rounded = self.reference.iter().map(|&value| f64::from(T::from_f32(value as f32).to_f32()));
+        let rounding = oracle::relative_error(rounded, self.reference.iter().copied());
+        let tolerance = crate::race::tolerance(self.problem.dtype, rounding);
         if error.is_nan() || error > tolerance {
             return Err(Failure::new("verify", format!("relative error {error:.2e} (limit {tolerance:.1e})")));
         }

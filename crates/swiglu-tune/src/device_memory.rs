@@ -57,6 +57,8 @@ pub(crate) struct Support {
 pub(crate) struct Comparison {
     /// `‖out − ref‖ / ‖ref‖`.
     pub(crate) error: f64,
+    /// The same for the reference rounded to the number format: what no kernel can avoid.
+    pub(crate) rounding: f64,
     /// Root mean square of the reference.
     pub(crate) rms: f64,
     /// Elements that are off by more than their own limit, or not finite where the reference is.
@@ -188,7 +190,7 @@ impl Support {
         rms: f64,
     ) -> Result<Comparison, Failure> {
         let (m, n) = (i32::try_from(problem.m).unwrap_or(i32::MAX), i32::try_from(problem.n).unwrap_or(i32::MAX));
-        let partial = self.stream.alloc_zeros::<f64>(3 * COMPARE_BLOCKS as usize).map_err(driver("allocate"))?;
+        let partial = self.stream.alloc_zeros::<f64>(4 * COMPARE_BLOCKS as usize).map_err(driver("allocate"))?;
         // One element may be off by 16 times what all may be in the mean: rounding never is, a wrong tile always.
         let limit = 16.0 * problem.dtype.tolerance();
         let mut launch = self.stream.launch_builder(&self.compare);
@@ -196,10 +198,11 @@ impl Support {
         // SAFETY: `compare(const Element*, i64, const double*, int, int, double, double, double*)`.
         unsafe { launch.launch(grid(COMPARE_BLOCKS)) }.map_err(driver("compare"))?;
         let partial = self.stream.clone_dtoh(&partial).map_err(driver("read the comparison"))?;
-        let sum = |which: usize| partial.iter().skip(which).step_by(3).sum::<f64>();
-        let (difference, norm) = (sum(0), sum(1));
-        let error = if difference == 0.0 { 0.0 } else { (difference / norm).sqrt() };
-        Ok(Comparison { error, rms: (norm / (f64::from(m) * f64::from(n))).sqrt(), wrong: sum(2) })
+        let sum = |which: usize| partial.iter().skip(which).step_by(4).sum::<f64>();
+        let norm = sum(1);
+        let relative = |difference: f64| if difference == 0.0 { 0.0 } else { (difference / norm).sqrt() };
+        let rms = (norm / (f64::from(m) * f64::from(n))).sqrt();
+        Ok(Comparison { error: relative(sum(0)), rounding: relative(sum(2)), rms, wrong: sum(3) })
     }
 }
 

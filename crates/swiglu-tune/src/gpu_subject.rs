@@ -287,7 +287,7 @@ impl Subject for GpuSubject<'_> {
         support.poison(&set.z)?;
         self.arena.launch(self.lab, kernel, 0)?;
         let found = support.compare(problem, &self.arena.args(0), &self.reference, self.rms)?;
-        let tolerance = problem.dtype.tolerance();
+        let tolerance = crate::race::tolerance(problem.dtype, found.rounding);
         if found.wrong > 0.0 || found.error.is_nan() || found.error > tolerance {
             let reason =
                 format!("{} wrong elements, relative error {:.2e} (limit {tolerance:.1e})", found.wrong, found.error);

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use swiglu_db::{Measurement, Outcome};
-use swiglu_kernels::Config;
+use swiglu_kernels::{Config, DType};
 
 /// Something whose candidates can be verified and timed, on whatever device.
 pub(crate) trait Subject {
@@ -111,6 +111,12 @@ fn outcomes(entries: Vec<Entry>) -> Vec<(Config, Outcome)> {
     entries.into_iter().map(outcome).collect()
 }
 
+/// Largest relative error a candidate may show. `rounding` is that of the reference rounded to the number format:
+/// where few elements carry the norm, it can exceed the format's own bar, and nothing can do better.
+pub(crate) fn tolerance(dtype: DType, rounding: f64) -> f64 {
+    dtype.tolerance().max(1.1 * rounding)
+}
+
 /// The `q` quantile by nearest rank; NaN of nothing.
 pub(crate) fn quantile(samples: &[f64], q: f64) -> f64 {
     let mut sorted = samples.to_vec();
@@ -123,7 +129,7 @@ pub(crate) fn quantile(samples: &[f64], q: f64) -> f64 {
 mod tests {
     use super::*;
     use swiglu_kernels::families::{CpuConfig, Target, candidates};
-    use swiglu_kernels::{DType, Problem, WeightMajor};
+    use swiglu_kernels::{Problem, WeightMajor};
 
     /// Candidate i takes 100 + i µs with noise; two are broken.
     struct Fake {

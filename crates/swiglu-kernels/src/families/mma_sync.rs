@@ -32,7 +32,7 @@ pub struct MmaSyncConfig {
 }
 
 /// block_m, block_n, warps_m, warps_n.
-const TILES: [(u32, u32, u32, u32); 14] = [
+const TILES: [(u32, u32, u32, u32); 16] = [
     (16, 32, 1, 4),
     (16, 64, 1, 4),
     (32, 32, 1, 4),
@@ -45,6 +45,8 @@ const TILES: [(u32, u32, u32, u32); 14] = [
     (128, 64, 2, 2),
     (128, 64, 4, 2),
     (128, 128, 2, 4),
+    (128, 160, 2, 4),
+    (256, 80, 4, 2),
     (256, 64, 4, 2),
     (256, 32, 4, 2),
 ];
@@ -97,6 +99,11 @@ impl MmaSyncConfig {
             block_m.is_multiple_of(16 * warps_m) && block_n.is_multiple_of(8 * warps_n),
             "a warp holds whole 16x8 fragments",
             || format!("{block_m}x{block_n} by {warps_m}x{warps_n} warps"),
+        )?;
+        ensure(
+            problem.weight_major == WeightMajor::K || (block_n / (8 * warps_n)).is_power_of_two(),
+            "n_major needs a power of two of fragments a warp",
+            || format!("{} fragments", block_n / (8 * warps_n)),
         )?;
         ensure((2..=8).contains(&stages), "2 to 8 stages", || format!("{stages} stages"))?;
         ensure(
