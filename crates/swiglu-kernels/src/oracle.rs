@@ -29,7 +29,7 @@ pub fn activate(activation: Activation, value: f64) -> f64 {
 /// `z[M,N] = act(x·Wgᵀ + bg) ⊙ (x·Wuᵀ + bu)`, row by row.
 pub fn forward(activation: Activation, operands: &Forward<'_>) -> Vec<f64> {
     let Forward { x, gate, up, gate_bias, up_bias, k } = *operands;
-    let n = gate_bias.map_or(if k == 0 { 0 } else { gate.len() / k }, <[f64]>::len);
+    let n = gate_bias.map_or(gate.len().checked_div(k).unwrap_or(0), <[f64]>::len);
     let rows: Vec<&[f64]> = if k == 0 { vec![&[]] } else { x.chunks_exact(k).collect() };
     let dot = |a: &[f64], w: &[f64], column: usize| -> f64 {
         a.iter().zip(w.get(column * k..(column + 1) * k).unwrap_or(&[])).map(|(a, b)| a * b).sum()

@@ -151,7 +151,7 @@ impl Gpu {
         problem: &Problem,
     ) -> Result<Kernel, GpuError> {
         let function = self.load(source, cubin)?;
-        let shape = config.launch_shape(problem).ok_or_else(|| GpuError::Driver {
+        let shape = config.launch_shape(problem).ok_or(GpuError::Driver {
             act: "launch a CPU config",
             error: DriverError(sys::CUresult::CUDA_ERROR_INVALID_VALUE),
         })?;

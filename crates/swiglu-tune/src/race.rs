@@ -153,7 +153,7 @@ mod tests {
             if index == 2 {
                 return Err(Failure::new("launch", "refused"));
             }
-            let noise = f64::from(self.calls * 2_654_435_761u32.wrapping_mul(self.calls) % 100) / 100.0;
+            let noise = f64::from(self.calls.wrapping_mul(2_654_435_761) % 100) / 100.0;
             Ok(if index == 0 { 130.0 } else { 100.0 + 10.0 * index as f64 } + noise)
         }
     }

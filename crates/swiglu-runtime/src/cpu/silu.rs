@@ -13,7 +13,7 @@ pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
 /// Cody-Waite reduction to `|r| <= ln(2)/2`, then the polynomial of Cephes' `expf`.
 fn exp(x: f32) -> f32 {
     const LOG2_E: f32 = std::f32::consts::LOG2_E;
-    const LN_2_HIGH: f32 = 0.693_359_375;
+    const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
     // Adding and taking away 1.5 * 2^23 rounds to the nearest integer, also without SSE4.1.
     const ROUND: f32 = 12_582_912.0;

@@ -1,0 +1,105 @@
+//! The tuning spaces: what is legal, what is refused and why, and that nothing panics on the way.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+use proptest::prelude::*;
+use swiglu_kernels::arch::{self, ARCHES};
+use swiglu_kernels::families::{self, Family, MmaSyncConfig, Raster, SimtConfig, Target};
+use swiglu_kernels::{Config, DType, Problem, WeightMajor, render};
+
+fn problems() -> impl Iterator<Item = Problem> {
+    DType::ALL.into_iter().flat_map(|dtype| {
+        WeightMajor::ALL.into_iter().flat_map(move |major| {
+            [1, 16, 100, 4096].into_iter().flat_map(move |m| {
+                let aligned = Problem::forward(dtype, major, m, 14336, 4096);
+                let alignments = [16, 8, 4, 2].into_iter().filter(move |&alignment| alignment >= dtype.bytes());
+                alignments.map(move |alignment| Problem { alignment, ..aligned })
+            })
+        })
+    })
+}
+
+#[test]
+fn every_architecture_has_a_legal_default_for_every_problem_it_supports() {
+    for arch in &ARCHES {
+        for problem in problems() {
+            let default = families::default_config(&problem, arch);
+            if problem.dtype == DType::Tf32 && !arch.has_cp_async {
+                assert!(default.is_err(), "{arch} has no tf32");
+                continue;
+            }
+            let config = default.unwrap_or_else(|why| panic!("{arch} {problem:?}: {why}"));
+            config.check(&problem, Target::Gpu(arch)).unwrap();
+            render::render(&problem, &config, arch).unwrap();
+        }
+    }
+}
+
+#[test]
+fn every_space_has_candidates_and_they_survive_toml_and_json() {
+    for arch in &ARCHES {
+        for dtype in DType::ALL {
+            let problem = Problem::forward(dtype, WeightMajor::K, 512, 14336, 4096);
+            let candidates = families::candidates(&problem, Target::Gpu(arch));
+            for family in Family::GPU {
+                let count = candidates.iter().filter(|config| config.family() == family).count();
+                let possible = families::default_of(family, &problem, arch).is_ok();
+                assert_eq!(possible, count > 0, "{family} {dtype} on {arch}");
+            }
+            for config in candidates {
+                let text = toml::to_string(&config).unwrap();
+                assert_eq!(toml::from_str::<Config>(&text).unwrap(), config);
+            }
+        }
+    }
+}
+
+#[test]
+fn refusals_name_the_rule() {
+    let arch = arch::by_name("sm_80").unwrap();
+    let problem = Problem::forward(DType::Bf16, WeightMajor::K, 512, 512, 512);
+    let Config::MmaSync(good) = families::default_of(Family::MmaSync, &problem, arch).unwrap() else {
+        panic!("mma_sync")
+    };
+    let rule = |config: MmaSyncConfig, problem: &Problem, arch| {
+        Config::MmaSync(config).check(problem, Target::Gpu(arch)).unwrap_err().rule
+    };
+    assert_eq!(rule(MmaSyncConfig { block_m: 24, ..good }, &problem, arch), "a warp holds whole 16x8 fragments");
+    assert_eq!(rule(MmaSyncConfig { stages: 0, ..good }, &problem, arch), "sizes are positive and small");
+    assert_eq!(
+        rule(MmaSyncConfig { block_n: 128, block_k: 64, stages: 8, ..good }, &problem, arch),
+        "the stages fit in shared memory"
+    );
+    assert_eq!(rule(MmaSyncConfig { block_k: 48, ..good }, &problem, arch), "a K row of a tile is 64 or 128 bytes");
+    assert_eq!(rule(MmaSyncConfig { warps_m: 1, warps_n: 1, ..good }, &problem, arch), "accumulators fit in registers");
+    let misaligned = Problem { alignment: 2, ..problem };
+    assert_eq!(rule(good, &misaligned, arch), "operands are aligned to access_bytes");
+    assert_eq!(rule(good, &Problem { dtype: DType::F32, ..problem }, arch), "tensor cores multiply fp16, bf16 or tf32");
+    assert_eq!(rule(good, &problem, arch::by_name("sm_75").unwrap()), "mma_sync needs compute capability 8.0");
+    let on_cpu = Config::MmaSync(good).check(&problem, Target::Cpu { threads: 4 }).unwrap_err();
+    assert_eq!(on_cpu.rule, "the family runs on this kind of device");
+}
+
+/// Numbers a damaged or hostile file may hold.
+fn size() -> impl Strategy<Value = u32> {
+    prop_oneof![0..=300u32, Just(u32::MAX), Just(1 << 31), (0..32u32).prop_map(|shift| 1 << shift)]
+}
+
+proptest! {
+    #[test]
+    fn no_config_makes_check_panic(values in proptest::collection::vec(size(), 8), n_major: bool, dtype in 0..4usize) {
+        let major = if n_major { WeightMajor::N } else { WeightMajor::K };
+        let problem = Problem::forward(DType::ALL[dtype], major, values[7], values[6], values[5]);
+        let [a, b, c, d, e, f, g, h] = values[..] else { panic!("eight values") };
+        let configs = [
+            Config::MmaSync(MmaSyncConfig { block_m: a, block_n: b, block_k: c, stages: d, warps_m: e, warps_n: f, access_bytes: g, raster: Raster::AlongM, raster_group: h }),
+            Config::Simt(SimtConfig { block_m: a, block_n: b, block_k: c, thread_m: d, thread_n: e, stages: f, access_bytes: g, raster: Raster::AlongN, raster_group: h }),
+        ];
+        for arch in &ARCHES {
+            for config in configs {
+                if config.check(&problem, Target::Gpu(arch)).is_ok() {
+                    render::render(&problem, &config, arch).unwrap();
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! Kernels through NVRTC for every architecture, without a GPU. A missing NVRTC fails these tests.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+use rand::rngs::SmallRng;
+use rand::{SeedableRng, seq::IndexedRandom};
+use rayon::prelude::*;
+use std::collections::BTreeMap;
+use swiglu_kernels::families::{Family, Target, candidates, default_of};
+use swiglu_kernels::{ArchSpec, DType, KernelSource, Problem, WeightMajor, arch, render};
+use swiglu_runtime::Options;
+use swiglu_runtime::cubin_cache::CubinCache;
+use swiglu_runtime::nvrtc::{CompileError, Nvrtc, SPILL_BUDGET_BYTES};
+
+fn nvrtc() -> Nvrtc {
+    Nvrtc::load(Options::from_env().nvrtc.as_deref()).unwrap_or_else(|error| panic!("{error}; or run scripts/test"))
+}
+
+/// The default, the extreme and a sampled config of every family, number format, weight order and architecture,
+/// for aligned and for misaligned operands.
+#[test]
+fn every_family_compiles_for_every_architecture_without_spills() {
+    let nvrtc = nvrtc();
+    let mut rng = SmallRng::seed_from_u64(1);
+    let mut jobs: BTreeMap<(&str, String), (&'static ArchSpec, String, KernelSource)> = BTreeMap::new();
+    for name in ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"] {
+        let arch = arch::by_name(name).unwrap();
+        for dtype in DType::ALL {
+            for major in WeightMajor::ALL {
+                let aligned = Problem::forward(dtype, major, 2048, 14336, 4096);
+                for problem in [aligned, Problem { alignment: dtype.bytes(), ..aligned }] {
+                    let legal = candidates(&problem, Target::Gpu(arch));
+                    for family in Family::GPU {
+                        let of_family: Vec<_> = legal.iter().filter(|config| config.family() == family).collect();
+                        let default = default_of(family, &problem, arch).ok();
+                        let sampled = of_family.choose(&mut rng).map(|&&config| config);
+                        for config in default.into_iter().chain(of_family.last().map(|&&config| config)).chain(sampled)
+                        {
+                            let source = render::render(&problem, &config, arch).unwrap();
+                            let what = format!("{name} {dtype} {major} {config}");
+                            jobs.insert((arch.name, source.digest.clone()), (arch, what, source));
+                        }
+                    }
+                }
+            }
+        }
+    }
+    assert!(jobs.len() > 200, "{} kernels", jobs.len());
+    let broken: Vec<String> = jobs
+        .into_par_iter()
+        .filter_map(|(_, (arch, what, source))| match nvrtc.compile(&source, arch) {
+            Ok(cubin) if cubin.resources.registers == 0 => Some(format!("{what}: no resource report")),
+            Ok(cubin) if cubin.resources.spill_bytes > SPILL_BUDGET_BYTES => {
+                Some(format!("{what}: {} bytes spilled", cubin.resources.spill_bytes))
+            }
+            Ok(_) => None,
+            Err(error) => Some(format!("{what}: {error}")),
+        })
+        .collect();
+    assert!(broken.is_empty(), "{}", broken.join("\n"));
+}
+
+#[test]
+fn the_tuners_helper_kernels_compile_everywhere() {
+    let nvrtc = nvrtc();
+    for name in ["sm_75", "sm_80", "sm_90a", "sm_120"] {
+        for dtype in DType::ALL {
+            let source = render::render_support(&Problem::forward(dtype, WeightMajor::N, 8, 8, 8)).unwrap();
+            nvrtc.compile(&source, arch::by_name(name).unwrap()).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_broken_source_comes_back_with_the_compilers_words() {
+    let problem = Problem::forward(DType::F16, WeightMajor::K, 8, 8, 8);
+    let mut source = render::render_support(&problem).unwrap();
+    source.text.push_str("\nthis is no CUDA;\n");
+    match nvrtc().compile(&source, arch::by_name("sm_80").unwrap()) {
+        Err(CompileError::Rejected { log, .. }) => assert!(log.contains("support/kernels.cu.tera"), "{log}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn an_architecture_this_nvrtc_dropped_is_refused_with_the_wheel_to_install() {
+    let nvrtc = nvrtc();
+    let old = arch::by_name("sm_70").unwrap();
+    match nvrtc.check_arch(old) {
+        Ok(()) => assert!(nvrtc.version.0 < 13, "NVRTC 13 cannot target sm_70"),
+        Err(error) => assert!(error.to_string().contains("nvidia-cuda-nvrtc-cu12"), "{error}"),
+    }
+}
+
+#[test]
+fn the_second_time_a_kernel_comes_from_the_cache_and_damage_is_compiled_again() {
+    let nvrtc = nvrtc();
+    let folder = tempfile::tempdir().unwrap();
+    let cache = CubinCache::new(folder.path().into());
+    let arch = arch::by_name("sm_80").unwrap();
+    let source = render::render_support(&Problem::forward(DType::F32, WeightMajor::K, 8, 8, 8)).unwrap();
+    let first = cache.get_or_compile(&nvrtc, &source, arch).unwrap();
+    let files = || -> Vec<_> {
+        let folders = folder.path().read_dir().unwrap().map(|entry| entry.unwrap().path());
+        folders
+            .flat_map(|path| path.read_dir().unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>())
+            .collect()
+    };
+    let [file] = &files()[..] else { panic!("one file is cached") };
+    let written = std::fs::metadata(file).unwrap().modified().unwrap();
+    assert_eq!(cache.get_or_compile(&nvrtc, &source, arch).unwrap(), first);
+    assert_eq!(std::fs::metadata(file).unwrap().modified().unwrap(), written);
+    std::fs::write(file, "damaged").unwrap();
+    assert_eq!(cache.get_or_compile(&nvrtc, &source, arch).unwrap(), first);
+    assert!(std::fs::metadata(file).unwrap().len() > 1000, "the cache has mended itself");
+}
