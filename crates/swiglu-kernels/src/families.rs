@@ -1,11 +1,11 @@
 //! The kernel families: one frozen config type each, one predicate for legality, one candidate list.
 //!
 //! A family is named after its mechanism, not after a chip; the chip is data in [`ArchSpec`].
-//! The Hopper family (`wgmma_tma`) joins as a fourth module beside these three.
 
 pub mod cpu;
 pub mod mma_sync;
 pub mod simt;
+pub mod wgmma_tma;
 
 use crate::arch::ArchSpec;
 use crate::problem::{Problem, UnknownName, names};
@@ -16,6 +16,7 @@ use std::str::FromStr;
 pub use cpu::CpuConfig;
 pub use mma_sync::MmaSyncConfig;
 pub use simt::SimtConfig;
+pub use wgmma_tma::{Schedule, WgmmaTmaConfig};
 
 /// Where a kernel is to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,15 +38,17 @@ pub enum Family {
     Simt,
     /// `cp.async` + `ldmatrix` + `mma.sync` tensor cores, compute capability 8.0 and later.
     MmaSync,
+    /// TMA + warp-specialised `wgmma`, compute capability 9.0.
+    WgmmaTma,
     /// Blocked GEMM and gate on CPU threads.
     Cpu,
 }
 
-names!(Family, "family", Family::Simt => "simt", Family::MmaSync => "mma_sync", Family::Cpu => "cpu");
+names!(Family, "family", Family::Simt => "simt", Family::MmaSync => "mma_sync", Family::WgmmaTma => "wgmma_tma", Family::Cpu => "cpu");
 
 impl Family {
     /// Families that are CUDA source.
-    pub const GPU: [Self; 2] = [Self::Simt, Self::MmaSync];
+    pub const GPU: [Self; 3] = [Self::Simt, Self::MmaSync, Self::WgmmaTma];
 }
 
 /// One point of a tuning space. Stored whole in records, never as an index.
@@ -56,6 +59,8 @@ pub enum Config {
     Simt(SimtConfig),
     /// See [`mma_sync`].
     MmaSync(MmaSyncConfig),
+    /// See [`wgmma_tma`].
+    WgmmaTma(WgmmaTmaConfig),
     /// See [`cpu`].
     Cpu(CpuConfig),
 }
@@ -93,10 +98,14 @@ pub(crate) fn ensure(holds: bool, rule: &'static str, reason: impl FnOnce() -> S
 /// How a config is launched; the kernels compute the same tiles from their constants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LaunchShape {
-    /// Output rows and columns per block.
+    /// Output rows per cluster (per block where there are none).
     pub block_m: u32,
-    /// See `block_m`.
+    /// Output columns per cluster.
     pub block_n: u32,
+    /// Blocks per cluster.
+    pub cluster: u32,
+    /// Whether blocks walk over the tiles themselves, so that no more are launched than fit.
+    pub persistent: bool,
     /// Threads per block.
     pub threads: u32,
     /// Dynamic shared memory per block.
@@ -115,6 +124,7 @@ impl Config {
         match self {
             Self::Simt(_) => Family::Simt,
             Self::MmaSync(_) => Family::MmaSync,
+            Self::WgmmaTma(_) => Family::WgmmaTma,
             Self::Cpu(_) => Family::Cpu,
         }
     }
@@ -127,8 +137,9 @@ impl Config {
         match (self, target) {
             (Self::Simt(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::MmaSync(config), Target::Gpu(arch)) => config.check(problem, arch),
+            (Self::WgmmaTma(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::Cpu(config), Target::Cpu { threads }) => config.check(problem, threads),
-            (Self::Simt(_) | Self::MmaSync(_), Target::Cpu { .. }) => {
+            (Self::Simt(_) | Self::MmaSync(_) | Self::WgmmaTma(_), Target::Cpu { .. }) => {
                 ensure(false, "the family runs on this kind of device", || format!("`{}` needs a GPU", self.family()))
             }
             (Self::Cpu(_), Target::Gpu(_)) => {
@@ -142,6 +153,7 @@ impl Config {
         match self {
             Self::Simt(config) => Some(config.launch_shape(problem.dtype)),
             Self::MmaSync(config) => Some(config.launch_shape(problem.dtype)),
+            Self::WgmmaTma(config) => Some(config.launch_shape()),
             Self::Cpu(_) => None,
         }
     }
@@ -152,6 +164,7 @@ impl fmt::Display for Config {
         match self {
             Self::Simt(config) => config.fmt(f),
             Self::MmaSync(config) => config.fmt(f),
+            Self::WgmmaTma(config) => config.fmt(f),
             Self::Cpu(config) => config.fmt(f),
         }
     }
@@ -163,7 +176,8 @@ pub fn space(problem: &Problem, target: Target) -> Vec<Config> {
         Target::Gpu(_) => {
             let simt = simt::space(problem).map(Config::Simt);
             let mma_sync = mma_sync::space(problem).map(Config::MmaSync);
-            simt.chain(mma_sync).collect()
+            let wgmma_tma = wgmma_tma::space(problem).map(Config::WgmmaTma);
+            simt.chain(mma_sync).chain(wgmma_tma).collect()
         }
         Target::Cpu { threads } => cpu::space(threads).map(Config::Cpu).collect(),
     }
@@ -179,7 +193,11 @@ pub fn candidates(problem: &Problem, target: Target) -> Vec<Config> {
 /// # Errors
 /// [`Rejected`] when the families cannot run the problem on `arch` at all.
 pub fn default_config(problem: &Problem, arch: &'static ArchSpec) -> Result<Config, Rejected> {
-    default_of(Family::MmaSync, problem, arch).or_else(|_| default_of(Family::Simt, problem, arch))
+    // Up to a tile's worth of tokens reading the weights decides, and small blocks read them better.
+    let [first, second] = if problem.m <= 64 { [Family::MmaSync, Family::WgmmaTma] } else { [Family::WgmmaTma, Family::MmaSync] };
+    default_of(first, problem, arch)
+        .or_else(|_| default_of(second, problem, arch))
+        .or_else(|_| default_of(Family::Simt, problem, arch))
 }
 
 /// The default config of one GPU family: the first legal one of its preferences, else of its space.
@@ -191,6 +209,7 @@ pub fn default_of(family: Family, problem: &Problem, arch: &'static ArchSpec) ->
     let preferred: Vec<Config> = match family {
         Family::Simt => simt::defaults(problem).map(Config::Simt).to_vec(),
         Family::MmaSync => mma_sync::defaults(problem).map(Config::MmaSync).to_vec(),
+        Family::WgmmaTma => wgmma_tma::defaults(problem).map(Config::WgmmaTma).to_vec(),
         Family::Cpu => Vec::new(),
     };
     let mut rejected =

@@ -63,15 +63,20 @@ macro_rules! template {
     };
 }
 
-const TEMPLATES: [(&str, &str); 3] =
-    [template!("simt/kernel.cu.tera"), template!("mma_sync/kernel.cu.tera"), template!("support/kernels.cu.tera")];
+const TEMPLATES: [(&str, &str); 4] =
+    [template!("simt/kernel.cu.tera"), template!("mma_sync/kernel.cu.tera"), template!("wgmma_tma/kernel.cu.tera"), template!("support/kernels.cu.tera")];
 
-const HEADERS: [(&str, &str); 6] = [
+const HEADERS: [(&str, &str); 11] = [
     template!("shared/types.cuh"),
     template!("shared/activation.cuh"),
     template!("shared/params.cuh"),
     template!("shared/raster.cuh"),
+    template!("shared/ptx/smem.cuh"),
     template!("shared/ptx/cp_async.cuh"),
+    template!("shared/ptx/hopper.cuh"),
+    template!("shared/ptx/mbarrier.cuh"),
+    template!("shared/ptx/tma.cuh"),
+    template!("shared/ptx/wgmma.cuh"),
     template!("shared/ptx/mma_sync.cuh"),
 ];
 
@@ -123,6 +128,7 @@ fn template_of(family: Family) -> Result<&'static str, RenderError> {
     match family {
         Family::Simt => Ok("simt/kernel.cu.tera"),
         Family::MmaSync => Ok("mma_sync/kernel.cu.tera"),
+        Family::WgmmaTma => Ok("wgmma_tma/kernel.cu.tera"),
         Family::Cpu => Err(RenderError::NoSource),
     }
 }
@@ -138,6 +144,7 @@ fn context(problem: &Problem, config: &Config, template: &'static str) -> Result
     let fields = match config {
         Config::Simt(config) => Context::from_serialize(config),
         Config::MmaSync(config) => Context::from_serialize(config),
+        Config::WgmmaTma(config) => Context::from_serialize(config),
         Config::Cpu(_) => return Err(RenderError::NoSource),
     };
     let mut context = fields.map_err(|source| RenderError::Template { template, source })?;
@@ -192,7 +199,7 @@ fn write_out(
 mod tests {
     use super::*;
     use crate::arch;
-    use crate::families::default_config;
+    use crate::families::default_of;
     use crate::problem::{DType, WeightMajor};
 
     /// Tera takes an unknown name in `if` for false, so the names a template uses are held to those it gets.
@@ -202,8 +209,7 @@ mod tests {
         for family in Family::GPU {
             let dtype = if family == Family::Simt { DType::F32 } else { DType::Bf16 };
             let problem = Problem::forward(dtype, WeightMajor::K, 64, 64, 64);
-            let config = default_config(&problem, arch).unwrap();
-            assert_eq!(config.family(), family);
+            let config = default_of(family, &problem, arch).unwrap();
             let template = template_of(family).unwrap();
             let used: BTreeSet<_> =
                 engine(template).unwrap().get_template_variables(template).unwrap().into_iter().collect();
@@ -230,7 +236,7 @@ mod tests {
         let arch = arch::by_name("sm_80").unwrap();
         let problem = Problem::forward(DType::F16, WeightMajor::N, 64, 128, 256);
         let configs = crate::families::candidates(&problem, Target::Gpu(arch));
-        let Config::MmaSync(config) = configs[configs.len() - 1] else { panic!("the last candidate is mma_sync") };
+        let Some(&Config::MmaSync(config)) = configs.last() else { panic!("the last candidate on sm_80 is mma_sync") };
         let other =
             crate::families::MmaSyncConfig { raster: crate::families::Raster::AlongM, raster_group: 3, ..config };
         let first = render(&problem, &Config::MmaSync(config), arch).unwrap();
@@ -243,7 +249,7 @@ mod tests {
         let text = render_support(&problem).unwrap().text;
         assert_eq!(text.matches("enum class DType").count(), 1);
         assert!(!text.contains("#include"));
-        let line = TEMPLATES[2].1.lines().position(|line| line.starts_with("constexpr DType")).unwrap() + 1;
+        let line = TEMPLATES[3].1.lines().position(|line| line.starts_with("constexpr DType")).unwrap() + 1;
         let marker = format!("#line {} \"support/kernels.cu.tera\"\n\nconstexpr DType kDType = DType::f16;", line - 1);
         assert!(text.contains(&marker), "{marker}");
     }

@@ -89,7 +89,7 @@ mod tests {
     fn what_is_written_is_read_and_damage_is_seen() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("ab/abc.cubin");
-        let resources = Resources { registers: 168, spill_bytes: 0, stack_bytes: 8 };
+        let resources = Resources { registers: 168, spill_bytes: 0, stack_bytes: 8, wgmma_serialized: false };
         let cubin = Cubin { image: (0..=255).collect(), resources };
         write(&path, &cubin).unwrap();
         assert_eq!(read(&path), Some(cubin));

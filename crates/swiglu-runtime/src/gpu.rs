@@ -159,7 +159,7 @@ impl Gpu {
         function
             .set_attribute(sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, smem)
             .map_err(failed("reserve a kernel's shared memory"))?;
-        Ok(Kernel { function, shape, config: *config })
+        Ok(Kernel { function, shape, problem: *problem, sm_count: self.sm_count, config: *config })
     }
 }
 
@@ -168,6 +168,9 @@ impl Gpu {
 pub struct Kernel {
     pub(crate) function: CudaFunction,
     pub(crate) shape: LaunchShape,
+    /// N, K, number format and weight order it is launched for; M comes with each launch.
+    pub(crate) problem: Problem,
+    pub(crate) sm_count: u32,
     /// The config it was made from.
     pub config: Config,
 }

@@ -4,7 +4,10 @@
 #![allow(unsafe_code, reason = "hands raw device pointers to the driver")]
 
 use crate::gpu::Kernel;
+use crate::tensor_map;
 use cudarc::driver::{DriverError, sys};
+use std::ffi::c_void;
+use swiglu_kernels::Config;
 use swiglu_kernels::families::Raster;
 use swiglu_kernels::problem::{MAX_ACCESS_BYTES, alignment_of};
 
@@ -72,14 +75,8 @@ struct KernelParams {
 /// Every address is of device memory of the kernel's GPU that holds its whole matrix in the kernel's number
 /// format and stays allocated until the launch has finished; z overlaps no other operand; addresses and strides
 /// are multiples of the config's `access_bytes`; `stream` is live and of the kernel's context.
-pub unsafe fn forward(
-    kernel: &Kernel,
-    stream: sys::CUstream,
-    n: u32,
-    k: u32,
-    args: &RawForward,
-) -> Result<(), DriverError> {
-    let shape = &kernel.shape;
+pub unsafe fn forward(kernel: &Kernel, stream: sys::CUstream, args: &RawForward) -> Result<(), DriverError> {
+    let Kernel { shape, problem, .. } = kernel;
     let int = |value: u32| i32::try_from(value).map_err(|_| invalid());
     let mut params = KernelParams {
         x: args.x,
@@ -93,14 +90,39 @@ pub unsafe fn forward(
         up_stride: args.up_stride,
         z_stride: args.z_stride,
         m: int(args.m)?,
-        n: int(n)?,
-        k: int(k)?,
+        n: int(problem.n)?,
+        k: int(problem.k)?,
         raster_along_n: i32::from(shape.raster == Raster::AlongN),
         raster_group: int(shape.raster_group)?,
     };
-    let tiles = u64::from(args.m.div_ceil(shape.block_m)) * u64::from(n.div_ceil(shape.block_n));
+    let params = (&raw mut params).cast::<c_void>();
+    match &kernel.config {
+        Config::WgmmaTma(config) => {
+            let mut maps = tensor_map::encode(config, problem, args)?;
+            let [x, gate, up, z] = maps.each_mut().map(|map| std::ptr::from_mut(map).cast::<c_void>());
+            // SAFETY: the kernel takes four tensor maps and a `Params` by value, all alive here; addresses by contract.
+            unsafe { launch(kernel, stream, args.m, &mut [x, gate, up, z, params]) }
+        }
+        Config::Simt(_) | Config::MmaSync(_) | Config::Cpu(_) => {
+            // SAFETY: the kernel takes one `Params` by value, alive here; addresses by contract.
+            unsafe { launch(kernel, stream, args.m, &mut [params]) }
+        }
+    }
+}
+
+/// # Safety
+/// `arguments` point to what the kernel takes, by value, in its order.
+unsafe fn launch(kernel: &Kernel, stream: sys::CUstream, m: u32, arguments: &mut [*mut c_void]) -> Result<(), DriverError> {
+    let shape = &kernel.shape;
+    let mut cluster = sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue {
+            clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: shape.cluster, y: 1, z: 1 },
+        },
+    };
     let config = sys::CUlaunchConfig {
-        gridDimX: u32::try_from(tiles).ok().filter(|&tiles| int(tiles).is_ok()).ok_or_else(invalid)?,
+        gridDimX: grid(kernel, m).ok_or_else(invalid)?,
         gridDimY: 1,
         gridDimZ: 1,
         blockDimX: shape.threads,
@@ -108,20 +130,23 @@ pub unsafe fn forward(
         blockDimZ: 1,
         sharedMemBytes: shape.smem_bytes,
         hStream: stream,
-        attrs: std::ptr::null_mut(),
-        numAttrs: 0,
+        attrs: &raw mut cluster,
+        numAttrs: u32::from(shape.cluster > 1),
     };
-    let mut pointers = [(&raw mut params).cast::<std::ffi::c_void>()];
-    // SAFETY: the kernel takes one `Params` by value, which `params` mirrors and outlives; addresses by contract.
+    // SAFETY: config and attribute are alive; arguments by contract.
     let status = unsafe {
-        sys::cuLaunchKernelEx(
-            &raw const config,
-            kernel.function.cu_function(),
-            pointers.as_mut_ptr(),
-            std::ptr::null_mut(),
-        )
+        sys::cuLaunchKernelEx(&raw const config, kernel.function.cu_function(), arguments.as_mut_ptr(), std::ptr::null_mut())
     };
     status.result()
+}
+
+/// Blocks: one per tile, or as many as fit where blocks walk over the tiles.
+fn grid(kernel: &Kernel, m: u32) -> Option<u32> {
+    let shape = &kernel.shape;
+    let tiles = u64::from(m.div_ceil(shape.block_m)) * u64::from(kernel.problem.n.div_ceil(shape.block_n));
+    let fit = u64::from((kernel.sm_count / shape.cluster).max(1));
+    let clusters = if shape.persistent { tiles.min(fit) } else { tiles };
+    i32::try_from(clusters * u64::from(shape.cluster)).ok().and_then(|blocks| u32::try_from(blocks).ok())
 }
 
 fn invalid() -> DriverError {

@@ -17,6 +17,7 @@ pub mod operands;
 pub mod options;
 pub mod plan;
 pub mod runtime;
+mod tensor_map;
 
 pub use cudarc;
 pub use launch::RawForward;

@@ -20,6 +20,19 @@ pub struct Resources {
     pub spill_bytes: u32,
     /// Bytes of stack frame.
     pub stack_bytes: u32,
+    /// Whether ptxas gave up overlapping `wgmma` (its warnings C7510 to C7520): several times slower.
+    #[serde(default)]
+    pub wgmma_serialized: bool,
+}
+
+impl Resources {
+    /// Why a kernel that uses this much is not worth launching, if it is not.
+    pub fn objection(&self) -> Option<String> {
+        if self.spill_bytes > SPILL_BUDGET_BYTES {
+            return Some(format!("{} bytes spilled", self.spill_bytes));
+        }
+        self.wgmma_serialized.then(|| "ptxas serialised wgmma".into())
+    }
 }
 
 /// A loadable image for one real architecture.
@@ -181,7 +194,7 @@ impl Drop for Program {
 
 /// Reads the report on `entry` out of ptxas's log.
 fn parse_log(log: &str, entry: &str) -> Resources {
-    let mut resources = Resources::default();
+    let mut resources = Resources { wgmma_serialized: log.contains("(C75"), ..Resources::default() };
     let mut here = false;
     for line in log.lines() {
         if line.contains("Compiling entry function") || line.contains("Function properties for") {
@@ -222,7 +235,7 @@ mod tests {
                    ptxas info    : Function properties for swiglu_forward\n\
                    ptxas         .     16 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n\
                    ptxas info    : Used 224 registers, used 1 barriers";
-        let expected = Resources { registers: 224, spill_bytes: 16, stack_bytes: 16 };
+        let expected = Resources { registers: 224, spill_bytes: 16, stack_bytes: 16, wgmma_serialized: false };
         assert_eq!(parse_log(log, "swiglu_forward"), expected);
     }
 }

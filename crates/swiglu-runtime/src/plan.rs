@@ -141,7 +141,7 @@ impl Plan {
         }
         let kernel = self.select(args.m, args.alignment(self.spec.dtype.bytes()));
         // SAFETY: by this function's own contract; `select` has held the alignment to `access_bytes`.
-        let launched = unsafe { launch::forward(kernel, stream, self.spec.n, self.spec.k, args) };
+        let launched = unsafe { launch::forward(kernel, stream, args) };
         launched.map_err(|error| LaunchError::Driver { config: Box::new(kernel.config), error })
     }
 

@@ -212,7 +212,7 @@ impl CpuRuntime {
             .into_iter()
             .filter_map(|(anchor, record, _)| match record.config {
                 Config::Cpu(config) => Some((anchor, config)),
-                Config::Simt(_) | Config::MmaSync(_) => None,
+                Config::Simt(_) | Config::MmaSync(_) | Config::WgmmaTma(_) => None,
             })
             .collect();
         Ok(CpuPlan::new(*spec, &entries)?)

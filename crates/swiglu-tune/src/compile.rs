@@ -11,7 +11,7 @@ use swiglu_kernels::families::{self, Family, Target};
 use swiglu_kernels::problem::WeightMajor;
 use swiglu_kernels::{ArchSpec, Config, DType, KernelSource, Problem, arch, render};
 use swiglu_runtime::Options;
-use swiglu_runtime::nvrtc::{Nvrtc, SPILL_BUDGET_BYTES};
+use swiglu_runtime::nvrtc::Nvrtc;
 
 #[derive(Debug, Clone, Args)]
 pub(crate) struct CompileArgs {
@@ -74,13 +74,10 @@ pub(crate) fn run(args: &CompileArgs, options: &Options) -> Result<ExitCode> {
         match result {
             Ok(cubin) => {
                 entry.compiled += 1;
-                entry.spilled += usize::from(cubin.resources.spill_bytes > SPILL_BUDGET_BYTES);
+                entry.spilled += usize::from(cubin.resources.objection().is_some());
                 entry.most_registers = entry.most_registers.max(cubin.resources.registers);
-                if cubin.resources.spill_bytes > SPILL_BUDGET_BYTES {
-                    eprintln!(
-                        "{} {} {}: {} spills {} bytes",
-                        job.arch, job.problem.dtype, job.problem.weight_major, job.config, cubin.resources.spill_bytes
-                    );
+                if let Some(objection) = cubin.resources.objection() {
+                    eprintln!("{} {} {}: {}: {objection}", job.arch, job.problem.dtype, job.problem.weight_major, job.config);
                 }
             }
             Err(error) => {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use swiglu_kernels::{Config, Problem, WeightMajor, render};
 use swiglu_runtime::cubin_cache::CubinCache;
 use swiglu_runtime::gpu::{Gpu, Kernel};
-use swiglu_runtime::nvrtc::{Nvrtc, Resources, SPILL_BUDGET_BYTES};
+use swiglu_runtime::nvrtc::{Nvrtc, Resources};
 use swiglu_runtime::{PrepareError, RawForward, launch};
 
 /// Buffer sets together exceed the L2 cache by this factor, so that every launch finds it cold.
@@ -88,8 +88,8 @@ impl GpuLab {
             }
         };
         let resources = cubin.resources;
-        let kernel = if resources.spill_bytes > SPILL_BUDGET_BYTES {
-            Err(Failure::new("spill", format!("{} bytes spilled", resources.spill_bytes)))
+        let kernel = if let Some(objection) = resources.objection() {
+            Err(Failure::new("spill", objection))
         } else {
             let loaded = self.gpu.load_config(&source, &cubin, config, problem);
             loaded.map_err(|error| Failure::new("launch", error))
@@ -171,7 +171,7 @@ impl Arena {
         // SAFETY: the buffers hold the problem, are apart, outlive the stream's work, and are as aligned as the
         // problem says, since they start at multiples of 16 bytes with contiguous rows.
         let launched =
-            unsafe { launch::forward(kernel, lab.stream.cu_stream(), self.problem.n, self.problem.k, &args) };
+            unsafe { launch::forward(kernel, lab.stream.cu_stream(), &args) };
         launched.map_err(|error| Failure::new("launch", format!("the driver refused the launch: {error}")))
     }
 }

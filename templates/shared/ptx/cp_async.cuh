@@ -1,6 +1,6 @@
 // cp.async: copies from global to shared memory that pass no register (sm_80).
 
-__device__ __forceinline__ u32 smem_address(const void* pointer) { return u32(__cvta_generic_to_shared(pointer)); }
+#include "shared/ptx/smem.cuh"
 
 // Copies kBytes.
 template <int kBytes> __device__ __forceinline__ void cp_async(u32 smem, const void* gmem) {

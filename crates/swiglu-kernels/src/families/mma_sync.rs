@@ -69,6 +69,8 @@ impl MmaSyncConfig {
         LaunchShape {
             block_m: self.block_m,
             block_n: self.block_n,
+            cluster: 1,
+            persistent: false,
             threads: self.threads(),
             smem_bytes: self.smem_bytes(dtype),
             raster: self.raster,

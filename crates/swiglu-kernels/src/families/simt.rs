@@ -59,6 +59,8 @@ impl SimtConfig {
         LaunchShape {
             block_m: self.block_m,
             block_n: self.block_n,
+            cluster: 1,
+            persistent: false,
             threads: self.threads(),
             smem_bytes: self.smem_bytes(),
             raster: self.raster,

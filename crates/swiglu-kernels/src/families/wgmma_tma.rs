@@ -1,0 +1,208 @@
+//! `wgmma_tma`: TMA ring, warp-specialised producer and consumers, `wgmma`, persistent grid; sm_90a.
+//!
+//! Design: `docs/kernels/wgmma_tma.md`. Template: `templates/wgmma_tma/kernel.cu.tera`.
+
+use super::{LaunchShape, RASTERS, Raster, Rejected, check_block, ensure};
+use crate::arch::ArchSpec;
+use crate::problem::{DType, Problem, UnknownName, WeightMajor, names};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+
+/// How the consumer warpgroups share the tiles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Schedule {
+    /// All consumers multiply one tile; its epilogue is exposed.
+    Cooperative,
+    /// Each of two consumers owns a tile; one's epilogue hides behind the other's products.
+    Pingpong,
+}
+
+names!(Schedule, "schedule", Schedule::Cooperative => "cooperative", Schedule::Pingpong => "pingpong");
+
+/// A point of the `wgmma_tma` space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct WgmmaTmaConfig {
+    /// Rows of z per CTA.
+    pub block_m: u32,
+    /// Columns of z per CTA; one wgmma covers twice as many (gate and up).
+    pub block_n: u32,
+    /// Step along K: one 128-byte swizzle row.
+    pub block_k: u32,
+    /// K tiles in flight between global and shared memory.
+    pub stages: u32,
+    /// Warpgroups that multiply; one more feeds them.
+    pub consumers: u32,
+    /// How they share the tiles.
+    pub schedule: Schedule,
+    /// CTAs along M that share the weights by multicast.
+    pub cluster_m: u32,
+    /// CTAs along N that share x by multicast.
+    pub cluster_n: u32,
+    /// Columns of one asynchronous store.
+    pub store_cols: u32,
+    /// Stores in flight per warp.
+    pub store_buffers: u32,
+    /// silu by one `tanh.approx` instead of `ex2` and `rcp`; accurate enough for bf16 only.
+    pub fast_silu: bool,
+    /// Walk over the tiles; a launch parameter, not a constant of the source.
+    pub raster: Raster,
+    /// Clusters walked side by side; a launch parameter.
+    pub raster_group: u32,
+}
+
+/// schedule, block_m, block_n, consumers: what won somewhere on the H200 (docs/kernels/wgmma_tma.md).
+const TILES: [(Schedule, u32, u32, u32); 16] = [
+    (Schedule::Pingpong, 64, 64, 2),
+    (Schedule::Pingpong, 64, 112, 2),
+    (Schedule::Pingpong, 128, 32, 2),
+    (Schedule::Pingpong, 128, 56, 2),
+    (Schedule::Pingpong, 128, 64, 2),
+    (Schedule::Pingpong, 128, 72, 2),
+    (Schedule::Pingpong, 128, 80, 2),
+    (Schedule::Pingpong, 128, 88, 2),
+    (Schedule::Pingpong, 128, 96, 2),
+    (Schedule::Pingpong, 128, 104, 2),
+    (Schedule::Cooperative, 128, 112, 2),
+    (Schedule::Cooperative, 128, 128, 2),
+    (Schedule::Cooperative, 256, 64, 2),
+    (Schedule::Cooperative, 256, 88, 2),
+    (Schedule::Cooperative, 256, 96, 2),
+    (Schedule::Cooperative, 256, 104, 2),
+];
+
+/// Bytes of both 16-bit formats.
+const ELEMENT_BYTES: u32 = 2;
+
+impl WgmmaTmaConfig {
+    /// Threads per CTA.
+    pub const fn threads(&self) -> u32 {
+        128 * (1 + self.consumers)
+    }
+
+    /// Shared memory: the ring, the staging of the stores, two barriers a stage.
+    pub const fn smem_bytes(&self) -> u32 {
+        let ring = self.stages * self.block_k * (self.block_m + 2 * self.block_n) * ELEMENT_BYTES;
+        let staging = 4 * self.consumers * self.store_buffers * 16 * self.store_cols * ELEMENT_BYTES;
+        ring + staging + 16 * self.stages
+    }
+
+    /// 64-row blocks that one warpgroup multiplies.
+    const fn row_blocks(&self) -> u32 {
+        match self.schedule {
+            Schedule::Cooperative => self.block_m / (64 * self.consumers),
+            Schedule::Pingpong => self.block_m / 64,
+        }
+    }
+
+    /// Columns of one box of N-major weights: a 128-byte or a 64-byte swizzle row.
+    pub const fn weight_cols(&self) -> u32 {
+        if self.block_n.is_multiple_of(64) { 64 } else { 32 }
+    }
+
+    pub(super) fn launch_shape(&self) -> LaunchShape {
+        LaunchShape {
+            block_m: self.block_m * self.cluster_m,
+            block_n: self.block_n * self.cluster_n,
+            cluster: self.cluster_m * self.cluster_n,
+            persistent: true,
+            threads: self.threads(),
+            smem_bytes: self.smem_bytes(),
+            raster: self.raster,
+            raster_group: self.raster_group,
+            access_bytes: 16,
+        }
+    }
+
+    pub(super) fn check(&self, problem: &Problem, arch: &ArchSpec) -> Result<(), Rejected> {
+        let &Self { block_m, block_n, block_k, stages, consumers, cluster_m, cluster_n, store_cols, store_buffers, .. } = self;
+        let sizes = [block_m, block_n, block_k, stages, consumers, cluster_m, cluster_n, store_cols, store_buffers, self.raster_group];
+        ensure(sizes.iter().all(|&size| (1..=1024).contains(&size)), "sizes are positive and small", || format!("{sizes:?}"))?;
+        ensure(arch.has_wgmma, "wgmma_tma needs compute capability 9.0", || format!("{arch} has none"))?;
+        ensure(matches!(problem.dtype, DType::F16 | DType::Bf16), "wgmma_tma multiplies fp16 or bf16", || format!("{} asked for", problem.dtype))?;
+        ensure(problem.k > 0, "wgmma_tma needs K of at least 1", || "k is 0".into())?;
+        ensure(block_k * ELEMENT_BYTES == 128, "a K row of a tile is 128 bytes", || format!("block_k {block_k}"))?;
+        ensure(block_n.is_multiple_of(8) && (16..=128).contains(&block_n), "gate and up share one wgmma of at most 256 columns", || {
+            format!("block_n {block_n}")
+        })?;
+        ensure((1..=3).contains(&consumers) && (self.schedule == Schedule::Cooperative || consumers == 2), "two consumers take turns", || {
+            format!("{consumers} consumers, {}", self.schedule)
+        })?;
+        let whole = match self.schedule {
+            Schedule::Cooperative => block_m.is_multiple_of(64 * consumers),
+            Schedule::Pingpong => block_m.is_multiple_of(64),
+        };
+        ensure(whole && block_m <= 256, "a warpgroup holds whole 64-row blocks, a box at most 256 rows", || format!("block_m {block_m}"))?;
+        // Measured with NVRTC 13.0: more accumulators spill, and ptxas then serialises wgmma.
+        ensure(self.row_blocks() * block_n <= if consumers == 3 { 96 } else { 208 }, "accumulators fit in registers", || {
+            format!("{} accumulators a thread", self.row_blocks() * block_n)
+        })?;
+        // 132 multiprocessors are 66 pairs; larger clusters leave some idle.
+        ensure(cluster_m * cluster_n <= 2 && block_m.is_multiple_of(16 * cluster_n), "a cluster is at most a pair", || {
+            format!("{cluster_m}x{cluster_n}")
+        })?;
+        ensure(problem.weight_major == WeightMajor::K || block_n.is_multiple_of(32), "n_major weights load in whole boxes", || {
+            format!("block_n {block_n}")
+        })?;
+        let swizzled = matches!(store_cols, 16 | 32 | 64);
+        ensure(block_n.is_multiple_of(store_cols) && (swizzled || store_cols == block_n), "stores are whole boxes", || {
+            format!("store_cols {store_cols} of {block_n}")
+        })?;
+        ensure(!self.fast_silu || problem.dtype == DType::Bf16, "fast_silu is accurate enough for bf16 only", || {
+            format!("{} asked for", problem.dtype)
+        })?;
+        ensure(stages >= 2, "at least 2 stages", || format!("{stages} stages"))?;
+        check_block(&self.launch_shape(), problem, arch)
+    }
+}
+
+/// A tile with the most stages that fit, and a second store buffer where it costs none of them.
+fn tile(schedule: Schedule, block_m: u32, block_n: u32, consumers: u32, dtype: DType) -> WgmmaTmaConfig {
+    /// What one CTA may opt in to on sm_90a.
+    const SMEM_BYTES: u32 = 232_448;
+    let store_cols = [64, 32, 16].into_iter().find(|&cols| block_n.is_multiple_of(cols)).unwrap_or(block_n);
+    let with = |store_buffers| {
+        let config = WgmmaTmaConfig {
+            block_m, block_n, block_k: 64, stages: 0, consumers, schedule, cluster_m: 1, cluster_n: 1, store_cols,
+            store_buffers, fast_silu: dtype == DType::Bf16, raster: Raster::AlongN, raster_group: 8,
+        };
+        let stage = WgmmaTmaConfig { stages: 1, ..config }.smem_bytes() - config.smem_bytes();
+        WgmmaTmaConfig { stages: ((SMEM_BYTES - config.smem_bytes()) / stage).min(8), ..config }
+    };
+    let (two, one) = (with(2), with(1));
+    if one.stages > two.stages { one } else { two }
+}
+
+pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaTmaConfig> + use<> {
+    let dtype = problem.dtype;
+    TILES.into_iter().flat_map(move |(schedule, block_m, block_n, consumers)| {
+        [(2, 1), (1, 2), (1, 1)].into_iter().flat_map(move |(cluster_m, cluster_n)| {
+            RASTERS.into_iter().map(move |(raster, raster_group)| WgmmaTmaConfig {
+                cluster_m, cluster_n, raster, raster_group, ..tile(schedule, block_m, block_n, consumers, dtype)
+            })
+        })
+    })
+}
+
+/// Preferred configs when nothing was tuned, best first.
+pub(super) fn defaults(problem: &Problem) -> [WgmmaTmaConfig; 2] {
+    let block_n = match problem.m {
+        0..=256 => 56,
+        257..=512 => 88,
+        _ => 96,
+    };
+    let pair = |block_n| WgmmaTmaConfig { cluster_m: 2, ..tile(Schedule::Pingpong, 128, block_n, 2, problem.dtype) };
+    [pair(block_n), pair(if problem.m <= 256 { 64 } else { 96 })]
+}
+
+impl fmt::Display for WgmmaTmaConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f, "wgmma_tma {} {}x{}x{} stages {} consumers {} cluster {}x{} store {}x{}{} {} {}",
+            self.schedule, self.block_m, self.block_n, self.block_k, self.stages, self.consumers, self.cluster_m,
+            self.cluster_n, self.store_cols, self.store_buffers, if self.fast_silu { " fast_silu" } else { "" },
+            self.raster, self.raster_group
+        )
+    }
+}
