@@ -194,7 +194,8 @@ pub fn candidates(problem: &Problem, target: Target) -> Vec<Config> {
 /// [`Rejected`] when the families cannot run the problem on `arch` at all.
 pub fn default_config(problem: &Problem, arch: &'static ArchSpec) -> Result<Config, Rejected> {
     // Up to a tile's worth of tokens reading the weights decides, and small blocks read them better.
-    let [first, second] = if problem.m <= 64 { [Family::MmaSync, Family::WgmmaTma] } else { [Family::WgmmaTma, Family::MmaSync] };
+    let [first, second] =
+        if problem.m <= 64 { [Family::MmaSync, Family::WgmmaTma] } else { [Family::WgmmaTma, Family::MmaSync] };
     default_of(first, problem, arch)
         .or_else(|_| default_of(second, problem, arch))
         .or_else(|_| default_of(Family::Simt, problem, arch))

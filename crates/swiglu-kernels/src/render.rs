@@ -63,8 +63,12 @@ macro_rules! template {
     };
 }
 
-const TEMPLATES: [(&str, &str); 4] =
-    [template!("simt/kernel.cu.tera"), template!("mma_sync/kernel.cu.tera"), template!("wgmma_tma/kernel.cu.tera"), template!("support/kernels.cu.tera")];
+const TEMPLATES: [(&str, &str); 4] = [
+    template!("simt/kernel.cu.tera"),
+    template!("mma_sync/kernel.cu.tera"),
+    template!("wgmma_tma/kernel.cu.tera"),
+    template!("support/kernels.cu.tera"),
+];
 
 const HEADERS: [(&str, &str); 11] = [
     template!("shared/types.cuh"),

@@ -112,7 +112,12 @@ pub unsafe fn forward(kernel: &Kernel, stream: sys::CUstream, args: &RawForward)
 
 /// # Safety
 /// `arguments` point to what the kernel takes, by value, in its order.
-unsafe fn launch(kernel: &Kernel, stream: sys::CUstream, m: u32, arguments: &mut [*mut c_void]) -> Result<(), DriverError> {
+unsafe fn launch(
+    kernel: &Kernel,
+    stream: sys::CUstream,
+    m: u32,
+    arguments: &mut [*mut c_void],
+) -> Result<(), DriverError> {
     let shape = &kernel.shape;
     let mut cluster = sys::CUlaunchAttribute {
         id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
@@ -135,7 +140,12 @@ unsafe fn launch(kernel: &Kernel, stream: sys::CUstream, m: u32, arguments: &mut
     };
     // SAFETY: config and attribute are alive; arguments by contract.
     let status = unsafe {
-        sys::cuLaunchKernelEx(&raw const config, kernel.function.cu_function(), arguments.as_mut_ptr(), std::ptr::null_mut())
+        sys::cuLaunchKernelEx(
+            &raw const config,
+            kernel.function.cu_function(),
+            arguments.as_mut_ptr(),
+            std::ptr::null_mut(),
+        )
     };
     status.result()
 }

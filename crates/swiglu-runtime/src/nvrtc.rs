@@ -1,6 +1,6 @@
 //! CUDA source to CUBIN, and what the compiler says about it.
 //!
-//! Contract: [`library::nvrtc`](crate::library::nvrtc) has loaded NVRTC before any function here is called;
+//! Contract: [`library::nvrtc`] has loaded NVRTC before any function here is called;
 //! a program handle never outlives the function that made it.
 #![allow(unsafe_code, reason = "calls into NVRTC; cudarc's safe layer yields PTX only and drops the log")]
 

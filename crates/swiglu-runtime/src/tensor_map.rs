@@ -29,19 +29,41 @@ pub(crate) fn encode(config: &WgmmaTmaConfig, problem: &Problem, args: &RawForwa
     let &Problem { dtype, weight_major, n, k, .. } = problem;
     let weights = |address, row_stride| match weight_major {
         WeightMajor::K => Matrix {
-            address, rows: n, cols: k, row_stride, box_rows: config.block_n, box_cols: config.block_k, swizzled: true,
+            address,
+            rows: n,
+            cols: k,
+            row_stride,
+            box_rows: config.block_n,
+            box_cols: config.block_k,
+            swizzled: true,
         },
         WeightMajor::N => Matrix {
-            address, rows: k, cols: n, row_stride, box_rows: config.block_k, box_cols: config.weight_cols(), swizzled: true,
+            address,
+            rows: k,
+            cols: n,
+            row_stride,
+            box_rows: config.block_k,
+            box_cols: config.weight_cols(),
+            swizzled: true,
         },
     };
     let x = Matrix {
-        address: args.x, rows: args.m, cols: k, row_stride: args.x_stride,
-        box_rows: config.block_m / config.cluster_n, box_cols: config.block_k, swizzled: true,
+        address: args.x,
+        rows: args.m,
+        cols: k,
+        row_stride: args.x_stride,
+        box_rows: config.block_m / config.cluster_n,
+        box_cols: config.block_k,
+        swizzled: true,
     };
     let z = Matrix {
-        address: args.z, rows: args.m, cols: n, row_stride: args.z_stride,
-        box_rows: 16, box_cols: config.store_cols, swizzled: matches!(config.store_cols, 16 | 32 | 64),
+        address: args.z,
+        rows: args.m,
+        cols: n,
+        row_stride: args.z_stride,
+        box_rows: 16,
+        box_cols: config.store_cols,
+        swizzled: matches!(config.store_cols, 16 | 32 | 64),
     };
     Ok([
         encode_one(&x, dtype)?,

@@ -212,7 +212,7 @@ impl<'a> CublasLtPeer<'a> {
         let mut best = (f64::INFINITY, 0);
         for algorithm in 0..self.gemm.algorithm_count() {
             let Ok(graph) = watch.capture(|index| self.launch_gemm(algorithm, index)) else { continue };
-            let samples = (0..5).map(|_| watch.sample(&graph)).collect::<Result<Vec<_>, _>>()?;
+            let samples = watch.sample(&[&graph; 5])?;
             let time = quantile(&samples, 0.5);
             if time < best.0 {
                 best = (time, algorithm);
@@ -225,10 +225,9 @@ impl<'a> CublasLtPeer<'a> {
             watch.capture(|index| self.launch_both(algorithm, index))?,
         ];
         let mut samples = [const { Vec::new() }; 3];
-        for _ in 0..rounds.max(1) {
-            for (graph, samples) in graphs.iter().zip(&mut samples) {
-                samples.push(watch.sample(graph)?);
-            }
+        let interleaved: Vec<&TimedGraph> = (0..rounds.max(1)).flat_map(|_| &graphs).collect();
+        for (index, time) in watch.sample(&interleaved)?.into_iter().enumerate() {
+            samples[index % graphs.len()].push(time);
         }
         Ok(samples.map(|samples| quantile(&samples, 0.5)))
     }

@@ -77,7 +77,10 @@ pub(crate) fn run(args: &CompileArgs, options: &Options) -> Result<ExitCode> {
                 entry.spilled += usize::from(cubin.resources.objection().is_some());
                 entry.most_registers = entry.most_registers.max(cubin.resources.registers);
                 if let Some(objection) = cubin.resources.objection() {
-                    eprintln!("{} {} {}: {}: {objection}", job.arch, job.problem.dtype, job.problem.weight_major, job.config);
+                    eprintln!(
+                        "{} {} {}: {}: {objection}",
+                        job.arch, job.problem.dtype, job.problem.weight_major, job.config
+                    );
                 }
             }
             Err(error) => {

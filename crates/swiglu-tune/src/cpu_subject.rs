@@ -34,8 +34,8 @@ impl Subject for CpuSubject {
     fn verify(&mut self, config: &Config) -> Result<f64, Failure> {
         self.0.verify(config)
     }
-    fn sample(&mut self, config: &Config) -> Result<f64, Failure> {
-        self.0.sample(config)
+    fn sample(&mut self, configs: &[Config]) -> Vec<Result<f64, Failure>> {
+        self.0.sample(configs)
     }
 }
 
@@ -123,7 +123,14 @@ impl<T: Element> Subject for Typed<T> {
         Ok(error)
     }
 
-    fn sample(&mut self, config: &Config) -> Result<f64, Failure> {
+    fn sample(&mut self, configs: &[Config]) -> Vec<Result<f64, Failure>> {
+        configs.iter().map(|config| self.time(config)).collect()
+    }
+}
+
+impl<T: Element> Typed<T> {
+    /// Time of one launch, over as many as make a sample.
+    fn time(&mut self, config: &Config) -> Result<f64, Failure> {
         let launches = self.plans.get(config).map_or(1, |(_, launches)| *launches);
         let begun = Instant::now();
         for _ in 0..launches {

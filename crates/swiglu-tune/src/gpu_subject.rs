@@ -19,8 +19,9 @@ const L2_FACTOR: usize = 3;
 const ABANDON_FACTOR: f64 = 3.0;
 /// What events and the launch itself add to a single launch, in microseconds.
 const EVENT_US: f64 = 20.0;
-/// Length of one sample, in microseconds: long against the events' resolution and the launch gaps.
-const SAMPLE_US: f64 = 400.0;
+/// Length of one sample, in microseconds: long against the events' resolution and the launch gaps, and long enough
+/// for the power limit to be felt.
+const SAMPLE_US: f64 = 1000.0;
 
 /// What tuning and benching on one GPU share.
 pub(crate) struct GpuLab {
@@ -170,8 +171,7 @@ impl Arena {
         let args = self.args(index);
         // SAFETY: the buffers hold the problem, are apart, outlive the stream's work, and are as aligned as the
         // problem says, since they start at multiples of 16 bytes with contiguous rows.
-        let launched =
-            unsafe { launch::forward(kernel, lab.stream.cu_stream(), &args) };
+        let launched = unsafe { launch::forward(kernel, lab.stream.cu_stream(), &args) };
         launched.map_err(|error| Failure::new("launch", format!("the driver refused the launch: {error}")))
     }
 }
@@ -230,10 +230,25 @@ impl<'a> Stopwatch<'a> {
         Ok(TimedGraph { graph, launches })
     }
 
-    /// Time of one launch of the graph's, in microseconds.
-    pub(crate) fn sample(&self, timed: &TimedGraph) -> Result<f64, Failure> {
-        let time = self.time(|| timed.graph.launch().map_err(driver("launch a graph")))?;
-        Ok(time / f64::from(timed.launches))
+    /// Times of one launch of each graph, in microseconds. All are queued before any is waited for: the GPU does not
+    /// idle in between, so clocks and power are those of steady work.
+    pub(crate) fn sample(&self, graphs: &[&TimedGraph]) -> Result<Vec<f64>, Failure> {
+        let event = || {
+            let event = self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT));
+            event.map_err(driver("record an event"))
+        };
+        let mut marks = Vec::with_capacity(graphs.len());
+        for timed in graphs {
+            let start = event()?;
+            timed.graph.launch().map_err(driver("launch a graph"))?;
+            marks.push((start, event()?, timed.launches));
+        }
+        let time = |(start, end, launches): &(CudaEvent, CudaEvent, u32)| {
+            end.synchronize().map_err(driver("wait for a launch"))?;
+            let elapsed = start.elapsed_ms(end).map_err(driver("read a time"))?;
+            Ok(f64::from(elapsed) * 1e3 / f64::from(*launches))
+        };
+        marks.iter().map(time).collect()
     }
 }
 
@@ -301,18 +316,34 @@ impl Subject for GpuSubject<'_> {
         Ok(found.error)
     }
 
-    fn sample(&mut self, config: &Config) -> Result<f64, Failure> {
-        if !self.graphs.contains_key(config) {
-            let kernel = self.kernel(config)?;
-            let launch = |index| self.arena.launch(self.lab, kernel, index);
-            let once = self.stopwatch.time(|| launch(1))?;
-            if once > self.shortest * ABANDON_FACTOR + EVENT_US {
-                return Ok(once);
-            }
-            self.shortest = self.shortest.min(once);
-            self.graphs.insert(*config, self.stopwatch.capture_for(once, launch)?);
+    fn sample(&mut self, configs: &[Config]) -> Vec<Result<f64, Failure>> {
+        let prepared: Vec<Result<Option<f64>, Failure>> = configs.iter().map(|config| self.prepare(config)).collect();
+        let graphs: Vec<&TimedGraph> = configs.iter().filter_map(|config| self.graphs.get(config)).collect();
+        let mut times = match self.stopwatch.sample(&graphs) {
+            Ok(times) => times.into_iter(),
+            Err(failure) => return vec![Err(failure); configs.len()],
+        };
+        let lost = || Failure::new("launch", "was not captured");
+        let time = |prepared: Result<Option<f64>, Failure>| prepared?.or_else(|| times.next()).ok_or_else(lost);
+        prepared.into_iter().map(time).collect()
+    }
+}
+
+impl GpuSubject<'_> {
+    /// Captures the graph of `config` unless it has one; the time of a single launch where that is hopeless already.
+    fn prepare(&mut self, config: &Config) -> Result<Option<f64>, Failure> {
+        if self.graphs.contains_key(config) {
+            return Ok(None);
         }
-        let graph = self.graphs.get(config).ok_or_else(|| Failure::new("launch", "was not captured"))?;
-        self.stopwatch.sample(graph)
+        let kernel = self.kernel(config)?;
+        let launch = |index| self.arena.launch(self.lab, kernel, index);
+        let once = self.stopwatch.time(|| launch(1))?;
+        if once > self.shortest * ABANDON_FACTOR + EVENT_US {
+            return Ok(Some(once));
+        }
+        self.shortest = self.shortest.min(once);
+        let graph = self.stopwatch.capture_for(once, launch)?;
+        self.graphs.insert(*config, graph);
+        Ok(None)
     }
 }

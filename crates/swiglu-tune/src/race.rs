@@ -8,8 +8,8 @@ use swiglu_kernels::{Config, DType};
 pub(crate) trait Subject {
     /// Runs `config` once on fresh poisoned output and holds it to the oracle; the relative error.
     fn verify(&mut self, config: &Config) -> Result<f64, Failure>;
-    /// One sample of the time of a launch, in microseconds.
-    fn sample(&mut self, config: &Config) -> Result<f64, Failure>;
+    /// One sample of the time of a launch of each config, in microseconds, one after the other without a pause.
+    fn sample(&mut self, configs: &[Config]) -> Vec<Result<f64, Failure>>;
 }
 
 /// Why a candidate is out.
@@ -51,11 +51,13 @@ pub(crate) fn race(subject: &mut dyn Subject, candidates: &[Config], stop: &Atom
     }
     for (samples, keep) in ROUNDS {
         for _ in 0..samples {
-            for entry in entries.iter_mut().filter(|entry| entry.racing()) {
-                if stop.load(Ordering::Relaxed) {
-                    return outcomes(entries);
-                }
-                match subject.sample(&entry.config) {
+            if stop.load(Ordering::Relaxed) {
+                return outcomes(entries);
+            }
+            let mut racing: Vec<&mut Entry> = entries.iter_mut().filter(|entry| entry.racing()).collect();
+            let configs: Vec<Config> = racing.iter().map(|entry| entry.config).collect();
+            for (entry, sample) in racing.iter_mut().zip(subject.sample(&configs)) {
+                match sample {
                     Ok(time) => entry.samples.push(time),
                     Err(failure) => entry.failure = Some(failure),
                 }
@@ -147,7 +149,13 @@ mod tests {
         fn verify(&mut self, config: &Config) -> Result<f64, Failure> {
             if self.index(config) == 1 { Err(Failure::new("verify", "wrong")) } else { Ok(1e-7) }
         }
-        fn sample(&mut self, config: &Config) -> Result<f64, Failure> {
+        fn sample(&mut self, configs: &[Config]) -> Vec<Result<f64, Failure>> {
+            configs.iter().map(|config| self.one(config)).collect()
+        }
+    }
+
+    impl Fake {
+        fn one(&mut self, config: &Config) -> Result<f64, Failure> {
             self.calls += 1;
             let index = self.index(config);
             if index == 2 {

@@ -116,39 +116,70 @@ impl WgmmaTmaConfig {
     }
 
     pub(super) fn check(&self, problem: &Problem, arch: &ArchSpec) -> Result<(), Rejected> {
-        let &Self { block_m, block_n, block_k, stages, consumers, cluster_m, cluster_n, store_cols, store_buffers, .. } = self;
-        let sizes = [block_m, block_n, block_k, stages, consumers, cluster_m, cluster_n, store_cols, store_buffers, self.raster_group];
-        ensure(sizes.iter().all(|&size| (1..=1024).contains(&size)), "sizes are positive and small", || format!("{sizes:?}"))?;
+        let &Self {
+            block_m, block_n, block_k, stages, consumers, cluster_m, cluster_n, store_cols, store_buffers, ..
+        } = self;
+        let sizes = [
+            block_m,
+            block_n,
+            block_k,
+            stages,
+            consumers,
+            cluster_m,
+            cluster_n,
+            store_cols,
+            store_buffers,
+            self.raster_group,
+        ];
+        ensure(sizes.iter().all(|&size| (1..=1024).contains(&size)), "sizes are positive and small", || {
+            format!("{sizes:?}")
+        })?;
         ensure(arch.has_wgmma, "wgmma_tma needs compute capability 9.0", || format!("{arch} has none"))?;
-        ensure(matches!(problem.dtype, DType::F16 | DType::Bf16), "wgmma_tma multiplies fp16 or bf16", || format!("{} asked for", problem.dtype))?;
+        ensure(matches!(problem.dtype, DType::F16 | DType::Bf16), "wgmma_tma multiplies fp16 or bf16", || {
+            format!("{} asked for", problem.dtype)
+        })?;
         ensure(problem.k > 0, "wgmma_tma needs K of at least 1", || "k is 0".into())?;
         ensure(block_k * ELEMENT_BYTES == 128, "a K row of a tile is 128 bytes", || format!("block_k {block_k}"))?;
-        ensure(block_n.is_multiple_of(8) && (16..=128).contains(&block_n), "gate and up share one wgmma of at most 256 columns", || {
-            format!("block_n {block_n}")
-        })?;
-        ensure((1..=3).contains(&consumers) && (self.schedule == Schedule::Cooperative || consumers == 2), "two consumers take turns", || {
-            format!("{consumers} consumers, {}", self.schedule)
-        })?;
+        ensure(
+            block_n.is_multiple_of(8) && (16..=128).contains(&block_n),
+            "gate and up share one wgmma of at most 256 columns",
+            || format!("block_n {block_n}"),
+        )?;
+        ensure(
+            (1..=3).contains(&consumers) && (self.schedule == Schedule::Cooperative || consumers == 2),
+            "two consumers take turns",
+            || format!("{consumers} consumers, {}", self.schedule),
+        )?;
         let whole = match self.schedule {
             Schedule::Cooperative => block_m.is_multiple_of(64 * consumers),
             Schedule::Pingpong => block_m.is_multiple_of(64),
         };
-        ensure(whole && block_m <= 256, "a warpgroup holds whole 64-row blocks, a box at most 256 rows", || format!("block_m {block_m}"))?;
+        ensure(whole && block_m <= 256, "a warpgroup holds whole 64-row blocks, a box at most 256 rows", || {
+            format!("block_m {block_m}")
+        })?;
         // Measured with NVRTC 13.0: more accumulators spill, and ptxas then serialises wgmma.
-        ensure(self.row_blocks() * block_n <= if consumers == 3 { 96 } else { 208 }, "accumulators fit in registers", || {
-            format!("{} accumulators a thread", self.row_blocks() * block_n)
-        })?;
+        ensure(
+            self.row_blocks() * block_n <= if consumers == 3 { 96 } else { 208 },
+            "accumulators fit in registers",
+            || format!("{} accumulators a thread", self.row_blocks() * block_n),
+        )?;
         // 132 multiprocessors are 66 pairs; larger clusters leave some idle.
-        ensure(cluster_m * cluster_n <= 2 && block_m.is_multiple_of(16 * cluster_n), "a cluster is at most a pair", || {
-            format!("{cluster_m}x{cluster_n}")
-        })?;
-        ensure(problem.weight_major == WeightMajor::K || block_n.is_multiple_of(32), "n_major weights load in whole boxes", || {
-            format!("block_n {block_n}")
-        })?;
+        ensure(
+            cluster_m * cluster_n <= 2 && block_m.is_multiple_of(16 * cluster_n),
+            "a cluster is at most a pair",
+            || format!("{cluster_m}x{cluster_n}"),
+        )?;
+        ensure(
+            problem.weight_major == WeightMajor::K || block_n.is_multiple_of(32),
+            "n_major weights load in whole boxes",
+            || format!("block_n {block_n}"),
+        )?;
         let swizzled = matches!(store_cols, 16 | 32 | 64);
-        ensure(block_n.is_multiple_of(store_cols) && (swizzled || store_cols == block_n), "stores are whole boxes", || {
-            format!("store_cols {store_cols} of {block_n}")
-        })?;
+        ensure(
+            block_n.is_multiple_of(store_cols) && (swizzled || store_cols == block_n),
+            "stores are whole boxes",
+            || format!("store_cols {store_cols} of {block_n}"),
+        )?;
         ensure(!self.fast_silu || problem.dtype == DType::Bf16, "fast_silu is accurate enough for bf16 only", || {
             format!("{} asked for", problem.dtype)
         })?;
@@ -164,8 +195,19 @@ fn tile(schedule: Schedule, block_m: u32, block_n: u32, consumers: u32, dtype: D
     let store_cols = [64, 32, 16].into_iter().find(|&cols| block_n.is_multiple_of(cols)).unwrap_or(block_n);
     let with = |store_buffers| {
         let config = WgmmaTmaConfig {
-            block_m, block_n, block_k: 64, stages: 0, consumers, schedule, cluster_m: 1, cluster_n: 1, store_cols,
-            store_buffers, fast_silu: dtype == DType::Bf16, raster: Raster::AlongN, raster_group: 8,
+            block_m,
+            block_n,
+            block_k: 64,
+            stages: 0,
+            consumers,
+            schedule,
+            cluster_m: 1,
+            cluster_n: 1,
+            store_cols,
+            store_buffers,
+            fast_silu: dtype == DType::Bf16,
+            raster: Raster::AlongN,
+            raster_group: 8,
         };
         let stage = WgmmaTmaConfig { stages: 1, ..config }.smem_bytes() - config.smem_bytes();
         WgmmaTmaConfig { stages: ((SMEM_BYTES - config.smem_bytes()) / stage).min(8), ..config }
@@ -179,7 +221,11 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaTmaConfig> +
     TILES.into_iter().flat_map(move |(schedule, block_m, block_n, consumers)| {
         [(2, 1), (1, 2), (1, 1)].into_iter().flat_map(move |(cluster_m, cluster_n)| {
             RASTERS.into_iter().map(move |(raster, raster_group)| WgmmaTmaConfig {
-                cluster_m, cluster_n, raster, raster_group, ..tile(schedule, block_m, block_n, consumers, dtype)
+                cluster_m,
+                cluster_n,
+                raster,
+                raster_group,
+                ..tile(schedule, block_m, block_n, consumers, dtype)
             })
         })
     })
@@ -199,10 +245,21 @@ pub(super) fn defaults(problem: &Problem) -> [WgmmaTmaConfig; 2] {
 impl fmt::Display for WgmmaTmaConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
-            f, "wgmma_tma {} {}x{}x{} stages {} consumers {} cluster {}x{} store {}x{}{} {} {}",
-            self.schedule, self.block_m, self.block_n, self.block_k, self.stages, self.consumers, self.cluster_m,
-            self.cluster_n, self.store_cols, self.store_buffers, if self.fast_silu { " fast_silu" } else { "" },
-            self.raster, self.raster_group
+            f,
+            "wgmma_tma {} {}x{}x{} stages {} consumers {} cluster {}x{} store {}x{}{} {} {}",
+            self.schedule,
+            self.block_m,
+            self.block_n,
+            self.block_k,
+            self.stages,
+            self.consumers,
+            self.cluster_m,
+            self.cluster_n,
+            self.store_cols,
+            self.store_buffers,
+            if self.fast_silu { " fast_silu" } else { "" },
+            self.raster,
+            self.raster_group
         )
     }
 }
