@@ -91,7 +91,7 @@ struct TuneArgs {
     /// Model preset to tune; without --model and --shapes all presets, most used first.
     #[arg(long, value_name = "NAME", conflicts_with = "shapes")]
     model: Option<String>,
-    /// TOML file of shapes: [[shape]] tables with n, k and optionally m, dtype, layout.
+    /// TOML file of shapes: `[[shape]]` tables with n, k and optionally m, dtype, layout.
     #[arg(long, value_name = "FILE.toml")]
     shapes: Option<PathBuf>,
     /// Number formats [default: bf16 on a GPU, f32 on the CPU].
