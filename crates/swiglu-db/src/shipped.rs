@@ -15,7 +15,7 @@ pub const SCHEMA: u32 = 1;
 
 /// Every shipped table: `("name.toml", include_str!("../tuning-db/name.toml"))`. The link
 /// `tuning-db` in this crate lets `cargo package` take the files along.
-pub const TABLES: &[(&str, &str)] = &[];
+pub const TABLES: &[(&str, &str)] = &[("nvidia-h200.toml", include_str!("../tuning-db/nvidia-h200.toml"))];
 
 /// Why a table could not be read or written.
 #[derive(Debug, thiserror::Error)]

@@ -26,7 +26,7 @@ use swiglu_runtime::nvrtc::Nvrtc;
 /// to a float64 oracle, times them, and stores the fastest for every shape. Programs that link `swiglu-runtime`
 /// then launch those kernels. A later run goes on where the last one stopped.
 #[derive(Debug, Parser)]
-#[command(name = "swiglu-tune", version, args_conflicts_with_subcommands = true)]
+#[command(name = "swiglu-tune", version)]
 #[command(
     after_help = "Examples:\n  swiglu-tune --gpu auto --model llama-3-8b --dtype bf16\n  swiglu-tune report\n  swiglu-tune doctor\n\n\
     Exit codes: 0 done, 1 failed, 2 wrong usage."
@@ -124,6 +124,11 @@ enum Command {
     List(inspect::ListArgs),
     /// Time what the runtime would launch against a peer, interleaved.
     Bench(bench::BenchArgs),
+    /// Work with the tuning database.
+    Db {
+        #[command(subcommand)]
+        command: DbCommand,
+    },
     /// Say what is found, what is missing and how to mend it.
     Doctor {
         /// Print JSON.
@@ -132,8 +137,21 @@ enum Command {
     },
 }
 
+#[derive(Debug, Subcommand)]
+enum DbCommand {
+    /// Print the winners of one device as a table that `tuning-db/` can ship.
+    Export {
+        /// Class of the device, as `report` prints it [default: the only one there is].
+        #[arg(long)]
+        device: Option<String>,
+    },
+}
+
 pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
     let options = cli.places.options();
+    if cli.command.is_some() && cli.tune.gpu.is_some() {
+        bail_usage("--gpu tunes; it goes without a subcommand");
+    }
     match &cli.command {
         None => run_tune(&cli.tune, &options),
         Some(Command::Report { json }) => report::run(*json, &options),
@@ -141,6 +159,7 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
         Some(Command::List(args)) => inspect::list(args),
         Some(Command::Compile(args)) => compile::run(args, &options),
         Some(Command::Bench(args)) => bench::run(args, &options),
+        Some(Command::Db { command: DbCommand::Export { device } }) => records::export(device.as_deref(), &options),
         Some(Command::Doctor { json }) => doctor::run(*json, &options),
     }
 }

@@ -53,6 +53,7 @@ fn help_teaches_and_wrong_usage_exits_with_2() {
         &["--gpu", "cpu", "--dtype", "fp64"],
         &["--gpu", "cpu", "--model", "tiny", "--shapes", "x.toml"],
         &["render", "--family", "cpu"],
+        &["--gpu", "cpu", "report"],
     ] {
         tune(&home).args(wrong).assert().code(2);
     }
@@ -100,6 +101,8 @@ fn the_cpu_is_tuned_reported_and_not_tuned_twice() {
         .stderr(contains("0 problems tuned").and(contains("4 were tuned before")));
     assert_eq!(records(&home), first, "nothing was measured again");
     tune(&home).arg("report").assert().success().stdout(contains("cpu").and(contains("TFLOP/s")));
+    tune(&home).args(["db", "export"]).assert().success().stdout(contains("schema = 1").and(contains("[[record]]")));
+    tune(&home).args(["db", "export", "--device", "gpu-9"]).assert().code(1).stderr(contains("gpu-9"));
 }
 
 #[test]
