@@ -168,6 +168,10 @@ fn run_tune(args: &TuneArgs, options: &Options) -> Result<ExitCode> {
     let Some(choice) = args.gpu else {
         bail_usage("nothing to do: give --gpu auto to tune, or a subcommand");
     };
+    // Seen on an H200: after some sixty problems in one run the usual 1,024 open files were used up.
+    if let Err(error) = rlimit::increase_nofile_limit(u64::MAX) {
+        tracing::warn!(%error, "the limit of open files could not be raised");
+    }
     let lab = open_lab(choice, options)?;
     let groups = groups(args, &lab)?;
     let dir = records::db_dir(options)?;

@@ -102,9 +102,11 @@ impl SimtConfig {
         )?;
         check_block(&self.launch_shape(problem.dtype), problem, arch)?;
         // Beside the sums a thread holds its fragments and the tile that is on its way.
-        // An access narrower than a register still takes a whole one.
+        // An access narrower than a register still takes a whole one; narrow ones each keep an address and a
+        // predicate alive as well.
         let per_register = 4.min(access_bytes) / problem.dtype.bytes();
-        let prefetch = (block_m + 2 * block_n) * block_k / per_register / self.threads();
+        let per_access = if access_bytes < MAX_ACCESS_BYTES { 3 } else { 1 };
+        let prefetch = per_access * (block_m + 2 * block_n) * block_k / per_register / self.threads();
         check_registers(2 * thread_m * thread_n, thread_m + 2 * thread_n + prefetch + 40, self.threads(), arch)
     }
 }
