@@ -129,14 +129,23 @@ impl Gpu {
         })
     }
 
-    /// Loads a compiled kernel. Not during stream capture.
+    /// Loads one image and finds several entries in it. Not during stream capture.
     ///
     /// # Errors
-    /// When the driver refuses the image or the shared memory.
-    pub fn load(&self, source: &KernelSource, cubin: &Cubin) -> Result<CudaFunction, GpuError> {
+    /// When the driver refuses the image or an entry is not in it.
+    pub fn load<const COUNT: usize>(
+        &self,
+        entries: [&str; COUNT],
+        cubin: &Cubin,
+    ) -> Result<[CudaFunction; COUNT], GpuError> {
         let module =
             self.context.load_module(Ptx::from_binary(cubin.image.clone())).map_err(failed("load a kernel"))?;
-        module.load_function(source.entry).map_err(failed("find a kernel's entry"))
+        let found: Result<Vec<_>, _> = entries.iter().map(|entry| module.load_function(entry)).collect();
+        let found = found.map_err(failed("find a kernel's entry"))?;
+        found.try_into().map_err(|_| GpuError::Driver {
+            act: "find a kernel's entry",
+            error: DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND),
+        })
     }
 
     /// Loads a compiled config with the shared memory it asks for.
@@ -150,7 +159,7 @@ impl Gpu {
         config: &Config,
         problem: &Problem,
     ) -> Result<Kernel, GpuError> {
-        let function = self.load(source, cubin)?;
+        let [function] = self.load([source.entry], cubin)?;
         let shape = config.launch_shape(problem).ok_or(GpuError::Driver {
             act: "launch a CPU config",
             error: DriverError(sys::CUresult::CUDA_ERROR_INVALID_VALUE),

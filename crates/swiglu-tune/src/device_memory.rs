@@ -78,15 +78,9 @@ impl Support {
     ) -> Result<Self, PrepareError> {
         let source = render::render_support(problem)?;
         let cubin = cache.get_or_compile(nvrtc, &source, gpu.arch)?;
-        let load = |entry| gpu.load(&swiglu_kernels::KernelSource { entry, ..source.clone() }, &cubin);
-        Ok(Self {
-            stream: Arc::clone(stream),
-            fill_normal: load("fill_normal")?,
-            fill_pattern: load("fill_pattern")?,
-            oracle_forward: load("oracle_forward")?,
-            compare: load("compare")?,
-            gate_packed: load("gate_packed")?,
-        })
+        let entries = ["fill_normal", "fill_pattern", "oracle_forward", "compare", "gate_packed"];
+        let [fill_normal, fill_pattern, oracle_forward, compare, gate_packed] = gpu.load(entries, &cubin)?;
+        Ok(Self { stream: Arc::clone(stream), fill_normal, fill_pattern, oracle_forward, compare, gate_packed })
     }
 
     /// A buffer of `bytes` (an even number) with its guards written.
