@@ -15,7 +15,9 @@ pub struct ArchSpec {
     pub registers_per_sm: u32,
     /// `cp.async`, bf16 and tf32 `mma.sync`: compute capability 8.0 and later.
     pub has_cp_async: bool,
-    /// TMA, `wgmma` and clusters of compute capability 9.0.
+    /// Tensor maps and `mbarrier` (TMA): compute capability 9.0 and later.
+    pub has_tma: bool,
+    /// `wgmma`, of compute capability 9.0 only.
     pub has_wgmma: bool,
 }
 
@@ -26,6 +28,7 @@ const fn spec(name: &'static str, major: u32, minor: u32, smem_kib: u32) -> Arch
         smem_per_block: smem_kib * 1024,
         registers_per_sm: 65536,
         has_cp_async: major >= 8,
+        has_tma: major >= 9,
         has_wgmma: major == 9,
     }
 }

@@ -14,7 +14,7 @@ use std::fmt;
 use std::str::FromStr;
 
 pub use cpu::CpuConfig;
-pub use mma_sync::MmaSyncConfig;
+pub use mma_sync::{MmaSyncConfig, Staging};
 pub use simt::SimtConfig;
 pub use wgmma_tma::{Schedule, WgmmaTmaConfig};
 
@@ -36,7 +36,7 @@ pub enum Target {
 pub enum Family {
     /// fp32 FMA on any GPU.
     Simt,
-    /// `cp.async` + `ldmatrix` + `mma.sync` tensor cores, compute capability 8.0 and later.
+    /// `ldmatrix` + `mma.sync` tensor cores, compute capability 8.0 and later.
     MmaSync,
     /// TMA + warp-specialised `wgmma`, compute capability 9.0.
     WgmmaTma,
@@ -209,7 +209,7 @@ pub fn default_of(family: Family, problem: &Problem, arch: &'static ArchSpec) ->
     let target = Target::Gpu(arch);
     let preferred: Vec<Config> = match family {
         Family::Simt => simt::defaults(problem).map(Config::Simt).to_vec(),
-        Family::MmaSync => mma_sync::defaults(problem).map(Config::MmaSync).to_vec(),
+        Family::MmaSync => mma_sync::defaults(problem).into_iter().map(Config::MmaSync).collect(),
         Family::WgmmaTma => wgmma_tma::defaults(problem).map(Config::WgmmaTma).to_vec(),
         Family::Cpu => Vec::new(),
     };

@@ -1,9 +1,9 @@
 //! Templates to CUDA source. Pure: equal inputs give equal bytes, so the digest is a cache key.
 
-use crate::families::{Config, Rejected, Target};
+use crate::ArchSpec;
+use crate::families::{Config, Rejected, Staging, Target};
 use crate::problem::Problem;
-use crate::{ArchSpec, Family};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::LazyLock;
 use tera::{Context, Delimiters, Tera};
 
@@ -44,7 +44,7 @@ pub enum RenderError {
         source: tera::Error,
     },
     /// A template includes a header that does not exist: a defect of a template.
-    #[error("template `{template}` includes `{header}`, which is not in templates/shared")]
+    #[error("template `{template}` includes `{header}`, which is no header of this crate")]
     MissingHeader {
         /// Name of the template.
         template: &'static str,
@@ -57,24 +57,30 @@ pub enum RenderError {
 /// order shares one CUBIN.
 pub const LAUNCH_FIELDS: [&str; 2] = ["raster", "raster_group"];
 
+/// Fields that choose the template and stand in none.
+const TEMPLATE_FIELDS: [&str; 1] = ["staging"];
+
 macro_rules! template {
     ($name:literal) => {
         ($name, include_str!(concat!("../templates/", $name)))
     };
 }
 
-const TEMPLATES: [(&str, &str); 4] = [
+const TEMPLATES: [(&str, &str); 5] = [
     template!("simt/kernel.cu.tera"),
-    template!("mma_sync/kernel.cu.tera"),
+    template!("mma_sync/cp_async.cu.tera"),
+    template!("mma_sync/tma.cu.tera"),
     template!("wgmma_tma/kernel.cu.tera"),
     template!("support/kernels.cu.tera"),
 ];
 
-const HEADERS: [(&str, &str); 11] = [
+const HEADERS: [(&str, &str); 13] = [
     template!("shared/types.cuh"),
     template!("shared/activation.cuh"),
     template!("shared/params.cuh"),
     template!("shared/raster.cuh"),
+    template!("shared/ring.cuh"),
+    template!("mma_sync/fragments.cuh"),
     template!("shared/ptx/smem.cuh"),
     template!("shared/ptx/cp_async.cuh"),
     template!("shared/ptx/hopper.cuh"),
@@ -113,9 +119,40 @@ pub fn render(problem: &Problem, config: &Config, arch: &'static ArchSpec) -> Re
     config
         .check(problem, Target::Gpu(arch))
         .map_err(|rejected| RenderError::Illegal { config: config.to_string(), rejected })?;
-    let template = template_of(config.family())?;
+    let template = template_of(config)?;
     let context = context(problem, config, template)?;
     source(config.family().name(), "swiglu_forward", template, &context)
+}
+
+/// A source and the configs that share it: they differ in launch parameters only.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SharedSource {
+    /// The source.
+    pub source: KernelSource,
+    /// At least one.
+    pub configs: Vec<Config>,
+}
+
+/// The sources of `configs`, each once, in the order of their first config.
+///
+/// # Errors
+/// As [`render`].
+pub fn shared_sources(
+    problem: &Problem,
+    configs: &[Config],
+    arch: &'static ArchSpec,
+) -> Result<Vec<SharedSource>, RenderError> {
+    let mut shared: Vec<SharedSource> = Vec::new();
+    let mut index_of: BTreeMap<String, usize> = BTreeMap::new();
+    for &config in configs {
+        let source = render(problem, &config, arch)?;
+        let index = *index_of.entry(source.digest.clone()).or_insert(shared.len());
+        match shared.get_mut(index) {
+            Some(known) => known.configs.push(config),
+            None => shared.push(SharedSource { source, configs: vec![config] }),
+        }
+    }
+    Ok(shared)
 }
 
 /// The tuner's helper kernels for the number format and weight order of `problem`.
@@ -128,12 +165,15 @@ pub fn render_support(problem: &Problem) -> Result<KernelSource, RenderError> {
     source("support", "oracle_forward", "support/kernels.cu.tera", &context)
 }
 
-fn template_of(family: Family) -> Result<&'static str, RenderError> {
-    match family {
-        Family::Simt => Ok("simt/kernel.cu.tera"),
-        Family::MmaSync => Ok("mma_sync/kernel.cu.tera"),
-        Family::WgmmaTma => Ok("wgmma_tma/kernel.cu.tera"),
-        Family::Cpu => Err(RenderError::NoSource),
+fn template_of(config: &Config) -> Result<&'static str, RenderError> {
+    match config {
+        Config::Simt(_) => Ok("simt/kernel.cu.tera"),
+        Config::MmaSync(config) => match config.staging {
+            Staging::CpAsync => Ok("mma_sync/cp_async.cu.tera"),
+            Staging::Tma => Ok("mma_sync/tma.cu.tera"),
+        },
+        Config::WgmmaTma(_) => Ok("wgmma_tma/kernel.cu.tera"),
+        Config::Cpu(_) => Err(RenderError::NoSource),
     }
 }
 
@@ -152,7 +192,7 @@ fn context(problem: &Problem, config: &Config, template: &'static str) -> Result
         Config::Cpu(_) => return Err(RenderError::NoSource),
     };
     let mut context = fields.map_err(|source| RenderError::Template { template, source })?;
-    for field in LAUNCH_FIELDS {
+    for field in LAUNCH_FIELDS.into_iter().chain(TEMPLATE_FIELDS) {
         context.remove(field);
     }
     insert_problem(&mut context, problem);
@@ -203,18 +243,19 @@ fn write_out(
 mod tests {
     use super::*;
     use crate::arch;
-    use crate::families::default_of;
     use crate::problem::{DType, WeightMajor};
 
     /// Tera takes an unknown name in `if` for false, so the names a template uses are held to those it gets.
     #[test]
     fn templates_use_exactly_the_names_they_are_given() {
         let arch = arch::by_name("sm_90a").unwrap();
-        for family in Family::GPU {
-            let dtype = if family == Family::Simt { DType::F32 } else { DType::Bf16 };
-            let problem = Problem::forward(dtype, WeightMajor::K, 64, 64, 64);
-            let config = default_of(family, &problem, arch).unwrap();
-            let template = template_of(family).unwrap();
+        let mut seen = BTreeSet::new();
+        let problem = Problem::forward(DType::Bf16, WeightMajor::K, 64, 64, 64);
+        for config in crate::families::candidates(&problem, Target::Gpu(arch)) {
+            let template = template_of(&config).unwrap();
+            if !seen.insert(template) {
+                continue;
+            }
             let used: BTreeSet<_> =
                 engine(template).unwrap().get_template_variables(template).unwrap().into_iter().collect();
             let context = context(&problem, &config, template).unwrap();
@@ -224,10 +265,12 @@ mod tests {
             let given = serde_names(&config)
                 .into_iter()
                 .chain(["dtype", "activation", "weight_major", "smem_bytes"].map(String::from));
-            for name in given.filter(|name| !LAUNCH_FIELDS.contains(&name.as_str())) {
+            let exempt = |name: &str| LAUNCH_FIELDS.contains(&name) || TEMPLATE_FIELDS.contains(&name);
+            for name in given.filter(|name| !exempt(name)) {
                 assert!(used.contains(name.as_str()), "{template} does not use `{name}`");
             }
         }
+        assert_eq!(seen.len(), TEMPLATES.len() - 1, "every template but the support kernels");
     }
 
     fn serde_names(config: &Config) -> Vec<String> {
@@ -245,6 +288,9 @@ mod tests {
             crate::families::MmaSyncConfig { raster: crate::families::Raster::AlongM, raster_group: 3, ..config };
         let first = render(&problem, &Config::MmaSync(config), arch).unwrap();
         assert_eq!(first, render(&problem, &Config::MmaSync(other), arch).unwrap());
+        let both = [Config::MmaSync(config), Config::MmaSync(other)];
+        let shared = shared_sources(&problem, &both, arch).unwrap();
+        assert_eq!(shared, [SharedSource { source: first, configs: both.to_vec() }]);
     }
 
     #[test]
@@ -253,7 +299,8 @@ mod tests {
         let text = render_support(&problem).unwrap().text;
         assert_eq!(text.matches("enum class DType").count(), 1);
         assert!(!text.contains("#include"));
-        let line = TEMPLATES[3].1.lines().position(|line| line.starts_with("constexpr DType")).unwrap() + 1;
+        let support = TEMPLATES.iter().find(|(name, _)| name.starts_with("support")).unwrap().1;
+        let line = support.lines().position(|line| line.starts_with("constexpr DType")).unwrap() + 1;
         let marker = format!("#line {} \"support/kernels.cu.tera\"\n\nconstexpr DType kDType = DType::f16;", line - 1);
         assert!(text.contains(&marker), "{marker}");
     }

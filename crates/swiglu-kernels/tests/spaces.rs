@@ -3,7 +3,7 @@
 
 use proptest::prelude::*;
 use swiglu_kernels::arch::{self, ARCHES};
-use swiglu_kernels::families::{self, Family, MmaSyncConfig, Raster, SimtConfig, Target};
+use swiglu_kernels::families::{self, Family, MmaSyncConfig, Raster, SimtConfig, Staging, Target};
 use swiglu_kernels::{Config, DType, Problem, WeightMajor, render};
 
 fn problems() -> impl Iterator<Item = Problem> {
@@ -75,6 +75,12 @@ fn refusals_name_the_rule() {
     assert_eq!(rule(good, &misaligned, arch), "operands are aligned to access_bytes");
     assert_eq!(rule(good, &Problem { dtype: DType::F32, ..problem }, arch), "tensor cores multiply fp16, bf16 or tf32");
     assert_eq!(rule(good, &problem, arch::by_name("sm_75").unwrap()), "mma_sync needs compute capability 8.0");
+    let tma = MmaSyncConfig { staging: Staging::Tma, ..good };
+    assert_eq!(rule(tma, &problem, arch), "tma staging needs compute capability 9.0");
+    let hopper = arch::by_name("sm_90a").unwrap();
+    assert_eq!(rule(tma, &Problem { k: 0, ..problem }, hopper), "tma staging needs K of at least 1");
+    let narrow = MmaSyncConfig { access_bytes: 8, ..tma };
+    assert_eq!(rule(narrow, &Problem { alignment: 8, ..problem }, hopper), "tensor maps take 16-byte strides");
     let on_cpu = Config::MmaSync(good).check(&problem, Target::Cpu { threads: 4 }).unwrap_err();
     assert_eq!(on_cpu.rule, "the family runs on this kind of device");
 }
@@ -86,12 +92,13 @@ fn size() -> impl Strategy<Value = u32> {
 
 proptest! {
     #[test]
-    fn no_config_makes_check_panic(values in proptest::collection::vec(size(), 8), n_major: bool, dtype in 0..4usize) {
+    fn no_config_makes_check_panic(values in proptest::collection::vec(size(), 8), n_major: bool, tma: bool, dtype in 0..4usize) {
         let major = if n_major { WeightMajor::N } else { WeightMajor::K };
         let problem = Problem::forward(DType::ALL[dtype], major, values[7], values[6], values[5]);
+        let staging = if tma { Staging::Tma } else { Staging::CpAsync };
         let [a, b, c, d, e, f, g, h] = values[..] else { panic!("eight values") };
         let configs = [
-            Config::MmaSync(MmaSyncConfig { block_m: a, block_n: b, block_k: c, stages: d, warps_m: e, warps_n: f, access_bytes: g, raster: Raster::AlongM, raster_group: h }),
+            Config::MmaSync(MmaSyncConfig { staging, block_m: a, block_n: b, block_k: c, stages: d, warps_m: e, warps_n: f, access_bytes: g, raster: Raster::AlongM, raster_group: h }),
             Config::Simt(SimtConfig { block_m: a, block_n: b, block_k: c, thread_m: d, thread_n: e, stages: f, access_bytes: g, raster: Raster::AlongN, raster_group: h }),
         ];
         for arch in &ARCHES {

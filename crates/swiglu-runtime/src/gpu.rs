@@ -10,7 +10,8 @@ use std::sync::Arc;
 use swiglu_db::Device;
 use swiglu_kernels::arch::{self, UnknownArch};
 use swiglu_kernels::families::LaunchShape;
-use swiglu_kernels::{ArchSpec, Config, KernelSource, Problem};
+use swiglu_kernels::render::SharedSource;
+use swiglu_kernels::{ArchSpec, Config, Problem};
 
 /// Why a GPU cannot be used.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -148,18 +149,27 @@ impl Gpu {
         })
     }
 
-    /// Loads a compiled config with the shared memory it asks for.
+    /// Loads one image for all the configs that share its source.
     ///
     /// # Errors
     /// As [`Gpu::load`].
-    pub fn load_config(
+    pub fn load_configs(
         &self,
-        source: &KernelSource,
+        shared: &SharedSource,
         cubin: &Cubin,
+        problem: &Problem,
+    ) -> Result<Vec<Kernel>, GpuError> {
+        let [function] = self.load([shared.source.entry], cubin)?;
+        shared.configs.iter().map(|config| self.kernel(&function, config, problem)).collect()
+    }
+
+    /// A loaded entry with the shared memory that `config` asks for.
+    pub(crate) fn kernel(
+        &self,
+        function: &CudaFunction,
         config: &Config,
         problem: &Problem,
     ) -> Result<Kernel, GpuError> {
-        let [function] = self.load([source.entry], cubin)?;
         let shape = config.launch_shape(problem).ok_or(GpuError::Driver {
             act: "launch a CPU config",
             error: DriverError(sys::CUresult::CUDA_ERROR_INVALID_VALUE),
@@ -168,7 +178,11 @@ impl Gpu {
         function
             .set_attribute(sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, smem)
             .map_err(failed("reserve a kernel's shared memory"))?;
-        Ok(Kernel { function, shape, problem: *problem, sm_count: self.sm_count, config: *config })
+        let per_sm = function
+            .occupancy_max_active_blocks_per_multiprocessor(shape.threads, shape.smem_bytes as usize, None)
+            .map_err(failed("count a kernel's resident blocks"))?;
+        let resident_blocks = self.sm_count * per_sm.max(1);
+        Ok(Kernel { function: function.clone(), shape, problem: *problem, resident_blocks, config: *config })
     }
 }
 
@@ -179,7 +193,8 @@ pub struct Kernel {
     pub(crate) shape: LaunchShape,
     /// N, K, number format and weight order it is launched for; M comes with each launch.
     pub(crate) problem: Problem,
-    pub(crate) sm_count: u32,
+    /// Blocks that run at a time on the whole GPU.
+    pub(crate) resident_blocks: u32,
     /// The config it was made from.
     pub config: Config,
 }

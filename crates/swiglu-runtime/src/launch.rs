@@ -8,7 +8,7 @@ use crate::tensor_map;
 use cudarc::driver::{DriverError, sys};
 use std::ffi::c_void;
 use swiglu_kernels::Config;
-use swiglu_kernels::families::Raster;
+use swiglu_kernels::families::{Raster, Staging};
 use swiglu_kernels::problem::{MAX_ACCESS_BYTES, alignment_of};
 
 /// Addresses and strides of one forward launch, without types. Strides are in elements.
@@ -96,12 +96,19 @@ pub unsafe fn forward(kernel: &Kernel, stream: sys::CUstream, args: &RawForward)
         raster_group: int(shape.raster_group)?,
     };
     let params = (&raw mut params).cast::<c_void>();
+    let pointer = |map: &mut sys::CUtensorMap| std::ptr::from_mut(map).cast::<c_void>();
     match &kernel.config {
         Config::WgmmaTma(config) => {
-            let mut maps = tensor_map::encode(config, problem, args)?;
-            let [x, gate, up, z] = maps.each_mut().map(|map| std::ptr::from_mut(map).cast::<c_void>());
+            let mut maps = tensor_map::of_wgmma_tma(config, problem, args)?;
+            let [x, gate, up, z] = maps.each_mut().map(pointer);
             // SAFETY: the kernel takes four tensor maps and a `Params` by value, all alive here; addresses by contract.
             unsafe { launch(kernel, stream, args.m, &mut [x, gate, up, z, params]) }
+        }
+        Config::MmaSync(config) if config.staging == Staging::Tma => {
+            let mut maps = tensor_map::of_mma_sync(config, problem, args)?;
+            let [x, gate, up] = maps.each_mut().map(pointer);
+            // SAFETY: the kernel takes three tensor maps and a `Params` by value, all alive here; addresses by contract.
+            unsafe { launch(kernel, stream, args.m, &mut [x, gate, up, params]) }
         }
         Config::Simt(_) | Config::MmaSync(_) | Config::Cpu(_) => {
             // SAFETY: the kernel takes one `Params` by value, alive here; addresses by contract.
@@ -154,7 +161,7 @@ unsafe fn launch(
 fn grid(kernel: &Kernel, m: u32) -> Option<u32> {
     let shape = &kernel.shape;
     let tiles = u64::from(m.div_ceil(shape.block_m)) * u64::from(kernel.problem.n.div_ceil(shape.block_n));
-    let fit = u64::from((kernel.sm_count / shape.cluster).max(1));
+    let fit = u64::from((kernel.resident_blocks / shape.cluster).max(1));
     let clusters = if shape.persistent { tiles.min(fit) } else { tiles };
     i32::try_from(clusters * u64::from(shape.cluster)).ok().and_then(|blocks| u32::try_from(blocks).ok())
 }

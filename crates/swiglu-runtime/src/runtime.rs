@@ -15,7 +15,7 @@ use std::sync::Arc;
 use swiglu_db::{Match, Record, TuningTable};
 use swiglu_kernels::families::{Target, default_config};
 use swiglu_kernels::problem::Problem;
-use swiglu_kernels::render::{self, RenderError};
+use swiglu_kernels::render::{self, RenderError, SharedSource};
 use swiglu_kernels::{Config, Rejected};
 
 /// Why a plan could not be prepared.
@@ -98,7 +98,14 @@ impl Runtime {
             |(anchor, record, matched): (u32, Record, Match)| Choice { anchor, config: record.config, matched };
         let tuned: Vec<Choice> = tuned.into_iter().map(choice).collect();
         let choices = if tuned.is_empty() { self.defaults(spec)? } else { tuned };
-        self.prepare_choices(spec, choices)
+        let mut configs: Vec<Config> = choices.iter().map(|choice| choice.config).collect();
+        configs.sort_unstable();
+        configs.dedup();
+        let kernels = self.kernels(&spec.problem(1), &configs).unwrap_or_else(|error| {
+            tracing::warn!(%error, "no tuned config can be used");
+            BTreeMap::new()
+        });
+        self.assemble(spec, choices, &kernels)
     }
 
     /// As [`Runtime::prepare`], with one config for every M: for tests and for measuring.
@@ -108,44 +115,46 @@ impl Runtime {
     pub fn prepare_config(&self, spec: &ForwardSpec, config: Config) -> Result<Plan, PrepareError> {
         check_sizes(spec)?;
         config.check(&spec.problem(1), Target::Gpu(self.gpu.arch))?;
-        self.kernel(&config, &spec.problem(1))?;
-        self.prepare_choices(spec, vec![Choice { anchor: 1, config, matched: Match::Untuned }])
+        let kernels = self.kernels(&spec.problem(1), &[config])?;
+        self.assemble(spec, vec![Choice { anchor: 1, config, matched: Match::Untuned }], &kernels)
     }
 
-    fn prepare_choices(&self, spec: &ForwardSpec, choices: Vec<Choice>) -> Result<Plan, PrepareError> {
-        let problem = spec.problem(1);
-        let unaligned = Problem { alignment: problem.dtype.bytes(), ..problem };
-        let fallback = default_config(&unaligned.with_m(256), self.gpu.arch)?;
-        let configs: BTreeMap<Config, Problem> =
-            choices.iter().map(|choice| (choice.config, problem)).chain([(fallback, unaligned)]).collect();
-        let kernels: BTreeMap<Config, Result<Kernel, PrepareError>> =
-            configs.into_par_iter().map(|(config, problem)| (config, self.kernel(&config, &problem))).collect();
-        self.assemble(spec, choices, fallback, kernels)
+    /// Compiles every source once, side by side; a config of a source that fails is left out with a warning.
+    fn kernels(&self, problem: &Problem, configs: &[Config]) -> Result<BTreeMap<Config, Kernel>, PrepareError> {
+        let shared = render::shared_sources(problem, configs, self.gpu.arch)?;
+        let loaded: Vec<Result<Vec<Kernel>, PrepareError>> =
+            shared.par_iter().map(|shared| self.load(shared, problem)).collect();
+        let mut kernels = BTreeMap::new();
+        let mut failure = None;
+        for (shared, loaded) in shared.iter().zip(loaded) {
+            match loaded {
+                Ok(loaded) => kernels.extend(loaded.into_iter().map(|kernel| (kernel.config, kernel))),
+                Err(error) => {
+                    tracing::warn!(config = ?shared.configs.first(), %error, "a config cannot be used");
+                    failure = Some(error);
+                }
+            }
+        }
+        match failure {
+            Some(error) if kernels.is_empty() => Err(error),
+            _ => Ok(kernels),
+        }
     }
 
+    /// A plan of the choices that have a kernel; the fallback serves where none has.
     fn assemble(
         &self,
         spec: &ForwardSpec,
         choices: Vec<Choice>,
-        fallback: Config,
-        mut kernels: BTreeMap<Config, Result<Kernel, PrepareError>>,
+        kernels: &BTreeMap<Config, Kernel>,
     ) -> Result<Plan, PrepareError> {
-        let fallback = kernels.remove(&fallback).unwrap_or_else(|| self.kernel(&fallback, &spec.problem(1)))?;
-        let mut anchors = Vec::new();
-        for choice in choices {
-            if choice.config == fallback.config {
-                anchors.push((choice, fallback.clone()));
-                continue;
-            }
-            match kernels.get(&choice.config) {
-                Some(Ok(kernel)) => anchors.push((choice, kernel.clone())),
-                Some(Err(error)) => tracing::warn!(config = %choice.config, %error, "tuned config cannot be used"),
-                None => {}
-            }
-        }
+        let unaligned = Problem { alignment: spec.dtype.bytes(), ..spec.problem(1) };
+        let config = default_config(&unaligned.with_m(256), self.gpu.arch)?;
+        let fallback = self.kernel(&unaligned, config)?;
+        let usable = |choice: Choice| kernels.get(&choice.config).map(|kernel| (choice, kernel.clone()));
+        let mut anchors: Vec<(Choice, Kernel)> = choices.into_iter().filter_map(usable).collect();
         if anchors.is_empty() {
-            let choice = Choice { anchor: 1, config: fallback.config, matched: Match::Untuned };
-            anchors.push((choice, fallback.clone()));
+            anchors.push((Choice { anchor: 1, config, matched: Match::Untuned }, fallback.clone()));
         }
         let table = BucketTable::new(&anchors.iter().map(|(choice, _)| choice.anchor).collect::<Vec<_>>());
         Ok(Plan { gpu: self.gpu.clone(), spec: *spec, table, anchors, fallback })
@@ -161,10 +170,16 @@ impl Runtime {
         anchors.into_iter().map(choice).collect()
     }
 
-    fn kernel(&self, config: &Config, problem: &Problem) -> Result<Kernel, PrepareError> {
-        let source = render::render(problem, config, self.gpu.arch)?;
+    fn kernel(&self, problem: &Problem, config: Config) -> Result<Kernel, PrepareError> {
+        let source = render::render(problem, &config, self.gpu.arch)?;
         let cubin = self.cache.get_or_compile(&self.nvrtc, &source, self.gpu.arch)?;
-        Ok(self.gpu.load_config(&source, &cubin, config, problem)?)
+        let [function] = self.gpu.load([source.entry], &cubin)?;
+        Ok(self.gpu.kernel(&function, &config, problem)?)
+    }
+
+    fn load(&self, shared: &SharedSource, problem: &Problem) -> Result<Vec<Kernel>, PrepareError> {
+        let cubin = self.cache.get_or_compile(&self.nvrtc, &shared.source, self.gpu.arch)?;
+        Ok(self.gpu.load_configs(shared, &cubin, problem)?)
     }
 }
 

@@ -7,11 +7,8 @@
 use crate::launch::RawForward;
 use cudarc::driver::{DriverError, sys};
 use std::mem::MaybeUninit;
-use swiglu_kernels::families::WgmmaTmaConfig;
+use swiglu_kernels::families::{MmaSyncConfig, WgmmaTmaConfig};
 use swiglu_kernels::{DType, Problem, WeightMajor};
-
-/// x, gate, up and z, in the order of the kernel's parameters.
-pub(crate) type TensorMaps = [sys::CUtensorMap; 4];
 
 /// A row-major matrix and the box of it that one copy moves.
 struct Matrix {
@@ -24,53 +21,79 @@ struct Matrix {
     swizzled: bool,
 }
 
-/// The maps of one launch. Boxes and swizzles as `templates/wgmma_tma/kernel.cu.tera` reads them.
-pub(crate) fn encode(config: &WgmmaTmaConfig, problem: &Problem, args: &RawForward) -> Result<TensorMaps, DriverError> {
-    let &Problem { dtype, weight_major, n, k, .. } = problem;
-    let weights = |address, row_stride| match weight_major {
-        WeightMajor::K => Matrix {
-            address,
-            rows: n,
-            cols: k,
-            row_stride,
-            box_rows: config.block_n,
-            box_cols: config.block_k,
-            swizzled: true,
-        },
-        WeightMajor::N => Matrix {
-            address,
-            rows: k,
-            cols: n,
-            row_stride,
-            box_rows: config.block_k,
-            box_cols: config.weight_cols(),
-            swizzled: true,
-        },
-    };
-    let x = Matrix {
-        address: args.x,
-        rows: args.m,
-        cols: k,
-        row_stride: args.x_stride,
-        box_rows: config.block_m / config.cluster_n,
-        box_cols: config.block_k,
-        swizzled: true,
+/// x, gate, up and z for `templates/wgmma_tma/kernel.cu.tera`.
+pub(crate) fn of_wgmma_tma(
+    config: &WgmmaTmaConfig,
+    problem: &Problem,
+    args: &RawForward,
+) -> Result<[sys::CUtensorMap; 4], DriverError> {
+    let tile = InputBoxes {
+        x_rows: config.block_m / config.cluster_n,
+        block_n: config.block_n,
+        block_k: config.block_k,
+        weight_cols: config.weight_cols(),
     };
     let z = Matrix {
         address: args.z,
         rows: args.m,
-        cols: n,
+        cols: problem.n,
         row_stride: args.z_stride,
         box_rows: 16,
         box_cols: config.store_cols,
         swizzled: matches!(config.store_cols, 16 | 32 | 64),
     };
-    Ok([
-        encode_one(&x, dtype)?,
-        encode_one(&weights(args.gate, args.gate_stride), dtype)?,
-        encode_one(&weights(args.up, args.up_stride), dtype)?,
-        encode_one(&z, dtype)?,
-    ])
+    let [x, gate, up] = tile.encode(problem, args)?;
+    Ok([x, gate, up, encode_one(&z, problem.dtype)?])
+}
+
+/// x, gate and up for `templates/mma_sync/tma.cu.tera`.
+pub(crate) fn of_mma_sync(
+    config: &MmaSyncConfig,
+    problem: &Problem,
+    args: &RawForward,
+) -> Result<[sys::CUtensorMap; 3], DriverError> {
+    let tile = InputBoxes {
+        x_rows: config.block_m,
+        block_n: config.block_n,
+        block_k: config.block_k,
+        weight_cols: config.weight_cols(problem.dtype),
+    };
+    tile.encode(problem, args)
+}
+
+/// The boxes in which a tile of the operands comes.
+struct InputBoxes {
+    x_rows: u32,
+    block_n: u32,
+    block_k: u32,
+    /// Columns of a box of N-major weights.
+    weight_cols: u32,
+}
+
+impl InputBoxes {
+    fn encode(&self, problem: &Problem, args: &RawForward) -> Result<[sys::CUtensorMap; 3], DriverError> {
+        let &Problem { dtype, weight_major, n, k, .. } = problem;
+        let (rows, cols, box_rows, box_cols) = match weight_major {
+            WeightMajor::K => (n, k, self.block_n, self.block_k),
+            WeightMajor::N => (k, n, self.block_k, self.weight_cols),
+        };
+        let weights =
+            |address, row_stride| Matrix { address, rows, cols, row_stride, box_rows, box_cols, swizzled: true };
+        let x = Matrix {
+            address: args.x,
+            rows: args.m,
+            cols: k,
+            row_stride: args.x_stride,
+            box_rows: self.x_rows,
+            box_cols: self.block_k,
+            swizzled: true,
+        };
+        Ok([
+            encode_one(&x, dtype)?,
+            encode_one(&weights(args.gate, args.gate_stride), dtype)?,
+            encode_one(&weights(args.up, args.up_stride), dtype)?,
+        ])
+    }
 }
 
 fn encode_one(matrix: &Matrix, dtype: DType) -> Result<sys::CUtensorMap, DriverError> {

@@ -6,11 +6,12 @@ use crate::race::{Failure, quantile};
 use crate::{records, workload};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
+use rand::seq::SliceRandom;
 use serde::Serialize;
 use std::process::ExitCode;
 use swiglu_db::TuningTable;
 use swiglu_kernels::families::{self, Family, Target};
-use swiglu_kernels::{Config, DType, Problem, WeightLayout};
+use swiglu_kernels::{Config, DType, Problem, WeightLayout, render};
 use swiglu_runtime::cublaslt::{CublasLt, Gemm};
 use swiglu_runtime::gpu::Gpu;
 use swiglu_runtime::{Options, runtime};
@@ -51,9 +52,9 @@ pub(crate) struct BenchArgs {
     /// The best tuned config of this family instead of the best of all.
     #[arg(long, value_parser = crate::cli::gpu_family)]
     family: Option<Family>,
-    /// One config as JSON, as `report --json` shows it, instead of a tuned one.
+    /// A config as JSON, as `report --json` shows it, instead of the tuned one; may be given several times.
     #[arg(long, conflicts_with = "family")]
-    config: Option<String>,
+    config: Vec<String>,
     /// Interleaved rounds.
     #[arg(long, default_value_t = 30)]
     rounds: usize,
@@ -61,6 +62,9 @@ pub(crate) struct BenchArgs {
     #[arg(long)]
     json: bool,
 }
+
+/// Samples, about a millisecond each, that precede those that count.
+const SETTLING_SAMPLES: usize = 300;
 
 /// Medians of one problem, in microseconds.
 #[derive(Debug, Serialize)]
@@ -86,12 +90,20 @@ pub(crate) fn run(args: &BenchArgs, options: &Options) -> Result<ExitCode> {
             group.first().map(|group| (group.n, group.k)).context("the preset is empty")?
         }
     };
+    let given: Result<Vec<Config>, _> = args.config.iter().map(|text| serde_json::from_str(text)).collect();
+    let given = given.context("--config is no config")?;
     let lab = open_gpu_lab(Gpu::open(args.gpu)?, options)?;
     let table = runtime::load_table(options);
     let mut rows = Vec::new();
     for &m in &args.m {
         let problem = Problem::forward(args.dtype, args.layout.major(), m, n, k);
-        rows.push(bench(&lab, &table, args, problem, options)?);
+        for &config in &given {
+            rows.push(bench(&lab, problem, config, "given".into(), args.rounds)?);
+        }
+        if given.is_empty() {
+            let (config, source) = config_for(&lab, &table, args.family, &problem, options)?;
+            rows.push(bench(&lab, problem, config, source, args.rounds)?);
+        }
     }
     if args.json {
         let date = jiff::Timestamp::now().to_string();
@@ -107,15 +119,12 @@ pub(crate) fn run(args: &BenchArgs, options: &Options) -> Result<ExitCode> {
 fn config_for(
     lab: &GpuLab,
     table: &TuningTable,
-    args: &BenchArgs,
+    family: Option<Family>,
     problem: &Problem,
     options: &Options,
 ) -> Result<(Config, String)> {
     let target = Target::Gpu(lab.gpu.arch);
-    if let Some(text) = &args.config {
-        return Ok((serde_json::from_str(text).context("--config is no config")?, "given".into()));
-    }
-    if let Some(family) = args.family {
+    if let Some(family) = family {
         let of_family = records::read(options)?.into_iter().filter(|record| {
             record.config.family() == family
                 && record.problem == *problem
@@ -135,19 +144,21 @@ fn config_for(
     })
 }
 
-fn bench(lab: &GpuLab, table: &TuningTable, args: &BenchArgs, problem: Problem, options: &Options) -> Result<Row> {
+fn bench(lab: &GpuLab, problem: Problem, config: Config, source: String, rounds: usize) -> Result<Row> {
     if !problem.n.is_multiple_of(8) {
         bail!("n is {}; the peer's gate kernel takes multiples of 8", problem.n);
     }
-    let (config, source) = config_for(lab, table, args, &problem, options)?;
-    let compiled = lab.compile(&problem, &[config], || ());
+    let sources = render::shared_sources(&problem, &[config], lab.gpu.arch)?;
+    let compiled = lab.compile(&problem, &sources, || ());
     let kernel = compiled.get(&config).context("nothing was compiled")?.kernel.as_ref().map_err(as_error)?;
     let arena = Arena::new(lab, problem, rand::random()).map_err(|failure| as_error(&failure))?;
+    let reference = arena.reference().map_err(|failure| as_error(&failure))?;
+    arena.verify(lab, kernel, &reference).map_err(|failure| as_error(&failure))?;
+    drop(reference);
     let peer = CublasLtPeer::new(lab, &arena)?;
     let watch = Stopwatch::new(lab).map_err(|failure| as_error(&failure))?;
-    let times = peer
-        .race(&watch, |index| arena.launch(lab, kernel, index), args.rounds)
-        .map_err(|failure| as_error(&failure))?;
+    let times =
+        peer.race(&watch, |index| arena.launch(lab, kernel, index), rounds).map_err(|failure| as_error(&failure))?;
     let [ours_us, gemm_us, gemm_and_gate_us] = times;
     Ok(Row {
         problem,
@@ -224,10 +235,20 @@ impl<'a> CublasLtPeer<'a> {
             watch.capture(|index| self.launch_gemm(algorithm, index))?,
             watch.capture(|index| self.launch_both(algorithm, index))?,
         ];
+        // Work first, so that the clocks are those of steady load.
+        watch.sample(&vec![&graphs[1]; SETTLING_SAMPLES])?;
+        // In random order: clocks lag behind power by milliseconds, so that a fixed order would favour whoever follows
+        // the lightest load.
+        let mut order: Vec<usize> = Vec::new();
+        for _ in 0..rounds.max(1) {
+            let mut round = [0, 1, 2];
+            round.shuffle(&mut rand::rng());
+            order.extend(round);
+        }
+        let shuffled: Vec<&TimedGraph> = order.iter().filter_map(|&which| graphs.get(which)).collect();
         let mut samples = [const { Vec::new() }; 3];
-        let interleaved: Vec<&TimedGraph> = (0..rounds.max(1)).flat_map(|_| &graphs).collect();
-        for (index, time) in watch.sample(&interleaved)?.into_iter().enumerate() {
-            samples[index % graphs.len()].push(time);
+        for (which, time) in order.into_iter().zip(watch.sample(&shuffled)?) {
+            samples[which].push(time);
         }
         Ok(samples.map(|samples| quantile(&samples, 0.5)))
     }

@@ -7,7 +7,8 @@ use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, CudaStream, sys};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use swiglu_kernels::{Config, Problem, WeightMajor, render};
+use swiglu_kernels::render::SharedSource;
+use swiglu_kernels::{Config, Problem, WeightMajor};
 use swiglu_runtime::cubin_cache::CubinCache;
 use swiglu_runtime::gpu::{Gpu, Kernel};
 use swiglu_runtime::nvrtc::{Nvrtc, Resources};
@@ -51,51 +52,46 @@ impl GpuLab {
         Ok(Self { gpu, nvrtc, cache, stream })
     }
 
-    /// Compiles every config on all cores; configs that differ in launch parameters only share one image.
+    /// Compiles every source on all cores; configs that differ in launch parameters only share one image.
     pub(crate) fn compile(
         &self,
         problem: &Problem,
-        configs: &[Config],
+        sources: &[SharedSource],
         done: impl Fn() + Sync,
     ) -> BTreeMap<Config, Compiled> {
-        let compile = |config: &Config| {
-            let compiled = self.compile_one(problem, config);
+        let compile = |shared: &SharedSource| {
+            let compiled = self.compile_one(problem, shared);
             done();
-            (*config, compiled)
+            compiled
         };
-        configs.par_iter().map(compile).collect()
+        sources.par_iter().flat_map_iter(compile).collect()
     }
 
-    fn compile_one(&self, problem: &Problem, config: &Config) -> Compiled {
-        let source = match render::render(problem, config, self.gpu.arch) {
-            Ok(source) => source,
-            Err(error) => {
-                return Compiled {
-                    digest: String::new(),
-                    resources: Resources::default(),
-                    kernel: Err(Failure::new("compile", error)),
-                };
-            }
+    fn compile_one(&self, problem: &Problem, shared: &SharedSource) -> Vec<(Config, Compiled)> {
+        let digest = &shared.source.digest;
+        let failed = |resources, failure: Failure| {
+            let one = |&config: &Config| {
+                (config, Compiled { digest: digest.clone(), resources, kernel: Err(failure.clone()) })
+            };
+            shared.configs.iter().map(one).collect()
         };
-        let digest = source.digest.clone();
-        let cubin = match self.cache.get_or_compile(&self.nvrtc, &source, self.gpu.arch) {
+        let cubin = match self.cache.get_or_compile(&self.nvrtc, &shared.source, self.gpu.arch) {
             Ok(cubin) => cubin,
-            Err(error) => {
-                return Compiled {
-                    digest,
-                    resources: Resources::default(),
-                    kernel: Err(Failure::new("compile", error)),
-                };
-            }
+            Err(error) => return failed(Resources::default(), Failure::new("compile", error)),
         };
         let resources = cubin.resources;
-        let kernel = if let Some(objection) = resources.objection() {
-            Err(Failure::new("spill", objection))
-        } else {
-            let loaded = self.gpu.load_config(&source, &cubin, config, problem);
-            loaded.map_err(|error| Failure::new("launch", error))
-        };
-        Compiled { digest, resources, kernel }
+        if let Some(objection) = resources.objection() {
+            return failed(resources, Failure::new("spill", objection));
+        }
+        match self.gpu.load_configs(shared, &cubin, problem) {
+            Ok(kernels) => {
+                let one = |kernel: Kernel| {
+                    (kernel.config, Compiled { digest: digest.clone(), resources, kernel: Ok(kernel) })
+                };
+                kernels.into_iter().map(one).collect()
+            }
+            Err(error) => failed(resources, Failure::new("launch", error)),
+        }
     }
 }
 
@@ -173,6 +169,44 @@ impl Arena {
         // problem says, since they start at multiples of 16 bytes with contiguous rows.
         let launched = unsafe { launch::forward(kernel, lab.stream.cu_stream(), &args) };
         launched.map_err(|error| Failure::new("launch", format!("the driver refused the launch: {error}")))
+    }
+}
+
+/// What the first set's output has to be.
+pub(crate) struct Reference {
+    values: CudaSlice<f64>,
+    rms: f64,
+}
+
+impl Arena {
+    /// The float64 oracle's output on the first set.
+    pub(crate) fn reference(&self) -> Result<Reference, Failure> {
+        let args = self.args(0);
+        let values = self.support.oracle(&self.problem, &args)?;
+        let rms = self.support.compare(&self.problem, &args, &values, 0.0)?.rms;
+        Ok(Reference { values, rms })
+    }
+
+    /// Launches `kernel` once on a poisoned output; its relative error if that is within the format's tolerance and
+    /// nothing outside of z was written.
+    pub(crate) fn verify(&self, lab: &GpuLab, kernel: &Kernel, reference: &Reference) -> Result<f64, Failure> {
+        let Self { problem, support, sets } = self;
+        let set = sets.first().ok_or_else(|| Failure::new("launch", "no buffers"))?;
+        support.poison(&set.z)?;
+        self.launch(lab, kernel, 0)?;
+        let found = support.compare(problem, &self.args(0), &reference.values, reference.rms)?;
+        let tolerance = crate::race::tolerance(problem.dtype, found.rounding);
+        if found.wrong > 0.0 || found.error.is_nan() || found.error > tolerance {
+            let reason =
+                format!("{} wrong elements, relative error {:.2e} (limit {tolerance:.1e})", found.wrong, found.error);
+            return Err(Failure::new("verify", reason));
+        }
+        for (name, buffer) in [("x", &set.x), ("weights", &set.weights), ("z", &set.z)] {
+            if !support.guards_intact(buffer)? {
+                return Err(Failure::new("verify", format!("wrote outside of {name}")));
+            }
+        }
+        Ok(found.error)
     }
 }
 
@@ -257,8 +291,7 @@ pub(crate) struct GpuSubject<'a> {
     lab: &'a GpuLab,
     compiled: &'a BTreeMap<Config, Compiled>,
     arena: Arena,
-    reference: CudaSlice<f64>,
-    rms: f64,
+    reference: Reference,
     stopwatch: Stopwatch<'a>,
     graphs: BTreeMap<Config, TimedGraph>,
     /// Shortest single launch of any candidate so far, in microseconds.
@@ -274,14 +307,12 @@ impl<'a> GpuSubject<'a> {
         seed: u64,
     ) -> Result<Self, Failure> {
         let arena = Arena::new(lab, problem, seed)?;
-        let reference = arena.support.oracle(&problem, &arena.args(0))?;
-        let rms = arena.support.compare(&problem, &arena.args(0), &reference, 0.0)?.rms;
+        let reference = arena.reference()?;
         Ok(Self {
             lab,
             compiled,
             arena,
             reference,
-            rms,
             stopwatch: Stopwatch::new(lab)?,
             graphs: BTreeMap::new(),
             shortest: f64::INFINITY,
@@ -297,23 +328,7 @@ impl<'a> GpuSubject<'a> {
 impl Subject for GpuSubject<'_> {
     fn verify(&mut self, config: &Config) -> Result<f64, Failure> {
         let kernel = self.kernel(config)?;
-        let Arena { problem, support, sets } = &self.arena;
-        let set = sets.first().ok_or_else(|| Failure::new("launch", "no buffers"))?;
-        support.poison(&set.z)?;
-        self.arena.launch(self.lab, kernel, 0)?;
-        let found = support.compare(problem, &self.arena.args(0), &self.reference, self.rms)?;
-        let tolerance = crate::race::tolerance(problem.dtype, found.rounding);
-        if found.wrong > 0.0 || found.error.is_nan() || found.error > tolerance {
-            let reason =
-                format!("{} wrong elements, relative error {:.2e} (limit {tolerance:.1e})", found.wrong, found.error);
-            return Err(Failure::new("verify", reason));
-        }
-        for (name, buffer) in [("x", &set.x), ("weights", &set.weights), ("z", &set.z)] {
-            if !support.guards_intact(buffer)? {
-                return Err(Failure::new("verify", format!("wrote outside of {name}")));
-            }
-        }
-        Ok(found.error)
+        self.arena.verify(self.lab, kernel, &self.reference)
     }
 
     fn sample(&mut self, configs: &[Config]) -> Vec<Result<f64, Failure>> {

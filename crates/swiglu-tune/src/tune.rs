@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use swiglu_db::{Device, Environment, Outcome, Record, TuningDb, TuningKey};
 use swiglu_kernels::families::{Target, candidates};
-use swiglu_kernels::{Config, Problem, render};
+use swiglu_kernels::render::{self, SharedSource};
+use swiglu_kernels::{Config, Problem};
 use swiglu_runtime::cpu;
 
 /// What is tuned on.
@@ -71,6 +72,7 @@ pub(crate) fn tune(
     let mut summary = Summary::default();
     for group in groups {
         let mut slow: BTreeMap<Config, f64> = BTreeMap::new();
+        let space = Space::new(lab, &group.problem(1))?;
         let mut compiled = None;
         for &m in &group.m {
             let problem = group.problem(m);
@@ -82,14 +84,15 @@ pub(crate) fn tune(
                 summary.left += 1;
                 continue;
             }
-            let all = candidates(&problem, lab.target());
-            let missing = missing(lab, db, &problem, &all)?;
+            let key = TuningKey { device_class: lab.device().class, problem };
+            let missing = space.missing(db, &key)?;
             if missing.is_empty() {
                 summary.already += 1;
             } else {
                 let records = match lab {
                     Lab::Gpu(gpu) => {
-                        let compiled = compiled.get_or_insert_with(|| compile(gpu, &problem, &all, &progress));
+                        let compiled =
+                            compiled.get_or_insert_with(|| compile(gpu, &problem, &space.sources, &progress));
                         tune_on_gpu(gpu, compiled, problem, &missing, &slow, stop)
                     }
                     Lab::Cpu => tune_on_cpu(problem, &missing, stop),
@@ -101,9 +104,8 @@ pub(crate) fn tune(
                     summary.tuned += 1;
                 }
             }
-            let key = TuningKey { device_class: lab.device().class, problem };
             match db.best(&key)? {
-                Some(best) => note_slow(&mut slow, db, &key, &best, &all)?,
+                Some(best) => note_slow(&mut slow, db, &key, &best, &space)?,
                 None => summary.without_winner += usize::from(!stop.load(Ordering::Relaxed)),
             }
             progress.inc(1);
@@ -122,38 +124,62 @@ fn progress_bar(total: usize, quiet: bool) -> ProgressBar {
     ProgressBar::new(total as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
-/// Candidates without a record, or whose source has changed since; with the present best beside them, so that
-/// both are timed in one race.
-fn missing(lab: &Lab, db: &TuningDb, problem: &Problem, all: &[Config]) -> Result<Vec<Config>> {
-    let key = TuningKey { device_class: lab.device().class, problem: *problem };
-    let is_missing = |config: &Config| -> Result<bool> {
-        let digest = match lab.target() {
-            Target::Gpu(arch) => render::render(problem, config, arch).map(|source| source.digest)?,
-            Target::Cpu { .. } => String::new(),
-        };
-        Ok(!db.is_measured(&key, config, &digest)?)
-    };
-    let mut missing = Vec::new();
-    for config in all {
-        if is_missing(config)? {
-            missing.push(*config);
-        }
-    }
-    if let Some(best) = db.best(&key)?.filter(|best| !missing.is_empty() && !missing.contains(&best.config)) {
-        missing.push(best.config);
-    }
-    Ok(missing)
+/// The candidates of one group of problems, which differ in M only: legality and sources do not depend on it.
+struct Space {
+    /// With the digest of its source, empty on the CPU.
+    candidates: Vec<(Config, String)>,
+    /// Empty on the CPU.
+    sources: Vec<SharedSource>,
 }
 
-fn compile(lab: &GpuLab, problem: &Problem, all: &[Config], progress: &ProgressBar) -> BTreeMap<Config, Compiled> {
+impl Space {
+    fn new(lab: &Lab, problem: &Problem) -> Result<Self> {
+        let configs = candidates(problem, lab.target());
+        match lab.target() {
+            Target::Cpu { .. } => {
+                let candidates = configs.into_iter().map(|config| (config, String::new())).collect();
+                Ok(Self { candidates, sources: Vec::new() })
+            }
+            Target::Gpu(arch) => {
+                let sources = render::shared_sources(problem, &configs, arch)?;
+                let with_digest = |shared: &SharedSource| {
+                    shared.configs.iter().map(|&config| (config, shared.source.digest.clone())).collect::<Vec<_>>()
+                };
+                Ok(Self { candidates: sources.iter().flat_map(with_digest).collect(), sources })
+            }
+        }
+    }
+
+    /// Candidates without a record, or whose source has changed since; with the present best beside them, so that
+    /// both are timed in one race.
+    fn missing(&self, db: &TuningDb, key: &TuningKey) -> Result<Vec<Config>> {
+        let mut missing = Vec::new();
+        for (config, digest) in &self.candidates {
+            if !db.is_measured(key, config, digest)? {
+                missing.push(*config);
+            }
+        }
+        if let Some(best) = db.best(key)?.filter(|best| !missing.is_empty() && !missing.contains(&best.config)) {
+            missing.push(best.config);
+        }
+        Ok(missing)
+    }
+}
+
+fn compile(
+    lab: &GpuLab,
+    problem: &Problem,
+    sources: &[SharedSource],
+    progress: &ProgressBar,
+) -> BTreeMap<Config, Compiled> {
     let count = std::sync::atomic::AtomicUsize::new(0);
-    let compiled = lab.compile(problem, all, || {
+    let compiled = lab.compile(problem, sources, || {
         let done = count.fetch_add(1, Ordering::Relaxed) + 1;
-        progress.set_message(format!("compiling {done}/{}", all.len()));
+        progress.set_message(format!("compiling {done}/{}", sources.len()));
         progress.tick();
     });
     let failed = compiled.values().filter(|compiled| compiled.kernel.is_err()).count();
-    tracing::info!(dtype = %problem.dtype, candidates = all.len(), failed, "compiled");
+    tracing::info!(dtype = %problem.dtype, sources = sources.len(), candidates = compiled.len(), failed, "compiled");
     compiled
 }
 
@@ -226,13 +252,13 @@ fn note_slow(
     db: &TuningDb,
     key: &TuningKey,
     best: &Record,
-    all: &[Config],
+    space: &Space,
 ) -> Result<()> {
     if key.problem.m < HOPELESS_FROM_M {
         return Ok(());
     }
     let Some(best) = best.measurement() else { return Ok(()) };
-    for config in all {
+    for (config, _) in &space.candidates {
         let record = db.record(key, config)?;
         if let Some(time) = record.as_ref().and_then(Record::measurement) {
             let ratio = time.median_us / best.median_us;

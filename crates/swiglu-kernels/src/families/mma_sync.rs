@@ -1,23 +1,38 @@
-//! `mma_sync`: `cp.async` ring, `ldmatrix`, `mma.sync` tensor cores; compute capability 8.0 and later.
+//! `mma_sync`: a ring of K tiles, `ldmatrix`, `mma.sync` tensor cores; compute capability 8.0 and later.
 //!
-//! Design: `docs/kernels/mma_sync.md`. Template: `templates/mma_sync/kernel.cu.tera`.
+//! Design: `docs/kernels/mma_sync.md`. Templates: `templates/mma_sync/`, one for each [`Staging`].
 
 use super::{LaunchShape, RASTERS, Raster, Rejected, check_block, check_registers, ensure};
 use crate::arch::ArchSpec;
-use crate::problem::{DType, MAX_ACCESS_BYTES, Problem, WeightMajor};
+use crate::problem::{DType, MAX_ACCESS_BYTES, Problem, UnknownName, WeightMajor, names};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::str::FromStr;
+
+/// How K tiles reach shared memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Staging {
+    /// Every thread copies its share; one output tile per block.
+    CpAsync,
+    /// One thread asks the copy engine for whole tiles; blocks are persistent. Compute capability 9.0 and later.
+    Tma,
+}
+
+names!(Staging, "staging", Staging::CpAsync => "cp_async", Staging::Tma => "tma");
 
 /// A point of the `mma_sync` space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct MmaSyncConfig {
+    /// How K tiles reach shared memory.
+    pub staging: Staging,
     /// Rows of z per block.
     pub block_m: u32,
     /// Columns of z per block; the block multiplies twice as many (gate and up).
     pub block_n: u32,
     /// Step along K.
     pub block_k: u32,
-    /// K tiles in flight between global and shared memory (cp.async staging depth).
+    /// K tiles in flight between global and shared memory.
     pub stages: u32,
     /// Warps along M.
     pub warps_m: u32,
@@ -31,8 +46,8 @@ pub struct MmaSyncConfig {
     pub raster_group: u32,
 }
 
-/// block_m, block_n, warps_m, warps_n.
-const TILES: [(u32, u32, u32, u32); 14] = [
+/// block_m, block_n, warps_m, warps_n of tiles that every thread helps to copy.
+const CP_ASYNC_TILES: [(u32, u32, u32, u32); 15] = [
     (16, 32, 1, 4),
     (16, 64, 1, 4),
     (32, 32, 1, 4),
@@ -45,9 +60,14 @@ const TILES: [(u32, u32, u32, u32); 14] = [
     (128, 64, 2, 2),
     (128, 64, 4, 2),
     (128, 128, 2, 4),
+    (128, 160, 2, 4),
     (256, 64, 4, 2),
     (256, 32, 4, 2),
 ];
+
+/// The same for tiles that the copy engine brings: large ones, one block per multiprocessor.
+const TMA_TILES: [(u32, u32, u32, u32); 6] =
+    [(128, 64, 4, 2), (128, 96, 2, 4), (128, 128, 2, 4), (128, 160, 2, 4), (256, 64, 4, 2), (256, 80, 4, 2)];
 
 impl MmaSyncConfig {
     /// Threads per block.
@@ -55,12 +75,22 @@ impl MmaSyncConfig {
         32 * self.warps_m * self.warps_n
     }
 
-    /// Shared memory: the ring of stages, or the output tile that later takes its place.
+    /// Shared memory: the ring of stages and a 16-row strip of z per warp, which takes the ring's place or, where the
+    /// copies of the next tile are on their way already, lies behind it with two barriers a stage.
     pub const fn smem_bytes(&self, dtype: DType) -> u32 {
         let ring = self.stages * self.block_k * (self.block_m + 2 * self.block_n) * dtype.bytes();
         // 16 bytes of padding a row spread the fragment stores over the banks.
-        let out_tile = self.block_m * (self.block_n * dtype.bytes() + 16);
-        if ring > out_tile { ring } else { out_tile }
+        let strips = self.warps_m * 16 * (self.block_n * dtype.bytes() + 16 * self.warps_n);
+        match self.staging {
+            Staging::CpAsync if ring > strips => ring,
+            Staging::CpAsync => strips,
+            Staging::Tma => ring + strips + 16 * self.stages,
+        }
+    }
+
+    /// Columns of one box of N-major weights: a swizzle row of 128 bytes, or the whole tile where that is less.
+    pub fn weight_cols(&self, dtype: DType) -> u32 {
+        self.block_n.min(128 / dtype.bytes())
     }
 
     pub(super) fn launch_shape(&self, dtype: DType) -> LaunchShape {
@@ -68,7 +98,7 @@ impl MmaSyncConfig {
             block_m: self.block_m,
             block_n: self.block_n,
             cluster: 1,
-            persistent: false,
+            persistent: self.staging == Staging::Tma,
             threads: self.threads(),
             smem_bytes: self.smem_bytes(dtype),
             raster: self.raster,
@@ -78,7 +108,8 @@ impl MmaSyncConfig {
     }
 
     pub(super) fn check(&self, problem: &Problem, arch: &ArchSpec) -> Result<(), Rejected> {
-        let &Self { block_m, block_n, block_k, stages, warps_m, warps_n, access_bytes, raster_group, .. } = self;
+        let &Self { staging, block_m, block_n, block_k, stages, warps_m, warps_n, access_bytes, raster_group, .. } =
+            self;
         let sizes = [block_m, block_n, block_k, stages, warps_m, warps_n, access_bytes, raster_group];
         ensure(sizes.iter().all(|&size| (1..=4096).contains(&size)), "sizes are positive and small", || {
             format!("{sizes:?}")
@@ -111,20 +142,45 @@ impl MmaSyncConfig {
             "access_bytes is 2, 4, 8 or 16",
             || format!("access_bytes {access_bytes}"),
         )?;
+        if staging == Staging::Tma {
+            self.check_tma(problem, arch)?;
+        }
         check_block(&self.launch_shape(problem.dtype), problem, arch)?;
         let accumulators = 2 * (block_m / warps_m) * (block_n / warps_n) / 32;
         // Rounding to tf32 keeps both the loaded and the rounded fragments alive.
         let overhead = if problem.dtype == DType::Tf32 { 136 } else { 64 };
         check_registers(accumulators, overhead, self.threads(), arch)
     }
+
+    fn check_tma(&self, problem: &Problem, arch: &ArchSpec) -> Result<(), Rejected> {
+        ensure(arch.has_tma, "tma staging needs compute capability 9.0", || format!("{arch} has none"))?;
+        ensure(problem.k > 0, "tma staging needs K of at least 1", || "k is 0".into())?;
+        ensure(self.access_bytes == MAX_ACCESS_BYTES, "tensor maps take 16-byte strides", || {
+            format!("access_bytes {}", self.access_bytes)
+        })?;
+        ensure(self.block_m <= 256 && self.block_n <= 256, "a box has at most 256 rows", || {
+            format!("{}x{}", self.block_m, self.block_n)
+        })?;
+        let n_major = problem.weight_major == WeightMajor::N;
+        ensure(!n_major || problem.dtype != DType::Tf32, "no swizzle of the copy engine suits n_major tf32", || {
+            "tf32 asked for".into()
+        })?;
+        let warp_bytes = self.block_n / self.warps_n * problem.dtype.bytes();
+        ensure(!n_major || warp_bytes <= 128, "a warp's columns lie in one swizzle row", || {
+            format!("{warp_bytes} bytes")
+        })
+    }
 }
 
 pub(super) fn space(problem: &Problem) -> impl Iterator<Item = MmaSyncConfig> + use<> {
     let (access_bytes, bytes) = (problem.alignment, problem.dtype.bytes());
-    TILES.into_iter().flat_map(move |(block_m, block_n, warps_m, warps_n)| {
+    let cp_async = CP_ASYNC_TILES.map(|tile| (Staging::CpAsync, tile));
+    let tma = TMA_TILES.map(|tile| (Staging::Tma, tile));
+    cp_async.into_iter().chain(tma).flat_map(move |(staging, (block_m, block_n, warps_m, warps_n))| {
         [64, 128].into_iter().flat_map(move |row_bytes| {
             [2, 3, 4, 6].into_iter().flat_map(move |stages| {
                 RASTERS.into_iter().map(move |(raster, raster_group)| MmaSyncConfig {
+                    staging,
                     block_m,
                     block_n,
                     block_k: row_bytes / bytes,
@@ -141,8 +197,9 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = MmaSyncConfig> + 
 }
 
 /// Preferred configs when nothing was tuned, best first: by M, then ever less shared memory.
-pub(super) fn defaults(problem: &Problem) -> [MmaSyncConfig; 3] {
+pub(super) fn defaults(problem: &Problem) -> Vec<MmaSyncConfig> {
     let base = MmaSyncConfig {
+        staging: Staging::CpAsync,
         block_m: 128,
         block_n: 64,
         block_k: 128 / problem.dtype.bytes(),
@@ -154,12 +211,13 @@ pub(super) fn defaults(problem: &Problem) -> [MmaSyncConfig; 3] {
         raster_group: 8,
     };
     let base = if problem.dtype == DType::Tf32 { MmaSyncConfig { warps_m: 4, ..base } } else { base };
+    let wide = |block_n| MmaSyncConfig { staging: Staging::Tma, block_n, warps_m: 2, warps_n: 4, ..base };
     let medium = MmaSyncConfig { block_m: 64, block_n: 64, block_k: 64 / problem.dtype.bytes(), warps_m: 2, ..base };
     let small = MmaSyncConfig { block_m: 16, block_n: 32, warps_m: 1, warps_n: 4, ..base };
     match problem.m {
-        0..=16 => [small, medium, base],
-        17..=512 => [medium, base, small],
-        _ => [base, medium, small],
+        0..=16 => vec![small, medium, base],
+        17..=512 => vec![medium, base, small],
+        _ => vec![wide(160), wide(128), base, medium, small],
     }
 }
 
@@ -167,7 +225,8 @@ impl fmt::Display for MmaSyncConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "mma_sync {}x{}x{} warps {}x{} stages {} access {} {} {}",
+            "mma_sync {} {}x{}x{} warps {}x{} stages {} access {} {} {}",
+            self.staging,
             self.block_m,
             self.block_n,
             self.block_k,
