@@ -165,7 +165,7 @@ __device__ __forceinline__ void store_tile(const Params& p, Accumulators& gate_a
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const int at = half * 2 + e;
-                    pair.value[e] = from_float<Element>(activate<kActivation>(gate_acc[i][j][at]) * up_acc[i][j][at]);
+                    pair.value[e] = from_float<Element>(activate<kActivation, kFastSilu>(gate_acc[i][j][at]) * up_acc[i][j][at]);
                 }
                 const int offset = (half * 8 + lane / 4) * kStripStride + (j * 8 + lane % 4 * 2) * kElementBytes;
                 *reinterpret_cast<Vector<Element, 2>*>(strip + offset) = pair;

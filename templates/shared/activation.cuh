@@ -14,23 +14,22 @@ __device__ __forceinline__ float rcp_approx(float value) {
     return result;
 }
 
-template <Activation kActivation> __device__ __forceinline__ float activate(float gate) {
-    static_assert(kActivation == Activation::silu, "activation.cuh: add the formula of this activation here");
-    // g / (1 + exp(-g)): no cancellation; exp overflows to inf for very negative g, and 1 / inf = 0.
-    constexpr float kLog2E = 1.4426950408889634f;
-    return gate * rcp_approx(1.0f + ex2_approx(-kLog2E * gate));
-}
-
 __device__ __forceinline__ float tanh_approx(float value) {
     float result;
     asm("tanh.approx.f32 %0, %1;" : "=f"(result) : "f"(value));
     return result;
 }
 
-// The same with one special-function instruction instead of two, at an absolute error of about |gate| * 2^-12: enough
-// for bf16 results only.
-template <Activation kActivation> __device__ __forceinline__ float activate_fast(float gate) {
+// kFast: one special-function instruction instead of two, at an absolute error of about |gate| * 2^-12: enough for bf16
+// results only.
+template <Activation kActivation, bool kFast> __device__ __forceinline__ float activate(float gate) {
     static_assert(kActivation == Activation::silu, "activation.cuh: add the formula of this activation here");
-    const float half = 0.5f * gate;  // silu(g) = h + h tanh(h), h = g / 2
-    return fmaf(half, tanh_approx(half), half);
+    if constexpr (kFast) {
+        const float half = 0.5f * gate;  // silu(g) = h + h tanh(h), h = g / 2
+        return fmaf(half, tanh_approx(half), half);
+    } else {
+        // g / (1 + exp(-g)): no cancellation; exp overflows to inf for very negative g, and 1 / inf = 0.
+        constexpr float kLog2E = 1.4426950408889634f;
+        return gate * rcp_approx(1.0f + ex2_approx(-kLog2E * gate));
+    }
 }

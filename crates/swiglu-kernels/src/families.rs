@@ -8,7 +8,7 @@ pub mod simt;
 pub mod wgmma_tma;
 
 use crate::arch::ArchSpec;
-use crate::problem::{Problem, UnknownName, names};
+use crate::problem::{DType, Problem, UnknownName, names};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -238,6 +238,13 @@ pub(crate) fn check_block(shape: &LaunchShape, problem: &Problem, arch: &ArchSpe
     })?;
     ensure(shape.smem_bytes <= arch.smem_per_block, "the stages fit in shared memory", || {
         format!("{} bytes of {}", shape.smem_bytes, arch.smem_per_block)
+    })
+}
+
+/// `tanh.approx` is off by up to |gate| * 2^-12, less than half a unit of bf16 where gate and result are alike in size.
+pub(crate) fn check_fast_silu(fast_silu: bool, problem: &Problem) -> Result<(), Rejected> {
+    ensure(!fast_silu || problem.dtype == DType::Bf16, "fast_silu is accurate enough for bf16 only", || {
+        format!("{} asked for", problem.dtype)
     })
 }
 

@@ -98,7 +98,7 @@ proptest! {
         let staging = if tma { Staging::Tma } else { Staging::CpAsync };
         let [a, b, c, d, e, f, g, h] = values[..] else { panic!("eight values") };
         let configs = [
-            Config::MmaSync(MmaSyncConfig { staging, block_m: a, block_n: b, block_k: c, stages: d, warps_m: e, warps_n: f, access_bytes: g, raster: Raster::AlongM, raster_group: h }),
+            Config::MmaSync(MmaSyncConfig { staging, block_m: a, block_n: b, block_k: c, stages: d, warps_m: e, warps_n: f, access_bytes: g, fast_silu: tma, raster: Raster::AlongM, raster_group: h }),
             Config::Simt(SimtConfig { block_m: a, block_n: b, block_k: c, thread_m: d, thread_n: e, stages: f, access_bytes: g, raster: Raster::AlongN, raster_group: h }),
         ];
         for arch in &ARCHES {

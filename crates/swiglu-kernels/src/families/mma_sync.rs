@@ -2,7 +2,7 @@
 //!
 //! Design: `docs/kernels/mma_sync.md`. Templates: `templates/mma_sync/`, one for each [`Staging`].
 
-use super::{LaunchShape, RASTERS, Raster, Rejected, check_block, check_registers, ensure};
+use super::{LaunchShape, RASTERS, Raster, Rejected, check_block, check_fast_silu, check_registers, ensure};
 use crate::arch::ArchSpec;
 use crate::problem::{DType, MAX_ACCESS_BYTES, Problem, UnknownName, WeightMajor, names};
 use serde::{Deserialize, Serialize};
@@ -40,6 +40,8 @@ pub struct MmaSyncConfig {
     pub warps_n: u32,
     /// Bytes of one access to global memory.
     pub access_bytes: u32,
+    /// silu by one `tanh.approx` instead of `ex2` and `rcp`; accurate enough for bf16 only.
+    pub fast_silu: bool,
     /// Walk over the tiles; a launch parameter, not a constant of the source.
     pub raster: Raster,
     /// Tiles walked in that direction before stepping in the other; a launch parameter.
@@ -142,6 +144,7 @@ impl MmaSyncConfig {
             "access_bytes is 2, 4, 8 or 16",
             || format!("access_bytes {access_bytes}"),
         )?;
+        check_fast_silu(self.fast_silu, problem)?;
         if staging == Staging::Tma {
             self.check_tma(problem, arch)?;
         }
@@ -174,6 +177,7 @@ impl MmaSyncConfig {
 
 pub(super) fn space(problem: &Problem) -> impl Iterator<Item = MmaSyncConfig> + use<> {
     let (access_bytes, bytes) = (problem.alignment, problem.dtype.bytes());
+    let fast_silu = problem.dtype == DType::Bf16;
     let cp_async = CP_ASYNC_TILES.map(|tile| (Staging::CpAsync, tile));
     let tma = TMA_TILES.map(|tile| (Staging::Tma, tile));
     cp_async.into_iter().chain(tma).flat_map(move |(staging, (block_m, block_n, warps_m, warps_n))| {
@@ -188,6 +192,7 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = MmaSyncConfig> + 
                     warps_m,
                     warps_n,
                     access_bytes,
+                    fast_silu,
                     raster,
                     raster_group,
                 })
@@ -207,6 +212,7 @@ pub(super) fn defaults(problem: &Problem) -> Vec<MmaSyncConfig> {
         warps_m: 2,
         warps_n: 2,
         access_bytes: problem.alignment,
+        fast_silu: problem.dtype == DType::Bf16,
         raster: Raster::AlongM,
         raster_group: 8,
     };
@@ -225,7 +231,7 @@ impl fmt::Display for MmaSyncConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "mma_sync {} {}x{}x{} warps {}x{} stages {} access {} {} {}",
+            "mma_sync {} {}x{}x{} warps {}x{} stages {} access {}{} {} {}",
             self.staging,
             self.block_m,
             self.block_n,
@@ -234,6 +240,7 @@ impl fmt::Display for MmaSyncConfig {
             self.warps_n,
             self.stages,
             self.access_bytes,
+            if self.fast_silu { " fast_silu" } else { "" },
             self.raster,
             self.raster_group
         )

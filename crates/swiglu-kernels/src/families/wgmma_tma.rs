@@ -2,7 +2,7 @@
 //!
 //! Design: `docs/kernels/wgmma_tma.md`. Template: `templates/wgmma_tma/kernel.cu.tera`.
 
-use super::{LaunchShape, RASTERS, Raster, Rejected, check_block, ensure};
+use super::{LaunchShape, RASTERS, Raster, Rejected, check_block, check_fast_silu, ensure};
 use crate::arch::ArchSpec;
 use crate::problem::{DType, Problem, UnknownName, WeightMajor, names};
 use serde::{Deserialize, Serialize};
@@ -180,9 +180,7 @@ impl WgmmaTmaConfig {
             "stores are whole boxes",
             || format!("store_cols {store_cols} of {block_n}"),
         )?;
-        ensure(!self.fast_silu || problem.dtype == DType::Bf16, "fast_silu is accurate enough for bf16 only", || {
-            format!("{} asked for", problem.dtype)
-        })?;
+        check_fast_silu(self.fast_silu, problem)?;
         ensure(stages >= 2, "at least 2 stages", || format!("{stages} stages"))?;
         check_block(&self.launch_shape(), problem, arch)
     }
