@@ -74,7 +74,7 @@ const TEMPLATES: [(&str, &str); 5] = [
     template!("support/kernels.cu.tera"),
 ];
 
-const HEADERS: [(&str, &str); 13] = [
+const HEADERS: [(&str, &str); 15] = [
     template!("shared/types.cuh"),
     template!("shared/activation.cuh"),
     template!("shared/params.cuh"),
@@ -82,6 +82,8 @@ const HEADERS: [(&str, &str); 13] = [
     template!("shared/ring.cuh"),
     template!("mma_sync/fragments.cuh"),
     template!("shared/ptx/smem.cuh"),
+    template!("shared/ptx/grid.cuh"),
+    template!("shared/ptx/relaxed.cuh"),
     template!("shared/ptx/cp_async.cuh"),
     template!("shared/ptx/hopper.cuh"),
     template!("shared/ptx/mbarrier.cuh"),

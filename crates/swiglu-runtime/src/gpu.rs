@@ -60,6 +60,8 @@ pub struct Gpu {
     pub l2_bytes: usize,
     /// Peak memory bandwidth by clock and bus width, bytes a second.
     pub peak_bandwidth: f64,
+    /// Peak rate of the fp32 FMA units at the highest clock, operations a second.
+    pub peak_fma_flops: f64,
     /// CUDA version of the driver, e.g. 13000.
     pub driver_version: i32,
 }
@@ -103,6 +105,7 @@ impl Gpu {
         let l2_bytes = attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?;
         let smem = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let bus_bits = attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?;
+        let clock_khz = attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)?;
         let memory_khz = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?;
         let name = context.name().map_err(failed("tell the GPU's name"))?;
         // What decides speed, and nothing that differs between two GPUs of one kind. A MIG slice differs in
@@ -125,6 +128,8 @@ impl Gpu {
             l2_bytes: usize::try_from(l2_bytes).unwrap_or(0),
             // Double data rate: two transfers a clock.
             peak_bandwidth: 2.0 * memory_khz as f64 * 1e3 * bus_bits as f64 / 8.0,
+            // 128 lanes a multiprocessor, 64 on the oldest: an upper bound.
+            peak_fma_flops: 2.0 * 128.0 * sm_count as f64 * clock_khz as f64 * 1e3,
             driver_version,
             context,
         })
@@ -182,7 +187,10 @@ impl Gpu {
             .occupancy_max_active_blocks_per_multiprocessor(shape.threads, shape.smem_bytes as usize, None)
             .map_err(failed("count a kernel's resident blocks"))?;
         let resident_blocks = self.sm_count * per_sm.max(1);
-        Ok(Kernel { function: function.clone(), shape, problem: *problem, resident_blocks, config: *config })
+        // Kernels wait for their predecessor from sm_90 on; graphs capture such launches since CUDA 12.3.
+        let dependent_launch = self.arch.has_tma && self.driver_version >= 12_030;
+        let function = function.clone();
+        Ok(Kernel { function, shape, problem: *problem, resident_blocks, dependent_launch, config: *config })
     }
 }
 
@@ -195,6 +203,8 @@ pub struct Kernel {
     pub(crate) problem: Problem,
     /// Blocks that run at a time on the whole GPU.
     pub(crate) resident_blocks: u32,
+    /// Whether it may start before its predecessor in the stream ends.
+    pub(crate) dependent_launch: bool,
     /// The config it was made from.
     pub config: Config,
 }

@@ -126,13 +126,22 @@ unsafe fn launch(
     arguments: &mut [*mut c_void],
 ) -> Result<(), DriverError> {
     let shape = &kernel.shape;
-    let mut cluster = sys::CUlaunchAttribute {
+    let cluster = sys::CUlaunchAttribute {
         id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
         pad: [0; 4],
         value: sys::CUlaunchAttributeValue {
             clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: shape.cluster, y: 1, z: 1 },
         },
     };
+    let dependent = sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    };
+    // A driver knows both attributes or has neither: they are of compute capability 9.0.
+    let mut attributes = [dependent, cluster];
+    let attributes = if kernel.dependent_launch { &mut attributes[..] } else { &mut attributes[1..] };
+    let count = attributes.len() - usize::from(shape.cluster == 1);
     let config = sys::CUlaunchConfig {
         gridDimX: grid(kernel, m).ok_or_else(invalid)?,
         gridDimY: 1,
@@ -142,10 +151,10 @@ unsafe fn launch(
         blockDimZ: 1,
         sharedMemBytes: shape.smem_bytes,
         hStream: stream,
-        attrs: &raw mut cluster,
-        numAttrs: u32::from(shape.cluster > 1),
+        attrs: attributes.as_mut_ptr(),
+        numAttrs: count as u32,
     };
-    // SAFETY: config and attribute are alive; arguments by contract.
+    // SAFETY: config and attributes are alive; arguments by contract.
     let status = unsafe {
         sys::cuLaunchKernelEx(
             &raw const config,

@@ -153,10 +153,10 @@ fn bench(lab: &GpuLab, problem: Problem, config: Config, source: String, rounds:
     let kernel = compiled.get(&config).context("nothing was compiled")?.kernel.as_ref().map_err(as_error)?;
     let arena = Arena::new(lab, problem, rand::random()).map_err(|failure| as_error(&failure))?;
     let reference = arena.reference().map_err(|failure| as_error(&failure))?;
-    arena.verify(lab, kernel, &reference).map_err(|failure| as_error(&failure))?;
+    let watch = Stopwatch::new(lab).map_err(|failure| as_error(&failure))?;
+    arena.verify(lab, kernel, &reference, &watch).map_err(|failure| as_error(&failure))?;
     drop(reference);
     let peer = CublasLtPeer::new(lab, &arena)?;
-    let watch = Stopwatch::new(lab).map_err(|failure| as_error(&failure))?;
     let times =
         peer.race(&watch, |index| arena.launch(lab, kernel, index), rounds).map_err(|failure| as_error(&failure))?;
     let [ours_us, gemm_us, gemm_and_gate_us] = times;

@@ -6,7 +6,7 @@ use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, DevicePtr, LaunchConfi
 use std::sync::Arc;
 use swiglu_kernels::{Problem, render};
 use swiglu_runtime::cubin_cache::CubinCache;
-use swiglu_runtime::gpu::Gpu;
+use swiglu_runtime::gpu::{Gpu, GpuError};
 use swiglu_runtime::nvrtc::Nvrtc;
 use swiglu_runtime::{PrepareError, RawForward};
 
@@ -30,7 +30,7 @@ unsafe impl cudarc::driver::DeviceRepr for OracleParams {}
 
 /// A device buffer between two guards.
 pub(crate) struct GuardedBuffer {
-    memory: CudaSlice<u8>,
+    _memory: CudaSlice<u8>,
     bytes: usize,
     address: u64,
 }
@@ -48,8 +48,11 @@ pub(crate) struct Support {
     fill_normal: CudaFunction,
     fill_pattern: CudaFunction,
     oracle_forward: CudaFunction,
+    check_guard: CudaFunction,
     compare: CudaFunction,
     gate_packed: CudaFunction,
+    /// Four sums of every block of `compare`.
+    partial: CudaSlice<f64>,
 }
 
 /// What `compare` found.
@@ -78,9 +81,14 @@ impl Support {
     ) -> Result<Self, PrepareError> {
         let source = render::render_support(problem)?;
         let cubin = cache.get_or_compile(nvrtc, &source, gpu.arch)?;
-        let entries = ["fill_normal", "fill_pattern", "oracle_forward", "compare", "gate_packed"];
-        let [fill_normal, fill_pattern, oracle_forward, compare, gate_packed] = gpu.load(entries, &cubin)?;
-        Ok(Self { stream: Arc::clone(stream), fill_normal, fill_pattern, oracle_forward, compare, gate_packed })
+        let entries = ["fill_normal", "fill_pattern", "oracle_forward", "check_guard", "compare", "gate_packed"];
+        let [fill_normal, fill_pattern, oracle_forward, check_guard, compare, gate_packed] =
+            gpu.load(entries, &cubin)?;
+        let partial = stream
+            .alloc_zeros::<f64>(4 * COMPARE_BLOCKS as usize)
+            .map_err(|error| GpuError::Driver { act: "allocate memory", error })?;
+        let stream = Arc::clone(stream);
+        Ok(Self { stream, fill_normal, fill_pattern, oracle_forward, check_guard, compare, gate_packed, partial })
     }
 
     /// A buffer of `bytes` (an even number) with its guards written.
@@ -90,7 +98,7 @@ impl Support {
         let memory =
             memory.map_err(|error| Failure::new("launch", format!("no device memory for {bytes} bytes: {error}")))?;
         let address = memory.device_ptr(&self.stream).0 + GUARD_BYTES as u64;
-        let buffer = GuardedBuffer { memory, bytes, address };
+        let buffer = GuardedBuffer { _memory: memory, bytes, address };
         for start in [address - GUARD_BYTES as u64, address + bytes as u64] {
             self.pattern(start, GUARD_BYTES, GUARD_PATTERN)?;
         }
@@ -125,16 +133,20 @@ impl Support {
         unsafe { launch.launch(grid(1024)) }.map(drop).map_err(driver("fill a buffer"))
     }
 
-    /// Whether both guards are as they were written.
-    pub(crate) fn guards_intact(&self, buffer: &GuardedBuffer) -> Result<bool, Failure> {
-        let expected = GUARD_PATTERN.to_ne_bytes()[0];
-        for range in [0..GUARD_BYTES, GUARD_BYTES + buffer.bytes..2 * GUARD_BYTES + buffer.bytes] {
-            let bytes = self.stream.clone_dtoh(&buffer.memory.slice(range)).map_err(driver("read a guard"))?;
-            if bytes.iter().any(|&byte| byte != expected) {
-                return Ok(false);
+    /// Whether the guards of all `buffers` are as they were written.
+    pub(crate) fn guards_intact(&self, buffers: &[&GuardedBuffer]) -> Result<bool, Failure> {
+        let broken = self.stream.alloc_zeros::<i32>(1).map_err(driver("allocate a counter"))?;
+        let count = (GUARD_BYTES / 2) as i32;
+        for buffer in buffers {
+            for guard in [buffer.address - GUARD_BYTES as u64, buffer.address + buffer.bytes as u64] {
+                let mut launch = self.stream.launch_builder(&self.check_guard);
+                launch.arg(&guard).arg(&count).arg(&GUARD_PATTERN).arg(&broken);
+                // SAFETY: `check_guard(const u16*, int, u16, int*)`; the guard lies in the buffer's allocation.
+                unsafe { launch.launch(grid(1)) }.map_err(driver("check a guard"))?;
             }
         }
-        Ok(true)
+        let broken = self.stream.clone_dtoh(&broken).map_err(driver("read the guards' state"))?;
+        Ok(broken == [0])
     }
 
     /// The float64 oracle's output `[m, n]`.
@@ -184,14 +196,13 @@ impl Support {
         rms: f64,
     ) -> Result<Comparison, Failure> {
         let (m, n) = (i32::try_from(problem.m).unwrap_or(i32::MAX), i32::try_from(problem.n).unwrap_or(i32::MAX));
-        let partial = self.stream.alloc_zeros::<f64>(4 * COMPARE_BLOCKS as usize).map_err(driver("allocate"))?;
         // One element may be off by 16 times what all may be in the mean: rounding never is, a wrong tile always.
         let limit = 16.0 * problem.dtype.tolerance();
         let mut launch = self.stream.launch_builder(&self.compare);
-        launch.arg(&args.z).arg(&args.z_stride).arg(reference).arg(&m).arg(&n).arg(&limit).arg(&rms).arg(&partial);
+        launch.arg(&args.z).arg(&args.z_stride).arg(reference).arg(&m).arg(&n).arg(&limit).arg(&rms).arg(&self.partial);
         // SAFETY: `compare(const Element*, i64, const double*, int, int, double, double, double*)`.
         unsafe { launch.launch(grid(COMPARE_BLOCKS)) }.map_err(driver("compare"))?;
-        let partial = self.stream.clone_dtoh(&partial).map_err(driver("read the comparison"))?;
+        let partial = self.stream.clone_dtoh(&self.partial).map_err(driver("read the comparison"))?;
         let sum = |which: usize| partial.iter().skip(which).step_by(4).sum::<f64>();
         let norm = sum(1);
         let relative = |difference: f64| if difference == 0.0 { 0.0 } else { (difference / norm).sqrt() };

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use swiglu_kernels::render::SharedSource;
-use swiglu_kernels::{Config, Problem, WeightMajor};
+use swiglu_kernels::{Config, Family, Problem, WeightMajor};
 use swiglu_runtime::cubin_cache::CubinCache;
 use swiglu_runtime::gpu::{Gpu, Kernel};
 use swiglu_runtime::nvrtc::{Nvrtc, Resources};
@@ -17,7 +17,7 @@ use swiglu_runtime::{PrepareError, RawForward, launch};
 /// Buffer sets together exceed the L2 cache by this factor, so that every launch finds it cold.
 const L2_FACTOR: usize = 3;
 /// A candidate whose first launch takes this many times the shortest one's is not timed more closely.
-const ABANDON_FACTOR: f64 = 3.0;
+const ABANDON_FACTOR: f64 = 1.4;
 /// What events and the launch itself add to a single launch, in microseconds.
 const EVENT_US: f64 = 20.0;
 /// Length of one sample, in microseconds: long against the events' resolution and the launch gaps, and long enough
@@ -94,6 +94,9 @@ impl GpuLab {
         }
     }
 }
+
+/// Work before the last round, in microseconds.
+const SETTLING_US: f64 = 200_000.0;
 
 /// One set of operands: x, both weights in one packed matrix, z.
 struct BufferSet {
@@ -172,6 +175,14 @@ impl Arena {
     }
 }
 
+/// A launch whose output was right.
+pub(crate) struct Verified {
+    /// Relative error against the oracle.
+    pub(crate) error: f64,
+    /// Its time, in microseconds.
+    pub(crate) once_us: f64,
+}
+
 /// What the first set's output has to be.
 pub(crate) struct Reference {
     values: CudaSlice<f64>,
@@ -187,13 +198,19 @@ impl Arena {
         Ok(Reference { values, rms })
     }
 
-    /// Launches `kernel` once on a poisoned output; its relative error if that is within the format's tolerance and
-    /// nothing outside of z was written.
-    pub(crate) fn verify(&self, lab: &GpuLab, kernel: &Kernel, reference: &Reference) -> Result<f64, Failure> {
+    /// Launches `kernel` once on a poisoned output; fails unless the error is within the format's tolerance and nothing
+    /// outside of z was written.
+    pub(crate) fn verify(
+        &self,
+        lab: &GpuLab,
+        kernel: &Kernel,
+        reference: &Reference,
+        stopwatch: &Stopwatch,
+    ) -> Result<Verified, Failure> {
         let Self { problem, support, sets } = self;
         let set = sets.first().ok_or_else(|| Failure::new("launch", "no buffers"))?;
         support.poison(&set.z)?;
-        self.launch(lab, kernel, 0)?;
+        let once_us = stopwatch.time(|| self.launch(lab, kernel, 0))?;
         let found = support.compare(problem, &self.args(0), &reference.values, reference.rms)?;
         let tolerance = crate::race::tolerance(problem.dtype, found.rounding);
         if found.wrong > 0.0 || found.error.is_nan() || found.error > tolerance {
@@ -201,12 +218,10 @@ impl Arena {
                 format!("{} wrong elements, relative error {:.2e} (limit {tolerance:.1e})", found.wrong, found.error);
             return Err(Failure::new("verify", reason));
         }
-        for (name, buffer) in [("x", &set.x), ("weights", &set.weights), ("z", &set.z)] {
-            if !support.guards_intact(buffer)? {
-                return Err(Failure::new("verify", format!("wrote outside of {name}")));
-            }
+        if !support.guards_intact(&[&set.x, &set.weights, &set.z])? {
+            return Err(Failure::new("verify", "wrote outside of z"));
         }
-        Ok(found.error)
+        Ok(Verified { error: found.error, once_us })
     }
 }
 
@@ -293,9 +308,9 @@ pub(crate) struct GpuSubject<'a> {
     arena: Arena,
     reference: Reference,
     stopwatch: Stopwatch<'a>,
+    /// Time of the verified launch of each candidate, in microseconds.
+    once: BTreeMap<Config, f64>,
     graphs: BTreeMap<Config, TimedGraph>,
-    /// Shortest single launch of any candidate so far, in microseconds.
-    shortest: f64,
 }
 
 impl<'a> GpuSubject<'a> {
@@ -314,8 +329,8 @@ impl<'a> GpuSubject<'a> {
             arena,
             reference,
             stopwatch: Stopwatch::new(lab)?,
+            once: BTreeMap::new(),
             graphs: BTreeMap::new(),
-            shortest: f64::INFINITY,
         })
     }
 
@@ -328,7 +343,22 @@ impl<'a> GpuSubject<'a> {
 impl Subject for GpuSubject<'_> {
     fn verify(&mut self, config: &Config) -> Result<f64, Failure> {
         let kernel = self.kernel(config)?;
-        self.arena.verify(self.lab, kernel, &self.reference)
+        let bound = self.lower_bound_us(config);
+        if bound > self.shortest() * ABANDON_FACTOR + EVENT_US {
+            return Err(Failure::new("pruned", format!("cannot take less than {bound:.0} us")));
+        }
+        let verified = self.arena.verify(self.lab, kernel, &self.reference, &self.stopwatch)?;
+        self.once.insert(*config, verified.once_us);
+        Ok(verified.error)
+    }
+
+    fn settle(&mut self, config: &Config) {
+        if let Some(graph) = self.graphs.get(config) {
+            let once = self.once.get(config).copied().unwrap_or(SAMPLE_US);
+            let samples = SETTLING_US / SAMPLE_US.max(once);
+            // A failure shows again in the samples that follow.
+            let _ = self.stopwatch.sample(&vec![graph; samples.ceil() as usize]);
+        }
     }
 
     fn sample(&mut self, configs: &[Config]) -> Vec<Result<f64, Failure>> {
@@ -345,6 +375,19 @@ impl Subject for GpuSubject<'_> {
 }
 
 impl GpuSubject<'_> {
+    /// Time of the shortest verified launch so far.
+    fn shortest(&self) -> f64 {
+        self.once.values().copied().fold(f64::INFINITY, f64::min)
+    }
+
+    /// What no launch of `config` can beat: for `simt` the rate of the FMA units, for tensor cores nothing is known.
+    fn lower_bound_us(&self, config: &Config) -> f64 {
+        match config.family() {
+            Family::Simt => self.arena.problem.flops() / self.lab.gpu.peak_fma_flops * 1e6,
+            Family::MmaSync | Family::WgmmaTma | Family::Cpu => 0.0,
+        }
+    }
+
     /// Captures the graph of `config` unless it has one; the time of a single launch where that is hopeless already.
     fn prepare(&mut self, config: &Config) -> Result<Option<f64>, Failure> {
         if self.graphs.contains_key(config) {
@@ -352,11 +395,11 @@ impl GpuSubject<'_> {
         }
         let kernel = self.kernel(config)?;
         let launch = |index| self.arena.launch(self.lab, kernel, index);
-        let once = self.stopwatch.time(|| launch(1))?;
-        if once > self.shortest * ABANDON_FACTOR + EVENT_US {
+        let shortest = self.shortest();
+        let once = self.once.get(config).copied().unwrap_or(shortest);
+        if once > shortest * ABANDON_FACTOR + EVENT_US {
             return Ok(Some(once));
         }
-        self.shortest = self.shortest.min(once);
         let graph = self.stopwatch.capture_for(once, launch)?;
         self.graphs.insert(*config, graph);
         Ok(None)

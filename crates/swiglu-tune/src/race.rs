@@ -1,5 +1,6 @@
 //! From candidates to measured times: verify each, then time them in rounds that drop the slow ones.
 
+use rand::seq::SliceRandom;
 use std::sync::atomic::{AtomicBool, Ordering};
 use swiglu_db::{Measurement, Outcome};
 use swiglu_kernels::{Config, DType};
@@ -8,6 +9,8 @@ use swiglu_kernels::{Config, DType};
 pub(crate) trait Subject {
     /// Runs `config` once on fresh poisoned output and holds it to the oracle; the relative error.
     fn verify(&mut self, config: &Config) -> Result<f64, Failure>;
+    /// Runs `config` for a while, so that clocks and power are those of steady work.
+    fn settle(&mut self, _config: &Config) {}
     /// One sample of the time of a launch of each config, in microseconds, one after the other without a pause.
     fn sample(&mut self, configs: &[Config]) -> Vec<Result<f64, Failure>>;
 }
@@ -32,9 +35,23 @@ impl From<Failure> for Outcome {
     }
 }
 
-/// Rounds of the race: samples per candidate, and how much slower than the best one may be to stay in.
-/// The last round decides; its samples are interleaved so that drift of the clocks hits all alike.
-const ROUNDS: [(usize, f64); 4] = [(1, 2.0), (3, 1.25), (5, 1.06), (20, 1.0)];
+/// A round of the race.
+struct Round {
+    /// Per candidate.
+    samples: usize,
+    /// Candidates slower than the best by more than this factor are out before the round,
+    within: f64,
+    /// and all but so many of the fastest.
+    most: usize,
+}
+
+/// The last round decides, by its own samples, taken when the clocks have settled under load.
+const ROUNDS: [Round; 4] = [
+    Round { samples: 1, within: f64::INFINITY, most: usize::MAX },
+    Round { samples: 3, within: 2.0, most: 48 },
+    Round { samples: 5, within: 1.2, most: 24 },
+    Round { samples: 20, within: 1.06, most: 8 },
+];
 
 /// Races `candidates`; the outcome of each, in their order. Stops early, with what is known, when `stop` is set.
 pub(crate) fn race(subject: &mut dyn Subject, candidates: &[Config], stop: &AtomicBool) -> Vec<(Config, Outcome)> {
@@ -49,12 +66,18 @@ pub(crate) fn race(subject: &mut dyn Subject, candidates: &[Config], stop: &Atom
             Err(failure) => entry.failure = Some(failure),
         }
     }
-    for (samples, keep) in ROUNDS {
-        for _ in 0..samples {
+    for (index, round) in ROUNDS.into_iter().enumerate() {
+        drop_slow(&mut entries, &round);
+        if index + 1 == ROUNDS.len() {
+            settle(subject, &mut entries);
+        }
+        for _ in 0..round.samples {
             if stop.load(Ordering::Relaxed) {
                 return outcomes(entries);
             }
             let mut racing: Vec<&mut Entry> = entries.iter_mut().filter(|entry| entry.racing()).collect();
+            // Clocks lag behind power, so that every candidate shall have every predecessor.
+            racing.shuffle(&mut rand::rng());
             let configs: Vec<Config> = racing.iter().map(|entry| entry.config).collect();
             for (entry, sample) in racing.iter_mut().zip(subject.sample(&configs)) {
                 match sample {
@@ -63,12 +86,29 @@ pub(crate) fn race(subject: &mut dyn Subject, candidates: &[Config], stop: &Atom
                 }
             }
         }
-        let best = entries.iter().filter(|entry| entry.racing()).map(Entry::median).fold(f64::INFINITY, f64::min);
-        for entry in entries.iter_mut().filter(|entry| entry.racing()) {
-            entry.dropped = entry.median() > best * keep.max(1.0) && keep > 1.0;
-        }
     }
     outcomes(entries)
+}
+
+/// Takes out what `round` does not admit. Before the first round nothing has a time, and nothing is slow.
+fn drop_slow(entries: &mut [Entry], round: &Round) {
+    let mut racing: Vec<&mut Entry> = entries.iter_mut().filter(|entry| entry.racing()).collect();
+    racing.sort_by(|a, b| a.median().total_cmp(&b.median()));
+    let best = racing.first().map_or(f64::NAN, |entry| entry.median());
+    for (rank, entry) in racing.into_iter().enumerate() {
+        entry.dropped = rank >= round.most || entry.median() > best * round.within;
+    }
+}
+
+/// Steady load, and a fresh start for those still racing.
+fn settle(subject: &mut dyn Subject, entries: &mut [Entry]) {
+    let racing = || entries.iter().filter(|entry| entry.racing());
+    if let Some(best) = racing().min_by(|a, b| a.median().total_cmp(&b.median())) {
+        subject.settle(&best.config);
+    }
+    for entry in entries.iter_mut().filter(|entry| entry.racing()) {
+        entry.samples.clear();
+    }
 }
 
 struct Entry {
@@ -189,7 +229,7 @@ mod tests {
             Outcome::Measured(measurement) => measurement.samples,
             Outcome::Failed { .. } => 0,
         };
-        assert!(samples(0) >= 29 && samples(configs.len() - 1) <= 4, "the slow are dropped early");
+        assert!(samples(0) == 20 && samples(configs.len() - 1) <= 4, "the slow are dropped early");
     }
 
     #[test]

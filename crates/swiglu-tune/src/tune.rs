@@ -52,10 +52,9 @@ pub(crate) struct Summary {
     pub(crate) without_winner: usize,
 }
 
-/// A candidate slower than the best by this factor at one M in the hundreds is not tried at the next larger one.
-const HOPELESS_FACTOR: f64 = 3.0;
-/// Smallest M from which that holds: below, the ranking still turns over.
-const HOPELESS_FROM_M: u32 = 256;
+/// A candidate slower than the best by the factor at one M is not tried at the next larger one: from the M on which the
+/// ranking no longer turns over by as much.
+const HOPELESS: [(u32, f64); 3] = [(2048, 1.25), (512, 1.5), (256, 3.0)];
 
 /// Tunes `groups` in their order, until done, `stop` or the budget's end.
 pub(crate) fn tune(
@@ -192,10 +191,15 @@ fn tune_on_gpu(
     stop: &AtomicBool,
 ) -> Vec<Record> {
     let (hopeless, hopeful): (Vec<Config>, Vec<Config>) = missing.iter().partition(|config| slow.contains_key(config));
+    // The families with the highest rates first: what they reach prunes the others.
+    let mut hopeful = hopeful;
+    hopeful.sort_by_key(|config| std::cmp::Reverse(config.family()));
+    let begun = Instant::now();
     let outcomes = match GpuSubject::new(lab, compiled, problem, rand::random()) {
         Ok(mut subject) => race(&mut subject, &hopeful, stop),
         Err(failure) => hopeful.iter().map(|&config| (config, failure.clone().into())).collect(),
     };
+    tracing::info!(m = problem.m, n = problem.n, k = problem.k, raced = hopeful.len(), elapsed = ?begun.elapsed(), "raced");
     let pruned = hopeless.into_iter().map(|config| {
         let reason = format!("{:.1}x the best at a smaller m", slow.get(&config).copied().unwrap_or(f64::NAN));
         (config, Failure::new("pruned", reason).into())
@@ -254,15 +258,15 @@ fn note_slow(
     best: &Record,
     space: &Space,
 ) -> Result<()> {
-    if key.problem.m < HOPELESS_FROM_M {
+    let Some((_, factor)) = HOPELESS.into_iter().find(|(from_m, _)| key.problem.m >= *from_m) else {
         return Ok(());
-    }
+    };
     let Some(best) = best.measurement() else { return Ok(()) };
     for (config, _) in &space.candidates {
         let record = db.record(key, config)?;
         if let Some(time) = record.as_ref().and_then(Record::measurement) {
             let ratio = time.median_us / best.median_us;
-            if ratio > HOPELESS_FACTOR {
+            if ratio > factor {
                 slow.insert(*config, ratio);
             }
         }

@@ -2,7 +2,7 @@
 //!
 //! Design: `docs/kernels/wgmma_tma.md`. Template: `templates/wgmma_tma/kernel.cu.tera`.
 
-use super::{LaunchShape, RASTERS, Raster, Rejected, check_block, check_fast_silu, ensure};
+use super::{LaunchShape, Raster, Rejected, check_block, check_fast_silu, ensure};
 use crate::arch::ArchSpec;
 use crate::problem::{DType, Problem, UnknownName, WeightMajor, names};
 use serde::{Deserialize, Serialize};
@@ -71,6 +71,9 @@ const TILES: [(Schedule, u32, u32, u32); 16] = [
     (Schedule::Cooperative, 256, 96, 2),
     (Schedule::Cooperative, 256, 104, 2),
 ];
+
+/// Beside the usual orders narrow bands, which keep less of both operands in L2: long K.
+const ORDERS: [(Raster, u32); 4] = [(Raster::AlongM, 8), (Raster::AlongN, 8), (Raster::AlongM, 4), (Raster::AlongN, 4)];
 
 /// Bytes of both 16-bit formats.
 const ELEMENT_BYTES: u32 = 2;
@@ -218,7 +221,7 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaTmaConfig> +
     let dtype = problem.dtype;
     TILES.into_iter().flat_map(move |(schedule, block_m, block_n, consumers)| {
         [(2, 1), (1, 2), (1, 1)].into_iter().flat_map(move |(cluster_m, cluster_n)| {
-            RASTERS.into_iter().map(move |(raster, raster_group)| WgmmaTmaConfig {
+            ORDERS.into_iter().map(move |(raster, raster_group)| WgmmaTmaConfig {
                 cluster_m,
                 cluster_n,
                 raster,
