@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
 from . import _native
-from ._operands import as_rows, as_weights, check, dtype_word, row_stride, stream_of
+from ._operands import as_rows, as_weights, check, dtype_word, stream_of
 
 _NAME = "swiglu::forward"
 _lib = torch.library.Library("swiglu", "DEF")
@@ -47,15 +47,17 @@ def _run(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, u
         return reference(x, gate, up, gate_bias, up_bias).contiguous()
     n, k = gate.shape
     z = x.new_empty((*x.shape[:-1], n))
-    if z.numel() == 0:
+    tokens = z.numel() // n if n else 0
+    if tokens == 0:
         return z
+    if k == 0:  # an empty sum has no address
+        return reference(x, gate, up, gate_bias, up_bias)
     device = x.get_device()
-    rows = as_rows(x)
-    gate, up, layout = as_weights(gate, up)
-    if gate_bias is not None:
-        gate_bias = gate_bias.contiguous()
-    if up_bias is not None:
-        up_bias = up_bias.contiguous()
+    rows, x_stride = as_rows(x)
+    gate, gate_stride, up, up_stride, layout = as_weights(gate, up)
+    # Kept in names until the launch: a copy must not be freed before.
+    gate_bias = None if gate_bias is None else gate_bias.contiguous()
+    up_bias = None if up_bias is None else up_bias.contiguous()
     _native.forward(
         device,
         dtype_word(x.dtype, device),
@@ -63,13 +65,13 @@ def _run(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, u
         n,
         k,
         stream_of(device),
-        rows.shape[0],
+        tokens,
         rows.data_ptr(),
-        row_stride(rows),
+        x_stride,
         gate.data_ptr(),
-        row_stride(gate),
+        gate_stride,
         up.data_ptr(),
-        row_stride(up),
+        up_stride,
         0 if gate_bias is None else gate_bias.data_ptr(),
         0 if up_bias is None else up_bias.data_ptr(),
         z.data_ptr(),

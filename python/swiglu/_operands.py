@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NoReturn
 
 import torch
@@ -53,33 +52,37 @@ def _check_bias(name: str, bias: Tensor, x: Tensor, gate: Tensor) -> None:
         bad_value(name, f"is on {bias.device}, expected {x.device} as `x`")
 
 
-def is_row_major(matrix: Tensor) -> bool:
-    """Whether a row stride says all: rows of adjacent elements that do not overlap."""
+def row_stride(matrix: Tensor) -> int | None:
+    """Elements from row to row, if that says all: rows of adjacent elements that do not overlap."""
     rows, cols = matrix.shape
     row_stride, col_stride = matrix.stride()
-    return (col_stride == 1 or cols <= 1) and (row_stride >= cols or rows <= 1)
+    if (col_stride == 1 or cols <= 1) and (row_stride >= cols or rows <= 1):
+        # A single row may have any stride: take the handiest.
+        return row_stride if rows > 1 else cols
+    return None
 
 
-def row_stride(matrix: Tensor) -> int:
-    """Elements from row to row of a row-major matrix; a single row has whatever stride is handy."""
-    return matrix.stride(0) if matrix.shape[0] > 1 else max(1, matrix.shape[1])
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """``x`` as a row-major ``[M, K]``; a copy only where one row stride cannot describe it."""
+def as_rows(x: Tensor) -> tuple[Tensor, int]:
+    """``x`` as a row-major ``[M, K]``, and its row stride; a copy only where one stride cannot describe it."""
+    cols = x.shape[-1]
+    if x.is_contiguous():
+        return x, cols  # the leading dimensions need no view: only the address is used
     if x.dim() != 2:
-        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return x if is_row_major(x) else x.contiguous()
+        x = x.reshape(-1, cols)
+    stride = row_stride(x)
+    return (x, stride) if stride is not None else (x.contiguous(), cols)
 
 
-def as_weights(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, str]:
-    """Both weights as row-major matrices of one layout, and its name; copies only where none fits."""
-    if is_row_major(gate) and is_row_major(up):
-        return gate, up, "separate_nk"
-    gate_kn, up_kn = gate.t(), up.t()
-    if is_row_major(gate_kn) and is_row_major(up_kn):
-        return gate_kn, up_kn, "separate_kn"
-    return gate.contiguous(), up.contiguous(), "separate_nk"
+def as_weights(gate: Tensor, up: Tensor) -> tuple[Tensor, int, Tensor, int, str]:
+    """Both weights with their row strides, as matrices of one layout, and its name; copies only where none fits."""
+    if gate.is_contiguous() and up.is_contiguous():
+        cols = gate.shape[1]
+        return gate, cols, up, cols, "separate_nk"
+    for first, second, layout in ((gate, up, "separate_nk"), (gate.t(), up.t(), "separate_kn")):
+        strides = row_stride(first), row_stride(second)
+        if strides[0] is not None and strides[1] is not None:
+            return first, strides[0], second, strides[1], layout
+    return gate.contiguous(), gate.shape[1], up.contiguous(), up.shape[1], "separate_nk"
 
 
 def dtype_word(dtype: torch.dtype, device: int) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._operands import DTYPES, LAYOUTS, bad_type, bad_value, dtype_word, is_row_major, row_stride, stream_of
+from ._operands import DTYPES, LAYOUTS, bad_type, bad_value, dtype_word, row_stride, stream_of
 
 
 class Plan:
@@ -82,13 +82,16 @@ class Plan:
         """Its row stride, once it is what was prepared for."""
         if matrix.dtype is not self.dtype:
             bad_type(name, f"is {matrix.dtype}, expected {self.dtype} as prepared")
-        if matrix.get_device() != self._index or matrix.device.type != self.device.type:
+        if matrix.device != self.device:
             bad_value(name, f"is on {matrix.device}, expected {self.device} as prepared")
         if matrix.shape != (rows, cols):
             bad_value(name, f"has shape {list(matrix.shape)}, expected [{rows}, {cols}] in memory")
-        if not is_row_major(matrix):
+        if matrix.is_contiguous():
+            return cols
+        stride = row_stride(matrix)
+        if stride is None:
             bad_value(name, f"has strides {list(matrix.stride())}, expected rows of {cols} adjacent elements in memory")
-        return row_stride(matrix)
+        return stride
 
     def _bias(self, name: str, bias: Tensor) -> int:
         if bias.dim() != 1:
