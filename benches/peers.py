@@ -319,6 +319,7 @@ def measure(m, k, n, args):
             print(f"  {name}: {row['failed'].splitlines()[0]}", flush=True)
             continue
         row["setup_s"] = round(time.perf_counter() - began, 1)
+        print(f"  {name}: error {row['error']:.1e}, set up in {row['setup_s']} s", flush=True)
         if "graph" in args.mode:
             try:
                 subject.capture()
@@ -327,7 +328,8 @@ def measure(m, k, n, args):
                 print(f"  {name} in a graph: {row['graph_failed'].splitlines()[0]}", flush=True)
                 torch.cuda.synchronize()
         subjects.append(subject)
-    race(subjects, args.mode, args.rounds)
+    if subjects:
+        race(subjects, args.mode, args.rounds)
     base = next((s for s in subjects if s.name == "ours"), None)
     for s in subjects:
         row = next(row for row in rows if row["provider"] == s.name)

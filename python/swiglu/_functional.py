@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ._op import forward_op
-from ._operands import LAYOUTS, bad_value
+from ._op import forward_op, reference, run
+from ._operands import LAYOUTS, bad_value, check
 
 __all__ = ["forward", "split_packed", "swiglu_fused", "swiglu_torch"]
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def forward(
@@ -34,7 +38,8 @@ def forward(
     runs in TF32 where ``torch.set_float32_matmul_precision`` allows it. The first call for a new ``(device, dtype,
     order of the weights, N, K)`` compiles its kernels; :func:`prepare` does that ahead.
 
-    The backward recomputes the pre-activations and is made of plain torch operations: it is not fused.
+    The backward recomputes the pre-activations and is made of plain torch operations: it is not fused. Under
+    ``torch.func`` and with forward gradients all of it is plain torch operations.
 
     Raises:
         TypeError: a number format is not supported or differs from ``x``'s.
@@ -50,6 +55,12 @@ def forward(
         gate, up = _transposed("gate", gate), _transposed("up", up)
     elif layout != "separate_nk":
         bad_value("layout", f"is {layout!r}, expected 'separate_nk' or 'separate_kn'; split_packed() takes packed weights")
+    if not torch.compiler.is_compiling():
+        if _is_transformed():
+            check(x, gate, up, gate_bias, up_bias)
+            return reference(x, gate, up, gate_bias, up_bias)
+        if _is_plain_call(x, gate, up, gate_bias, up_bias):
+            return run(x, gate, up, gate_bias, up_bias)
     return forward_op(x, gate, up, gate_bias, up_bias)
 
 
@@ -104,6 +115,30 @@ def swiglu_fused(gate: Tensor, up: Tensor) -> Tensor:
     if up.shape != gate.shape:
         bad_value("up", f"has shape {list(up.shape)}, expected {list(gate.shape)} as `gate`")
     return swiglu_torch(gate, up)
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward gradients are at work: torch.library refuses the former and drops the latter."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _is_plain_call(*tensors: Tensor | None) -> bool:
+    """Whether torch's dispatcher would only pass the call on: that takes longer than the launch.
+
+    Everything that may stand in between is asked for: subclasses, gradients, lazy negation, modes, autocast, tracing.
+    """
+    recording = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN_TYPES or tensor.is_neg() or (recording and tensor.requires_grad):
+            return False
+    return (
+        not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._is_any_autocast_enabled()
+        and torch._C._get_tracing_state() is None
+    )
 
 
 def _transposed(name: str, matrix: Tensor) -> Tensor:

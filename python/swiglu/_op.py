@@ -41,7 +41,8 @@ def reference(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None = No
     return F.silu(F.linear(x, gate, gate_bias)) * F.linear(x, up, up_bias)
 
 
-def _run(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
+def run(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
+    """The kernel behind the operation, of CPU and CUDA tensors; no gradients."""
     check(x, gate, up, gate_bias, up_bias)
     if x.dtype is torch.float64:
         return reference(x, gate, up, gate_bias, up_bias).contiguous()
@@ -80,8 +81,8 @@ def _run(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, u
     return z
 
 
-_lib.impl("forward", _run, "CPU")
-_lib.impl("forward", _run, "CUDA")
+_lib.impl("forward", run, "CPU")
+_lib.impl("forward", run, "CUDA")
 
 
 @torch.library.register_fake(_NAME, lib=_lib)

@@ -86,6 +86,8 @@ class Plan:
             bad_value(name, f"is on {matrix.device}, expected {self.device} as prepared")
         if matrix.shape != (rows, cols):
             bad_value(name, f"has shape {list(matrix.shape)}, expected [{rows}, {cols}] in memory")
+        if matrix.is_neg():
+            bad_value(name, "is lazily negated; call resolve_neg() first")
         if matrix.is_contiguous():
             return cols
         stride = row_stride(matrix)

@@ -148,7 +148,7 @@ def test_compiles_whole(dynamic, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_autocast(device):
-    inputs = [t.requires_grad_() for t in operands(5, 24, 16, device=device, bias=True)]
+    inputs = [t.requires_grad_() for t in operands(64, 96, 48, device=device, bias=True)]
     with torch.autocast(device, dtype=torch.bfloat16):
         z = swiglu.forward(*inputs)
         compiled = torch.compile(swiglu.forward, fullgraph=True, backend="aot_eager")(*inputs)
@@ -164,6 +164,47 @@ def test_same_bits_in_every_run(device):
     inputs = operands(70, 136, 72, torch.bfloat16, device)
     first = swiglu.forward(*inputs)
     assert all(torch.equal(first, swiglu.forward(*inputs)) for _ in range(5))
+
+
+def test_nothing_of_torch_is_stepped_over():
+    """Without gradients the call goes past the dispatcher, unless something waits there."""
+    from torch._subclasses import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    inputs = operands(5, 12, 8, bias=True)
+    expected = swiglu.forward(*inputs)
+    seen = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        assert torch.equal(swiglu.forward(*inputs), expected)
+    assert torch.ops.swiglu.forward.default in seen
+    with FakeTensorMode() as mode:
+        assert swiglu.forward(*map(mode.from_tensor, inputs)).shape == expected.shape
+    negated = torch._neg_view(inputs[0])
+    torch.testing.assert_close(swiglu.forward(negated, *inputs[1:]), swiglu.forward(-inputs[0], *inputs[1:]))
+    plan = swiglu.prepare(8, 12, dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match="argument `x`: "):
+        plan(negated, *inputs[1:])
+    traced = torch.jit.trace(lambda x: swiglu.forward(x, *inputs[1:]), inputs[0])
+    torch.testing.assert_close(traced(-inputs[0]), swiglu.forward(-inputs[0], *inputs[1:]))
+
+
+def test_torch_func_and_forward_gradients():
+    x, *weights = (t.double() for t in operands(5, 12, 8, bias=True))
+
+    def call(x):
+        return swiglu.forward(x, *weights)
+
+    jacobian = torch.autograd.functional.jacobian(call, x)
+    assert torch.autograd.gradcheck(call, x.clone().requires_grad_(), check_forward_ad=True)
+    torch.testing.assert_close(torch.func.jacrev(call)(x), jacobian)
+    torch.testing.assert_close(torch.func.jacfwd(call)(x), jacobian)
+    torch.testing.assert_close(torch.func.vmap(call)(x), call(x))
 
 
 @pytest.mark.gpu
