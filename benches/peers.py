@@ -17,6 +17,7 @@ import json
 import math
 import platform
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -408,16 +409,20 @@ def main(argv):
         "rows": [],
     }
     print(json.dumps({key: value for key, value in report.items() if key != "rows"}), flush=True)
-    for m, k, n in args.shapes:
-        print(f"M {m} K {k} N {n}", flush=True)
-        with torch.no_grad():
-            report["rows"] += measure(m, k, n, args)
-        torch.cuda.empty_cache()
-        if args.out:
-            with open(args.out, "w") as file:
-                json.dump(report, file, indent=1)
-    for mode in args.mode:
-        table(report["rows"], mode, args.providers)
+    # A run that is cut off by a time limit still shows what it has.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        for m, k, n in args.shapes:
+            print(f"M {m} K {k} N {n}", flush=True)
+            with torch.no_grad():
+                report["rows"] += measure(m, k, n, args)
+            torch.cuda.empty_cache()
+            if args.out:
+                with open(args.out, "w") as file:
+                    json.dump(report, file, indent=1)
+    finally:
+        for mode in args.mode:
+            table(report["rows"], mode, args.providers)
 
 
 if __name__ == "__main__":
