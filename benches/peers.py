@@ -179,8 +179,18 @@ def quack_gated_preact(m, k, n, args):
 
 PROVIDERS = {
     f.__name__: f
-    for f in (ours, cublas_gemm, cublas_triton_gate, cublas_liger_gate, triton_dual_gemm, torch_compile, liger_silu_mul,
-              liger_gemm_swiglu, quack_gated, quack_gated_preact)  # fmt: skip
+    for f in (
+        ours,
+        cublas_gemm,
+        cublas_triton_gate,
+        cublas_liger_gate,
+        triton_dual_gemm,
+        torch_compile,
+        liger_silu_mul,
+        liger_gemm_swiglu,
+        quack_gated,
+        quack_gated_preact,
+    )  # fmt: skip
 }
 GEMM_ALONE = "cublas_gemm"
 
@@ -301,7 +311,10 @@ def measure(m, k, n, args):
     """Rows of one shape."""
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     set_bytes = 2 * (m * k + 2 * n * k + m * n)
-    sets = [InputSet(m, k, n, any("quack" in p for p in args.providers)) for _ in range(max(2, math.ceil(3 * l2 / set_bytes)))]
+    sets = [
+        InputSet(m, k, n, any("quack" in p for p in args.providers))
+        for _ in range(max(2, math.ceil(3 * l2 / set_bytes)))
+    ]
     subjects, rows = [], []
     for name in args.providers:
         row = {"m": m, "k": k, "n": n, "provider": name, "sets": len(sets)}
@@ -364,7 +377,12 @@ def table(rows, mode, providers):
 
 
 def versions():
-    found = {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__, "python": platform.python_version()}
+    found = {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+    }
     for name in ("swiglu", "liger_kernel", "quack"):
         try:
             module = __import__(name)
@@ -386,7 +404,9 @@ def parse(argv):
     parser.add_argument("--compile-mode", default="max-autotune-no-cudagraphs", help="torch.compile's mode")
     parser.add_argument("--out", help="JSON file, written after every shape")
     args = parser.parse_args(argv)
-    unknown = [p for p in args.providers + args.without if p not in PROVIDERS] + [x for x in args.mode if x not in ("eager", "graph")]
+    unknown = [p for p in args.providers + args.without if p not in PROVIDERS] + [
+        x for x in args.mode if x not in ("eager", "graph")
+    ]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; providers are {', '.join(PROVIDERS)}, modes eager and graph")
     args.providers = [p for p in args.providers if p not in args.without]

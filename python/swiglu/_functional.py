@@ -54,7 +54,9 @@ def forward(
     if layout == "separate_kn":
         gate, up = _transposed("gate", gate), _transposed("up", up)
     elif layout != "separate_nk":
-        bad_value("layout", f"is {layout!r}, expected 'separate_nk' or 'separate_kn'; split_packed() takes packed weights")
+        bad_value(
+            "layout", f"is {layout!r}, expected 'separate_nk' or 'separate_kn'; split_packed() takes packed weights"
+        )
     if not torch.compiler.is_compiling():
         if _is_transformed():
             check(x, gate, up, gate_bias, up_bias)

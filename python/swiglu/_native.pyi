@@ -25,6 +25,7 @@ def forward(
     z: int,
     z_stride: int,
 ) -> None: ...
+
 @final
 class Plan:
     def launch(

@@ -36,7 +36,9 @@ def _point_at_nvrtc() -> None:
 _point_at_nvrtc()
 
 
-def reference(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
+def reference(
+    x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None
+) -> Tensor:
     """The formula in torch's own operations."""
     return F.silu(F.linear(x, gate, gate_bias)) * F.linear(x, up, up_bias)
 

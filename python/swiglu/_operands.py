@@ -28,7 +28,9 @@ def check(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias
     if gate.dim() != 2:
         bad_value("gate", f"has shape {list(gate.shape)}, expected [N, K]")
     if x.dim() == 0 or x.shape[-1] != gate.shape[1]:
-        bad_value("x", f"has shape {list(x.shape)}, expected [..., {gate.shape[1]}] as `gate` has {gate.shape[1]} columns")
+        bad_value(
+            "x", f"has shape {list(x.shape)}, expected [..., {gate.shape[1]}] as `gate` has {gate.shape[1]} columns"
+        )
     if up.shape != gate.shape:
         bad_value("up", f"has shape {list(up.shape)}, expected {list(gate.shape)} as `gate`")
     if gate.dtype != dtype or up.dtype != dtype:

@@ -12,7 +12,9 @@ from ._operands import DTYPES, LAYOUTS, bad_type, bad_value, dtype_word, row_str
 class Plan:
     """A prepared ``(device, dtype, order of the weights, N, K)``; made by :func:`prepare`. Any M, any thread."""
 
-    def __init__(self, native: _native.Plan, device: torch.device, dtype: torch.dtype, transposed: bool, n: int, k: int):
+    def __init__(
+        self, native: _native.Plan, device: torch.device, dtype: torch.dtype, transposed: bool, n: int, k: int
+    ):
         self._native = native
         self._launch = native.launch
         self._index = -1 if device.index is None else device.index
