@@ -1,0 +1,75 @@
+//! Launches on torch's stream, in torch's context.
+//!
+//! Contract: Python has checked every tensor (number format, shape, device) and keeps it alive over the call; torch's
+//! allocator reuses freed memory in stream order, so that a tensor may go before its launch has finished.
+#![allow(unsafe_code, reason = "stream handles and addresses come from Python as integers")]
+
+use crate::call::Call;
+use crate::error::Failure;
+use cudarc::driver::{DriverError, result, sys};
+use swiglu_runtime::gpu::Gpu;
+use swiglu_runtime::{Options, Plan, PrepareError, Runtime, library, runtime};
+
+/// A runtime on the primary context of GPU `ordinal`, which is the one that torch uses.
+pub(crate) fn runtime(ordinal: u32, options: &Options) -> Result<Runtime, Failure> {
+    let gpu = Gpu::open(ordinal as usize).map_err(PrepareError::from)?;
+    Ok(Runtime::on_gpu(gpu, options, runtime::load_table(options))?)
+}
+
+/// Launches `call` on its stream; the caller's current device stays current.
+pub(crate) fn launch(plan: &Plan, call: &Call) -> Result<(), Failure> {
+    let raw = call.raw()?;
+    call.check_overlap(plan.spec())?;
+    let ours = plan.gpu().context.cu_ctx();
+    let _restore = Current::set(ours).map_err(Failure::driver("make the tensors' GPU current"))?;
+    // SAFETY: by the module's contract; `ours` is current.
+    Ok(unsafe { plan.launch_raw(call.stream as sys::CUstream, &raw) }?)
+}
+
+/// An error while `stream` is captured: compiling and loading are illegal then.
+pub(crate) fn refuse_capture(stream: u64) -> Result<(), Failure> {
+    library::driver().map_err(|missing| PrepareError::from(swiglu_runtime::gpu::GpuError::from(missing)))?;
+    // SAFETY: torch's current stream is live; 0 is the default stream.
+    let status = unsafe { result::stream::is_capturing(stream as sys::CUstream) };
+    match status.map_err(Failure::driver("tell whether a graph is captured"))? {
+        sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE => Ok(()),
+        sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE
+        | sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_INVALIDATED => Err(Failure::Capturing),
+    }
+}
+
+/// Runs `work`, which may change the current context, and restores it: torch reads its current device from there.
+pub(crate) fn keep_current<T>(work: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+    library::driver().map_err(|missing| PrepareError::from(swiglu_runtime::gpu::GpuError::from(missing)))?;
+    result::init().map_err(Failure::driver("start"))?;
+    let before = result::ctx::get_current().map_err(Failure::driver("tell the current context"))?;
+    let _restore = Current { before };
+    work()
+}
+
+/// Makes the context before it current again when dropped.
+struct Current {
+    before: Option<sys::CUcontext>,
+}
+
+impl Current {
+    /// Makes `context` current; nothing to restore where it was already.
+    fn set(context: sys::CUcontext) -> Result<Option<Self>, DriverError> {
+        let before = result::ctx::get_current()?;
+        if before == Some(context) {
+            return Ok(None);
+        }
+        // SAFETY: a plan holds the context, so it is live.
+        unsafe { result::ctx::set_current(context) }?;
+        Ok(Some(Self { before }))
+    }
+}
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        let Some(before) = self.before else { return };
+        // SAFETY: it was current on this thread a moment ago. An error would leave the other context current, which
+        // the next call of torch's runtime corrects or reports.
+        let _ = unsafe { result::ctx::set_current(before) };
+    }
+}

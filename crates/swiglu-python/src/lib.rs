@@ -1,0 +1,151 @@
+//! `swiglu._native`: what `python/swiglu` calls. No libtorch: tensors cross as addresses, strides and a stream handle.
+//!
+//! Nothing of CUDA is touched before the first GPU plan is prepared, so the import needs none of it.
+
+mod call;
+mod cpu;
+mod error;
+mod gpu;
+mod plans;
+
+use crate::call::Call;
+use crate::error::{Failure, guarded};
+use crate::plans::{Device, Key, Plan};
+use pyo3::prelude::*;
+use std::fmt::Display;
+use std::path::PathBuf;
+use swiglu_kernels::WeightMajor;
+use swiglu_runtime::{DType, ForwardSpec, GateOrder, WeightLayout};
+
+/// Tells where NVRTC lies unless `SWIGLU_NVRTC` says so; without effect once a GPU plan was prepared.
+#[pyfunction]
+fn set_nvrtc_folder(folder: PathBuf) {
+    plans::set_nvrtc_folder(folder);
+}
+
+/// A plan for GPU `device`, or for the CPU where it is negative. Compiles and loads what is missing.
+#[pyfunction]
+fn prepare(py: Python<'_>, device: i32, dtype: &str, layout: &str, n: u64, k: u64) -> PyResult<NativePlan> {
+    let key = key(device, dtype, layout, n, k)?;
+    Ok(NativePlan(py.detach(|| guarded(|| plans::get_or_prepare(key)))?))
+}
+
+/// Launches through the cached plan, which is prepared on first use: not while a CUDA graph is captured.
+#[pyfunction]
+#[allow(clippy::too_many_arguments, reason = "one flat call costs Python less than any structure")]
+fn forward(
+    py: Python<'_>,
+    device: i32,
+    dtype: &str,
+    layout: &str,
+    n: u64,
+    k: u64,
+    stream: u64,
+    m: u64,
+    x: u64,
+    x_stride: i64,
+    gate: u64,
+    gate_stride: i64,
+    up: u64,
+    up_stride: i64,
+    gate_bias: u64,
+    up_bias: u64,
+    z: u64,
+    z_stride: i64,
+) -> PyResult<()> {
+    let key = key(device, dtype, layout, n, k)?;
+    let call = Call { stream, m, x, x_stride, gate, gate_stride, up, up_stride, gate_bias, up_bias, z, z_stride };
+    if let Some(plan) = plans::get(&key) {
+        return run(py, &plan, &call);
+    }
+    let plan = py.detach(|| {
+        guarded(|| {
+            if matches!(key.device, Device::Gpu(_)) {
+                gpu::refuse_capture(stream)?;
+            }
+            plans::get_or_prepare(key)
+        })
+    })?;
+    run(py, &plan, &call)
+}
+
+/// A prepared problem.
+#[pyclass(frozen, name = "Plan", module = "swiglu._native")]
+struct NativePlan(Plan);
+
+#[pymethods]
+impl NativePlan {
+    /// Launches for `m` tokens; every argument but the counts is an address or a stride in elements.
+    #[allow(clippy::too_many_arguments, reason = "one flat call costs Python less than any structure")]
+    fn launch(
+        &self,
+        py: Python<'_>,
+        stream: u64,
+        m: u64,
+        x: u64,
+        x_stride: i64,
+        gate: u64,
+        gate_stride: i64,
+        up: u64,
+        up_stride: i64,
+        gate_bias: u64,
+        up_bias: u64,
+        z: u64,
+        z_stride: i64,
+    ) -> PyResult<()> {
+        let call = Call { stream, m, x, x_stride, gate, gate_stride, up, up_stride, gate_bias, up_bias, z, z_stride };
+        run(py, &self.0, &call)
+    }
+
+    /// The config that serves `m` well aligned tokens, in the tuner's words, and how it was found.
+    fn config(&self, m: u64) -> String {
+        let m = u32::try_from(m).unwrap_or(u32::MAX);
+        match &self.0 {
+            Plan::Gpu(plan) => {
+                let choice = plan.choice(m);
+                format!("{} ({:?})", choice.config, choice.matched)
+            }
+            Plan::Cpu(plan) => {
+                let config = plan.config_for(m);
+                format!("cpu: blocks of {}x{}, {} threads", config.block_m, config.block_n, config.threads)
+            }
+        }
+    }
+}
+
+/// A GPU launch only enqueues, so it keeps the interpreter; the CPU's work lets other threads run.
+fn run(py: Python<'_>, plan: &Plan, call: &Call) -> PyResult<()> {
+    match plan {
+        Plan::Gpu(plan) => guarded(|| gpu::launch(plan, call)),
+        Plan::Cpu(plan) => py.detach(|| guarded(|| cpu::launch(plan, call))),
+    }
+}
+
+fn key(device: i32, dtype: &str, layout: &str, n: u64, k: u64) -> Result<Key, Failure> {
+    let size = |argument, value: u64| {
+        u32::try_from(value).map_err(|_| Failure::argument(argument, format!("is {value}, which is too large")))
+    };
+    let dtype: DType = dtype.parse().map_err(unknown("dtype"))?;
+    let layout: WeightLayout = layout.parse().map_err(unknown("layout"))?;
+    // The halves of a packed weight come as two matrices, of which Python says which is the gate.
+    let layout = match layout.major() {
+        WeightMajor::K => WeightLayout::SeparateNk,
+        WeightMajor::N => WeightLayout::SeparateKn,
+    };
+    let device = u32::try_from(device).map_or(Device::Cpu, Device::Gpu);
+    let spec = ForwardSpec { dtype, layout, gate_order: GateOrder::GateFirst, n: size("n", n)?, k: size("k", k)? };
+    Ok(Key { device, spec })
+}
+
+fn unknown<E: Display>(argument: &'static str) -> impl FnOnce(E) -> Failure {
+    move |error| Failure::argument(argument, error.to_string())
+}
+
+#[pymodule(name = "_native")]
+fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<NativePlan>()?;
+    module.add_function(wrap_pyfunction!(set_nvrtc_folder, module)?)?;
+    module.add_function(wrap_pyfunction!(prepare, module)?)?;
+    module.add_function(wrap_pyfunction!(forward, module)?)
+}

@@ -1,0 +1,149 @@
+"""Functions on tensors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ._op import forward_op, reference, run
+from ._operands import LAYOUTS, bad_value, check
+
+__all__ = ["forward", "split_packed", "swiglu_fused", "swiglu_torch"]
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def forward(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    *,
+    layout: str = "separate_nk",
+) -> Tensor:
+    """``silu(x @ gate.T + gate_bias) * (x @ up.T + up_bias)`` in one launch; ``[..., N]``.
+
+    Args:
+        x: ``[..., K]``, any leading dimensions; bfloat16, float16 or float32 (float64: plain torch operations).
+        gate: ``[N, K]``, as ``nn.Linear.weight``.
+        up: ``[N, K]``. Both may be views of one packed weight, see :func:`split_packed`.
+        gate_bias: ``[N]``, if any.
+        up_bias: ``[N]``, if any.
+        layout: ``"separate_kn"`` when ``gate`` and ``up`` are ``[K, N]``, as in ``x @ W``.
+
+    Nothing is copied where each matrix is described by one row stride, transposed views included. float32 on a GPU
+    runs in TF32 where ``torch.set_float32_matmul_precision`` allows it. The first call for a new ``(device, dtype,
+    order of the weights, N, K)`` compiles its kernels; :func:`prepare` does that ahead.
+
+    The backward recomputes the pre-activations and is made of plain torch operations: it is not fused. Under
+    ``torch.func`` and with forward gradients all of it is plain torch operations.
+
+    Raises:
+        TypeError: a number format is not supported or differs from ``x``'s.
+        ValueError: a shape or device does not fit; the message names the argument.
+        RuntimeError: the GPU, its driver or NVRTC cannot be used.
+
+    >>> import torch, swiglu
+    >>> x, gate, up = torch.ones(2, 3, 4), torch.ones(8, 4), torch.ones(8, 4)
+    >>> swiglu.forward(x, gate, up).shape
+    torch.Size([2, 3, 8])
+    """
+    if layout == "separate_kn":
+        gate, up = _transposed("gate", gate), _transposed("up", up)
+    elif layout != "separate_nk":
+        bad_value(
+            "layout", f"is {layout!r}, expected 'separate_nk' or 'separate_kn'; split_packed() takes packed weights"
+        )
+    if not torch.compiler.is_compiling():
+        if _is_transformed():
+            check(x, gate, up, gate_bias, up_bias)
+            return reference(x, gate, up, gate_bias, up_bias)
+        if _is_plain_call(x, gate, up, gate_bias, up_bias):
+            return run(x, gate, up, gate_bias, up_bias)
+    return forward_op(x, gate, up, gate_bias, up_bias)
+
+
+def split_packed(weight: Tensor, *, layout: str, gate_order: str = "gate_first") -> tuple[Tensor, Tensor]:
+    """The gate and up ``[N, K]`` of one packed weight, as views: ``forward(x, *split_packed(w, layout=...))``.
+
+    Args:
+        weight: ``[2N, K]`` (a merged ``gate_up_proj``) or ``[K, 2N]``.
+        layout: ``"packed_nk"`` or ``"packed_kn"``, respectively.
+        gate_order: which half is the gate: ``"gate_first"`` or ``"up_first"``.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+
+    >>> import torch, swiglu
+    >>> gate, up = swiglu.split_packed(torch.ones(16, 4), layout="packed_nk")
+    >>> gate.shape, up.shape
+    (torch.Size([8, 4]), torch.Size([8, 4]))
+    """
+    if layout not in LAYOUTS[2:]:
+        bad_value("layout", f"is {layout!r}, expected 'packed_nk' or 'packed_kn'")
+    if gate_order not in ("gate_first", "up_first"):
+        bad_value("gate_order", f"is {gate_order!r}, expected 'gate_first' or 'up_first'")
+    packed = weight if layout == "packed_nk" else _transposed("weight", weight)
+    if packed.dim() != 2 or packed.shape[0] % 2:
+        expected = "[2N, K]" if layout == "packed_nk" else "[K, 2N]"
+        bad_value("weight", f"has shape {list(weight.shape)}, expected {expected}")
+    half = packed.shape[0] // 2
+    first, second = packed[:half], packed[half:]
+    return (first, second) if gate_order == "gate_first" else (second, first)
+
+
+def swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``, elementwise, in torch's own operations.
+
+    >>> import torch, swiglu
+    >>> swiglu.swiglu_torch(torch.zeros(2), torch.ones(2))
+    tensor([0., 0.])
+    """
+    return F.silu(gate) * up
+
+
+def swiglu_fused(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up`` of two tensors of one shape; gradients flow to both.
+
+    A name that code already calls. It is torch's own operations, as :func:`swiglu_torch`: to fuse, hand the GEMMs'
+    weights to :func:`forward`.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if up.shape != gate.shape:
+        bad_value("up", f"has shape {list(up.shape)}, expected {list(gate.shape)} as `gate`")
+    return swiglu_torch(gate, up)
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward gradients are at work: torch.library refuses the former and drops the latter."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _is_plain_call(*tensors: Tensor | None) -> bool:
+    """Whether torch's dispatcher would only pass the call on: that takes longer than the launch.
+
+    Everything that may stand in between is asked for: subclasses, gradients, lazy negation, modes, autocast, tracing.
+    """
+    recording = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN_TYPES or tensor.is_neg() or (recording and tensor.requires_grad):
+            return False
+    return (
+        not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._is_any_autocast_enabled()
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _transposed(name: str, matrix: Tensor) -> Tensor:
+    if matrix.dim() != 2:
+        bad_value(name, f"has shape {list(matrix.shape)}, expected two dimensions")
+    return matrix.t()

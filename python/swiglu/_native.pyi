@@ -1,0 +1,46 @@
+"""The native half. Addresses and strides are integers, strides in elements; a bias address of 0 means none."""
+
+from typing import final
+
+__version__: str
+
+def set_nvrtc_folder(folder: str) -> None: ...
+def prepare(device: int, dtype: str, layout: str, n: int, k: int) -> Plan: ...
+def forward(
+    device: int,
+    dtype: str,
+    layout: str,
+    n: int,
+    k: int,
+    stream: int,
+    m: int,
+    x: int,
+    x_stride: int,
+    gate: int,
+    gate_stride: int,
+    up: int,
+    up_stride: int,
+    gate_bias: int,
+    up_bias: int,
+    z: int,
+    z_stride: int,
+) -> None: ...
+
+@final
+class Plan:
+    def launch(
+        self,
+        stream: int,
+        m: int,
+        x: int,
+        x_stride: int,
+        gate: int,
+        gate_stride: int,
+        up: int,
+        up_stride: int,
+        gate_bias: int,
+        up_bias: int,
+        z: int,
+        z_stride: int,
+    ) -> None: ...
+    def config(self, m: int) -> str: ...

@@ -1,0 +1,100 @@
+"""What may be passed, said once, and how it lies in memory."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+# float64 is served by torch's own operations: for gradient checks.
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+LAYOUTS = ("separate_nk", "separate_kn", "packed_nk", "packed_kn")
+
+
+def bad_value(argument: str, reason: str) -> NoReturn:
+    raise ValueError(f"argument `{argument}`: {reason}")
+
+
+def bad_type(argument: str, reason: str) -> NoReturn:
+    raise TypeError(f"argument `{argument}`: {reason}")
+
+
+def check(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> None:
+    """Raises TypeError (number format) or ValueError (shape, device) with the argument's name."""
+    dtype, device = x.dtype, x.device
+    if dtype not in DTYPES and dtype is not torch.float64:
+        bad_type("x", f"is {dtype}, expected bfloat16, float16, float32 or float64")
+    if gate.dim() != 2:
+        bad_value("gate", f"has shape {list(gate.shape)}, expected [N, K]")
+    if x.dim() == 0 or x.shape[-1] != gate.shape[1]:
+        bad_value(
+            "x", f"has shape {list(x.shape)}, expected [..., {gate.shape[1]}] as `gate` has {gate.shape[1]} columns"
+        )
+    if up.shape != gate.shape:
+        bad_value("up", f"has shape {list(up.shape)}, expected {list(gate.shape)} as `gate`")
+    if gate.dtype != dtype or up.dtype != dtype:
+        name, other = ("gate", gate) if gate.dtype != dtype else ("up", up)
+        bad_type(name, f"is {other.dtype}, expected {dtype} as `x`")
+    if gate.device != device or up.device != device:
+        name, other = ("gate", gate) if gate.device != device else ("up", up)
+        bad_value(name, f"is on {other.device}, expected {device} as `x`")
+    if gate_bias is not None:
+        _check_bias("gate_bias", gate_bias, x, gate)
+    if up_bias is not None:
+        _check_bias("up_bias", up_bias, x, gate)
+
+
+def _check_bias(name: str, bias: Tensor, x: Tensor, gate: Tensor) -> None:
+    if bias.dim() != 1 or bias.shape[0] != gate.shape[0]:
+        bad_value(name, f"has shape {list(bias.shape)}, expected [{gate.shape[0]}]")
+    if bias.dtype != x.dtype:
+        bad_type(name, f"is {bias.dtype}, expected {x.dtype} as `x`")
+    if bias.device != x.device:
+        bad_value(name, f"is on {bias.device}, expected {x.device} as `x`")
+
+
+def row_stride(matrix: Tensor) -> int | None:
+    """Elements from row to row, if that says all: rows of adjacent elements that do not overlap."""
+    rows, cols = matrix.shape
+    row_stride, col_stride = matrix.stride()
+    if (col_stride == 1 or cols <= 1) and (row_stride >= cols or rows <= 1):
+        # A single row may have any stride: take the handiest.
+        return row_stride if rows > 1 else cols
+    return None
+
+
+def as_rows(x: Tensor) -> tuple[Tensor, int]:
+    """``x`` as a row-major ``[M, K]``, and its row stride; a copy only where one stride cannot describe it."""
+    cols = x.shape[-1]
+    if x.is_contiguous():
+        return x, cols  # the leading dimensions need no view: only the address is used
+    if x.dim() != 2:
+        x = x.reshape(-1, cols)
+    stride = row_stride(x)
+    return (x, stride) if stride is not None else (x.contiguous(), cols)
+
+
+def as_weights(gate: Tensor, up: Tensor) -> tuple[Tensor, int, Tensor, int, str]:
+    """Both weights with their row strides, as matrices of one layout, and its name; copies only where none fits."""
+    if gate.is_contiguous() and up.is_contiguous():
+        cols = gate.shape[1]
+        return gate, cols, up, cols, "separate_nk"
+    for first, second, layout in ((gate, up, "separate_nk"), (gate.t(), up.t(), "separate_kn")):
+        strides = row_stride(first), row_stride(second)
+        if strides[0] is not None and strides[1] is not None:
+            return first, strides[0], second, strides[1], layout
+    return gate.contiguous(), gate.shape[1], up.contiguous(), up.shape[1], "separate_nk"
+
+
+def dtype_word(dtype: torch.dtype, device: int) -> str:
+    """The runtime's word for a number format; fp32 on a GPU follows torch's matmul precision."""
+    word = DTYPES[dtype]
+    if word == "f32" and device >= 0 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32" if torch.cuda.get_device_capability(device) >= (8, 0) else word
+    return word
+
+
+def stream_of(device: int) -> int:
+    """The handle of torch's current stream on GPU ``device``; 0 for the CPU, which is -1."""
+    return torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0

@@ -1,0 +1,153 @@
+"""Compile ahead, then call without compiling, copying or dispatching."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _native
+from ._operands import DTYPES, LAYOUTS, bad_type, bad_value, dtype_word, row_stride, stream_of
+
+
+class Plan:
+    """A prepared ``(device, dtype, order of the weights, N, K)``; made by :func:`prepare`. Any M, any thread."""
+
+    def __init__(
+        self, native: _native.Plan, device: torch.device, dtype: torch.dtype, transposed: bool, n: int, k: int
+    ):
+        self._native = native
+        self._launch = native.launch
+        self._index = -1 if device.index is None else device.index
+        self._transposed = transposed
+        self._n = n
+        self._k = k
+        self.device = device
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        x: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        gate_bias: Tensor | None = None,
+        up_bias: Tensor | None = None,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """As :func:`swiglu.forward` on ``x`` ``[M, K]``, without autograd, on the current stream; may be captured.
+
+        ``gate`` and ``up`` are ``[N, K]``; a plan for ``separate_kn`` or ``packed_kn`` takes transposed views of
+        ``[K, N]``. ``out`` is ``[M, N]``; without it a new tensor is made.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit, or would have to be copied; the message names it.
+            RuntimeError: gradients would be lost, or the driver refused the launch.
+        """
+        n, k = self._n, self._k
+        if x.dim() != 2:
+            bad_value("x", f"has shape {list(x.shape)}, expected [M, {k}]")
+        m = x.shape[0]
+        if out is None:
+            out = x.new_empty((m, n))
+        if torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad or up.requires_grad):
+            raise RuntimeError("a plan records no gradients: call it under torch.no_grad(), or call swiglu.forward()")
+        rows, cols = n, k
+        if self._transposed:
+            gate, up, rows, cols = gate.t(), up.t(), k, n
+        stride = self._matrix
+        arguments = (
+            m,
+            x.data_ptr(),
+            stride("x", x, m, k),
+            gate.data_ptr(),
+            stride("gate", gate, rows, cols),
+            up.data_ptr(),
+            stride("up", up, rows, cols),
+            0 if gate_bias is None else self._bias("gate_bias", gate_bias),
+            0 if up_bias is None else self._bias("up_bias", up_bias),
+            out.data_ptr(),
+            stride("out", out, m, n),
+        )
+        self._launch(stream_of(self._index), *arguments)
+        return out
+
+    def config(self, m: int) -> str:
+        """The kernel that serves ``m`` tokens, and how it was found.
+
+        >>> import torch, swiglu
+        >>> swiglu.prepare(16, 32, dtype=torch.float32, device="cpu").config(1).startswith("cpu")
+        True
+        """
+        return self._native.config(m)
+
+    def _matrix(self, name: str, matrix: Tensor, rows: int, cols: int) -> int:
+        """Its row stride, once it is what was prepared for."""
+        if matrix.dtype is not self.dtype:
+            bad_type(name, f"is {matrix.dtype}, expected {self.dtype} as prepared")
+        if matrix.device != self.device:
+            bad_value(name, f"is on {matrix.device}, expected {self.device} as prepared")
+        if matrix.shape != (rows, cols):
+            bad_value(name, f"has shape {list(matrix.shape)}, expected [{rows}, {cols}] in memory")
+        if matrix.is_neg():
+            bad_value(name, "is lazily negated; call resolve_neg() first")
+        if matrix.is_contiguous():
+            return cols
+        stride = row_stride(matrix)
+        if stride is None:
+            bad_value(name, f"has strides {list(matrix.stride())}, expected rows of {cols} adjacent elements in memory")
+        return stride
+
+    def _bias(self, name: str, bias: Tensor) -> int:
+        if bias.dim() != 1:
+            bad_value(name, f"has shape {list(bias.shape)}, expected [{self._n}]")
+        self._matrix(name, bias[None], 1, self._n)
+        if torch.is_grad_enabled() and bias.requires_grad:
+            raise RuntimeError("a plan records no gradients: call it under torch.no_grad(), or call swiglu.forward()")
+        return bias.data_ptr()
+
+
+def prepare(
+    hidden_size: int,
+    intermediate_size: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str | int,
+    layout: str = "separate_nk",
+) -> Plan:
+    """Compiles and loads every kernel that :func:`swiglu.forward` may launch for these sizes, whatever M.
+
+    Afterwards ``swiglu.forward`` and the returned plan may be captured in a CUDA graph. Keep no plan for that: plans
+    stay for the life of the process.
+
+    Args:
+        hidden_size: K, columns of ``x``.
+        intermediate_size: N, columns of the result.
+        dtype: bfloat16, float16 or float32.
+        device: ``"cuda"``, ``"cuda:1"``, ``"cpu"``.
+        layout: how the weights lie in memory: ``"separate_nk"`` or ``"packed_nk"`` (rows of K, ``nn.Linear``),
+            ``"separate_kn"`` or ``"packed_kn"`` (rows of N).
+
+    Raises:
+        TypeError: ``dtype`` is not supported.
+        ValueError: a size, ``device`` or ``layout`` is not; the message names the argument.
+        RuntimeError: the GPU, its driver or NVRTC cannot be used, or kernels do not compile.
+    """
+    if dtype not in DTYPES:
+        bad_type("dtype", f"is {dtype}, expected bfloat16, float16 or float32")
+    if layout not in LAYOUTS:
+        bad_value("layout", f"is {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
+        if size < 0 or size > 2**30:
+            bad_value(name, f"is {size}, expected 0 to {2**30}")
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        bad_value("device", f"is {device}, expected a CPU or a CUDA device")
+    if device.type == "cpu":
+        device = torch.device("cpu")
+    elif not torch.cuda.is_available():
+        raise RuntimeError("argument `device`: torch sees no usable GPU")
+    elif device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    index = -1 if device.index is None else device.index
+    native = _native.prepare(index, dtype_word(dtype, index), layout, intermediate_size, hidden_size)
+    return Plan(native, device, dtype, layout.endswith("kn"), intermediate_size, hidden_size)

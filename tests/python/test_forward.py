@@ -1,0 +1,242 @@
+"""The operation: values, shapes, strides, refusals, and what torch.library asks of it."""
+
+import pytest
+import torch
+from conftest import DEVICES, TOLERANCE, assert_right, operands, reference, relative_error
+
+import swiglu
+
+DTYPES = list(TOLERANCE)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m, n, k", [(1, 64, 32), (5, 96, 64), (33, 17, 19), (130, 200, 72), (3, 1, 1)])
+def test_matches_float64(m, n, k, dtype, bias, device):
+    inputs = operands(m, n, k, dtype, device, bias)
+    assert_right(swiglu.forward(*inputs), *inputs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("leading", [(), (4,), (2, 3), (2, 1, 3, 2), (0,), (2, 0, 3)])
+def test_any_leading_dimensions(leading, device):
+    inputs = operands(leading, 24, 16, device=device)
+    z = swiglu.forward(*inputs)
+    assert z.shape == (*leading, 24) and z.is_contiguous()
+    assert_right(z, *inputs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n, k", [(0, 8), (8, 0)])
+def test_empty_sizes(n, k, device):
+    inputs = operands(3, n, k, device=device)
+    z = swiglu.forward(*inputs)
+    assert z.shape == (3, n) and (z == 0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_non_contiguous_inputs(dtype, device):
+    x, gate, up, _, _ = operands((6, 5), 40, 24, dtype, device)
+    wide = torch.randn(6, 5, 31, device=device).to(dtype)
+    for strided in (wide[..., 3:27], x.transpose(0, 1), x[::2], x[:, ::2], x[:1, :1].expand(4, 7, 24)):
+        assert_right(swiglu.forward(strided, gate, up), strided, gate, up)
+    every_other = torch.randn(40, 48, device=device).to(dtype)[:, ::2]
+    assert_right(swiglu.forward(x, every_other, up), x, every_other, up)
+    assert_right(swiglu.forward(x, gate[:1].expand(40, 24), up), x, gate[:1].expand(40, 24), up)
+    mixed = gate.t().contiguous().t()
+    assert_right(swiglu.forward(x, mixed, up), x, mixed, up)
+    bias = torch.randn(80, device=device).to(dtype)[::2]
+    assert_right(swiglu.forward(x, gate, up, bias, bias), x, gate, up, bias, bias)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_other_layouts(device):
+    x, gate, up, _, _ = operands(7, 40, 24, device=device)
+    expected = reference(x, gate, up)
+    transposed = gate.t().contiguous(), up.t().contiguous()
+    packed_nk, packed_kn = torch.cat([gate, up]), torch.cat(transposed, 1)
+    up_first = torch.cat([up, gate])
+    for z in (
+        swiglu.forward(x, *transposed, layout="separate_kn"),
+        swiglu.forward(x, *swiglu.split_packed(packed_nk, layout="packed_nk")),
+        swiglu.forward(x, *swiglu.split_packed(packed_kn, layout="packed_kn")),
+        swiglu.forward(x, *swiglu.split_packed(up_first, layout="packed_nk", gate_order="up_first")),
+    ):
+        assert relative_error(z, expected) <= TOLERANCE[torch.float32]
+
+
+def test_packed_views_share_memory():
+    packed = torch.randn(24, 8)
+    gate, up = swiglu.split_packed(packed, layout="packed_kn")
+    assert gate.shape == up.shape == (4, 24)
+    assert gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr() == packed.untyped_storage().data_ptr()
+
+
+def refusals():
+    x, gate, up, gate_bias, up_bias = operands(3, 8, 4, bias=True)
+    double = torch.float64
+    return [
+        ("x", TypeError, (x.int(), gate, up)),
+        ("x", ValueError, (x[:, :3], gate, up)),
+        ("x", ValueError, (torch.tensor(1.0), gate, up)),
+        ("gate", ValueError, (x, gate[0], up)),
+        ("gate", TypeError, (x, gate.to(double), up)),
+        ("gate", ValueError, (x, gate.to("meta"), up)),
+        ("up", ValueError, (x, gate, up[:7])),
+        ("up", TypeError, (x, gate, up.half())),
+        ("up", ValueError, (x, gate, up.to("meta"))),
+        ("gate_bias", ValueError, (x, gate, up, gate_bias[:7])),
+        ("gate_bias", TypeError, (x, gate, up, gate_bias.half())),
+        ("up_bias", ValueError, (x, gate, up, None, up_bias[None])),
+        ("up_bias", TypeError, (x, gate, up, None, up_bias.to(double))),
+    ]
+
+
+@pytest.mark.parametrize("argument, error, inputs", refusals())
+def test_wrong_arguments_are_named(argument, error, inputs):
+    with pytest.raises(error, match=f"argument `{argument}`: "):
+        swiglu.forward(*inputs)
+
+
+def test_wrong_words_are_named():
+    x, gate, up, _, _ = operands(3, 8, 4)
+    with pytest.raises(ValueError, match="argument `layout`: .*packed"):
+        swiglu.forward(x, gate, up, layout="packed_nk")
+    with pytest.raises(ValueError, match="argument `layout`: "):
+        swiglu.split_packed(gate, layout="separate_nk")
+    with pytest.raises(ValueError, match="argument `gate_order`: "):
+        swiglu.split_packed(gate, layout="packed_nk", gate_order="first")
+    with pytest.raises(ValueError, match="argument `weight`: "):
+        swiglu.split_packed(torch.ones(3, 4), layout="packed_nk")
+
+
+@pytest.mark.gpu
+def test_mixed_devices_are_refused():
+    x, gate, up, _, _ = operands(3, 8, 4, device="cuda")
+    with pytest.raises(ValueError, match="argument `gate`: "):
+        swiglu.forward(x, gate.cpu(), up)
+    with pytest.raises(ValueError, match="argument `x`|argument `up`"):
+        swiglu.forward(x.cpu(), gate.cpu(), up)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck(grad, bias, device):
+    inputs = [None if t is None else t.requires_grad_(grad) for t in operands((2, 3), 24, 16, device=device, bias=bias)]
+    torch.library.opcheck(torch.ops.swiglu.forward.default, inputs)
+    strided = torch.randn(2, 3, 20, device=device)[..., 2:18].requires_grad_(grad)
+    torch.library.opcheck(torch.ops.swiglu.forward.default, [strided, *inputs[1:]])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole(dynamic, device):
+    def block(x, gate, up, gate_bias, up_bias):
+        return swiglu.forward(x * 2, gate, up, gate_bias, up_bias).sum(-1)
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for m in (4, 9):
+        inputs = [t.requires_grad_() for t in operands(m, 24, 16, device=device, bias=True)]
+        expected, got = block(*inputs), compiled(*inputs)
+        torch.testing.assert_close(got, expected)
+        for a, b in zip(torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast(device):
+    inputs = [t.requires_grad_() for t in operands(64, 96, 48, device=device, bias=True)]
+    with torch.autocast(device, dtype=torch.bfloat16):
+        z = swiglu.forward(*inputs)
+        compiled = torch.compile(swiglu.forward, fullgraph=True, backend="aot_eager")(*inputs)
+    assert z.dtype is torch.bfloat16
+    torch.testing.assert_close(compiled, z)
+    assert relative_error(z, reference(*(t.bfloat16() for t in inputs))) <= TOLERANCE[torch.bfloat16]
+    z.float().sum().backward()
+    assert all(t.grad.dtype is torch.float32 for t in inputs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_same_bits_in_every_run(device):
+    inputs = operands(70, 136, 72, torch.bfloat16, device)
+    first = swiglu.forward(*inputs)
+    assert all(torch.equal(first, swiglu.forward(*inputs)) for _ in range(5))
+
+
+def test_nothing_of_torch_is_stepped_over():
+    """Without gradients the call goes past the dispatcher, unless something waits there."""
+    from torch._subclasses import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    inputs = operands(5, 12, 8, bias=True)
+    expected = swiglu.forward(*inputs)
+    seen = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        assert torch.equal(swiglu.forward(*inputs), expected)
+    assert torch.ops.swiglu.forward.default in seen
+    with FakeTensorMode() as mode:
+        assert swiglu.forward(*map(mode.from_tensor, inputs)).shape == expected.shape
+    negated = torch._neg_view(inputs[0])
+    torch.testing.assert_close(swiglu.forward(negated, *inputs[1:]), swiglu.forward(-inputs[0], *inputs[1:]))
+    plan = swiglu.prepare(8, 12, dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match="argument `x`: "):
+        plan(negated, *inputs[1:])
+    traced = torch.jit.trace(lambda x: swiglu.forward(x, *inputs[1:]), inputs[0])
+    torch.testing.assert_close(traced(-inputs[0]), swiglu.forward(-inputs[0], *inputs[1:]))
+
+
+def test_torch_func_and_forward_gradients():
+    x, *weights = (t.double() for t in operands(5, 12, 8, bias=True))
+
+    def call(x):
+        return swiglu.forward(x, *weights)
+
+    jacobian = torch.autograd.functional.jacobian(call, x)
+    assert torch.autograd.gradcheck(call, x.clone().requires_grad_(), check_forward_ad=True)
+    torch.testing.assert_close(torch.func.jacrev(call)(x), jacobian)
+    torch.testing.assert_close(torch.func.jacfwd(call)(x), jacobian)
+    torch.testing.assert_close(torch.func.vmap(call)(x), call(x))
+
+
+@pytest.mark.gpu
+def test_runs_on_the_current_stream():
+    inputs = operands(256, 512, 256, torch.bfloat16, "cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        x = inputs[0] + 1
+        z = swiglu.forward(x, *inputs[1:])
+    stream.synchronize()
+    assert_right(z, x, *inputs[1:])
+
+
+@pytest.mark.gpu
+def test_other_gpu_than_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    inputs = operands(16, 64, 32, device="cuda:1")
+    with torch.cuda.device(0):
+        assert_right(swiglu.forward(*inputs), *inputs)
+        assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.gpu
+def test_tf32_follows_torch():
+    inputs = operands(64, 256, 512, device="cuda")
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        error = relative_error(swiglu.forward(*inputs), reference(*inputs))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert 1e-5 < error < 1e-3

@@ -1,0 +1,130 @@
+"""Plans: prepared ahead, called without copies, captured in graphs."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from conftest import DEVICES, TOLERANCE, assert_right, operands
+
+import swiglu
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["separate_nk", "separate_kn", "packed_nk", "packed_kn"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_every_layout(dtype, layout, device):
+    x, gate, up, gate_bias, up_bias = operands(9, 40, 24, dtype, device, bias=True)
+    plan = swiglu.prepare(24, 40, dtype=dtype, device=device, layout=layout)
+    packed = torch.cat([gate, up])
+    weights = {
+        "separate_nk": lambda: (gate, up),
+        "separate_kn": lambda: (gate.t().contiguous().t(), up.t().contiguous().t()),
+        "packed_nk": lambda: swiglu.split_packed(packed, layout=layout),
+        "packed_kn": lambda: swiglu.split_packed(packed.t().contiguous(), layout=layout),
+    }[layout]()
+    assert_right(plan(x, *weights, gate_bias, up_bias), x, gate, up, gate_bias, up_bias)
+    out = torch.full((9, 56), torch.nan, dtype=dtype, device=device)
+    assert plan(x, *weights, out=out[:, :40]).data_ptr() == out.data_ptr()
+    assert_right(out[:, :40], x, gate, up)
+    assert out[:, 40:].isnan().all()
+    assert plan(x[:0], *weights).shape == (0, 40)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_wrong_arguments_are_named(device):
+    x, gate, up, bias, _ = operands(9, 40, 24, device=device, bias=True)
+    plan = swiglu.prepare(24, 40, dtype=torch.float32, device=device)
+    memory = torch.empty(9 * 40 + 9 * 24, device=device)
+    overlapping = memory[: 9 * 24].view(9, 24)
+    cases = [
+        ("x", ValueError, (x[None], gate, up), {}),
+        ("x", ValueError, (x[:, :23], gate, up), {}),
+        ("x", ValueError, (torch.randn(24, 9, device=device).t(), gate, up), {}),
+        ("x", TypeError, (x.half(), gate, up), {}),
+        ("gate", ValueError, (x, gate.t(), up), {}),
+        ("up", TypeError, (x, gate, up.double()), {}),
+        ("up", ValueError, (x, gate, up.to("meta")), {}),
+        ("gate_bias", ValueError, (x, gate, up, bias[:39]), {}),
+        ("up_bias", ValueError, (x, gate, up, None, bias[None]), {}),
+        ("out", ValueError, (x, gate, up), {"out": torch.empty(9, 41, device=device)}),
+        ("out", ValueError, (overlapping, gate, up), {"out": memory[9 * 20 : 9 * 60].view(9, 40)}),
+    ]
+    for argument, error, inputs, options in cases:
+        with pytest.raises(error, match=f"argument `{argument}`: "):
+            plan(*inputs, **options)
+    with pytest.raises(RuntimeError, match="gradients"):
+        plan(x, gate.requires_grad_(), up)
+    with torch.no_grad():
+        plan(x, gate, up)
+
+
+def test_wrong_preparations_are_named():
+    def refuses(argument, error, *sizes, **options):
+        with pytest.raises(error, match=f"argument `{argument}`: "):
+            swiglu.prepare(*sizes, **{"dtype": torch.float32, "device": "cpu", **options})
+
+    refuses("dtype", TypeError, 8, 8, dtype=torch.float64)
+    refuses("layout", ValueError, 8, 8, layout="nk")
+    refuses("hidden_size", ValueError, -1, 8)
+    refuses("intermediate_size", ValueError, 8, 2**31)
+    refuses("device", ValueError, 8, 8, device="meta")
+
+
+def test_threads_may_share_plans():
+    cases = [operands(8, n, 24) for n in (33, 34, 33, 34)]
+    results = [None] * len(cases)
+
+    def work(index):
+        results[index] = swiglu.forward(*cases[index])
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(cases))]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    for z, inputs in zip(results, cases):
+        assert_right(z, *inputs)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_gpu_is_a_sentence():
+    with pytest.raises(RuntimeError, match="argument `device`: "):
+        swiglu.prepare(8, 8, dtype=torch.float32, device="cuda")
+    with pytest.raises(RuntimeError, match="NVIDIA driver|GPU"):
+        swiglu._native.prepare(0, "bf16", "separate_nk", 8, 8)
+
+
+def test_import_loads_nothing_of_cuda():
+    script = (
+        "import torch; maps = lambda: {l.split()[-1] for l in open('/proc/self/maps') if '.so' in l}\n"
+        "before = maps(); import swiglu; after = maps() - before\n"
+        "assert not any(name in path for path in after for name in ('libcuda', 'nvrtc', 'libcublas')), after"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("through", ["plan", "forward"])
+def test_graph_replays(through):
+    x, gate, up, _, _ = operands(64, 256, 128, torch.bfloat16, "cuda")
+    plan = swiglu.prepare(128, 256, dtype=torch.bfloat16, device="cuda")
+    call = plan if through == "plan" else swiglu.forward
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        z = call(x, gate, up)
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        z.fill_(torch.nan)
+        graph.replay()
+        assert_right(z, x, gate, up)
+
+
+@pytest.mark.gpu
+def test_capture_without_preparation_says_what_to_do():
+    x, gate, up, _, _ = operands(64, 264, 136, torch.bfloat16, "cuda")
+    with pytest.raises(RuntimeError, match="swiglu.prepare"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            x.add_(0)  # an empty graph would be warned about
+            swiglu.forward(x, gate, up)
+    torch.cuda.synchronize()
+    assert_right(swiglu.forward(x, gate, up), x, gate, up)
