@@ -96,7 +96,9 @@ fn drop_slow(entries: &mut [Entry], round: &Round) {
     racing.sort_by(|a, b| a.median().total_cmp(&b.median()));
     let best = racing.first().map_or(f64::NAN, |entry| entry.median());
     for (rank, entry) in racing.into_iter().enumerate() {
-        entry.dropped = rank >= round.most || entry.median() > best * round.within;
+        if rank >= round.most || entry.median() > best * round.within {
+            entry.dropped = Some(entry.median() / best);
+        }
     }
 }
 
@@ -116,16 +118,17 @@ struct Entry {
     error: f64,
     samples: Vec<f64>,
     failure: Option<Failure>,
-    dropped: bool,
+    /// Its time over the best one's, when it went out.
+    dropped: Option<f64>,
 }
 
 impl Entry {
     fn new(config: Config) -> Self {
-        Self { config, error: 0.0, samples: Vec::new(), failure: None, dropped: false }
+        Self { config, error: 0.0, samples: Vec::new(), failure: None, dropped: None }
     }
 
     fn racing(&self) -> bool {
-        self.failure.is_none() && !self.dropped
+        self.failure.is_none() && self.dropped.is_none()
     }
 
     fn median(&self) -> f64 {
@@ -133,17 +136,21 @@ impl Entry {
     }
 }
 
+/// What is stored. Only times of one round compare: those of candidates that went out early are given as the winner's time
+/// times the ratio at that moment, so that none of them, timed on a cooler GPU, looks faster than the winner.
 fn outcomes(entries: Vec<Entry>) -> Vec<(Config, Outcome)> {
+    let winner = entries.iter().filter(|entry| entry.racing()).map(Entry::median).fold(f64::INFINITY, f64::min);
     let outcome = |entry: Entry| match entry.failure {
         Some(failure) => (entry.config, failure.into()),
         None if entry.samples.is_empty() => {
             (entry.config, Failure::new("interrupted", "stopped before it was timed").into())
         }
         None => {
+            let scale = entry.dropped.map_or(1.0, |ratio| winner * ratio / entry.median());
             let measurement = Measurement {
-                median_us: entry.median(),
-                p10_us: quantile(&entry.samples, 0.1),
-                p90_us: quantile(&entry.samples, 0.9),
+                median_us: scale * entry.median(),
+                p10_us: scale * quantile(&entry.samples, 0.1),
+                p90_us: scale * quantile(&entry.samples, 0.9),
                 samples: u32::try_from(entry.samples.len()).unwrap_or(u32::MAX),
                 error: entry.error,
             };
