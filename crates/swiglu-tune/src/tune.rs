@@ -204,15 +204,16 @@ fn tune_on_gpu(
         let reason = format!("{:.1}x the best at a smaller m", slow.get(&config).copied().unwrap_or(f64::NAN));
         (config, Failure::new("pruned", reason).into())
     });
+    let (driver, date) = (crate::doctor::driver_version().unwrap_or_default(), jiff::Timestamp::now().to_string());
     let environment = |config: &Config| {
         let compiled = compiled.get(config);
         Environment {
             nvrtc: lab.nvrtc.version_string(),
-            driver: crate::doctor::driver_version().unwrap_or_default(),
+            driver: driver.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
             source_digest: compiled.map(|compiled| compiled.digest.clone()).unwrap_or_default(),
             registers: compiled.map_or(0, |compiled| compiled.resources.registers),
-            date: jiff::Timestamp::now().to_string(),
+            date: date.clone(),
         }
     };
     finished(outcomes.into_iter().chain(pruned))
