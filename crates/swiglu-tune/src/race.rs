@@ -49,8 +49,8 @@ struct Round {
 const ROUNDS: [Round; 4] = [
     Round { samples: 1, within: f64::INFINITY, most: usize::MAX },
     Round { samples: 3, within: 2.0, most: 48 },
-    Round { samples: 5, within: 1.2, most: 24 },
-    Round { samples: 20, within: 1.06, most: 8 },
+    Round { samples: 8, within: 1.2, most: 24 },
+    Round { samples: 40, within: 1.06, most: 8 },
 ];
 
 /// Races `candidates`; the outcome of each, in their order. Stops early, with what is known, when `stop` is set.
@@ -87,7 +87,22 @@ pub(crate) fn race(subject: &mut dyn Subject, candidates: &[Config], stop: &Atom
             }
         }
     }
+    level(&mut entries);
     outcomes(entries)
+}
+
+/// Takes the drift of the clocks out of the last round: each of its passes is scaled to the same middle.
+fn level(entries: &mut [Entry]) {
+    let mut racing: Vec<&mut Entry> = entries.iter_mut().filter(|entry| entry.racing()).collect();
+    let passes = racing.iter().map(|entry| entry.samples.len()).min().unwrap_or(0);
+    let middle = |times: Vec<f64>| quantile(&times, 0.5);
+    let overall = middle(racing.iter().flat_map(|entry| entry.samples.iter().copied()).collect());
+    for pass in 0..passes {
+        let scale = overall / middle(racing.iter().filter_map(|entry| entry.samples.get(pass).copied()).collect());
+        for time in racing.iter_mut().filter_map(|entry| entry.samples.get_mut(pass)) {
+            *time *= scale;
+        }
+    }
 }
 
 /// Takes out what `round` does not admit. Before the first round nothing has a time, and nothing is slow.
@@ -236,7 +251,7 @@ mod tests {
             Outcome::Measured(measurement) => measurement.samples,
             Outcome::Failed { .. } => 0,
         };
-        assert!(samples(0) == 20 && samples(configs.len() - 1) <= 4, "the slow are dropped early");
+        assert!(samples(0) == 40 && samples(configs.len() - 1) <= 4, "the slow are dropped early");
     }
 
     #[test]
@@ -245,6 +260,23 @@ mod tests {
         let configs = [Config::Cpu(CpuConfig { block_m: 32, block_n: 64, threads: 1 })];
         let results = race(&mut subject, &configs, &AtomicBool::new(true));
         assert!(matches!(&results[0].1, Outcome::Failed { stage, .. } if stage == "interrupted"));
+    }
+
+    #[test]
+    fn drift_that_all_share_is_levelled() {
+        let problem = Problem::forward(DType::F32, WeightMajor::K, 8, 8, 8);
+        let configs = candidates(&problem, Target::Cpu { threads: 1 });
+        let mut entries: Vec<Entry> = configs.into_iter().take(3).map(Entry::new).collect();
+        for (index, entry) in entries.iter_mut().enumerate() {
+            // Time 10 % longer in each pass; candidates 1 % apart.
+            entry.samples = (0..5).map(|pass| 100.0 * 1.1f64.powi(pass) * (1.0 + 0.01 * index as f64)).collect();
+        }
+        level(&mut entries);
+        for entry in &entries {
+            let spread = quantile(&entry.samples, 1.0) / quantile(&entry.samples, 0.0);
+            assert!(spread < 1.0 + 1e-9, "{spread}");
+        }
+        assert!((entries[2].median() / entries[0].median() - 1.02).abs() < 1e-9);
     }
 
     #[test]
