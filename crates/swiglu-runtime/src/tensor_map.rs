@@ -8,6 +8,7 @@ use crate::launch::RawForward;
 use cudarc::driver::{DriverError, sys};
 use std::mem::MaybeUninit;
 use swiglu_kernels::families::{MmaSyncConfig, WgmmaTmaConfig};
+use swiglu_kernels::problem::MAX_ACCESS_BYTES;
 use swiglu_kernels::{DType, Problem, WeightMajor};
 
 /// A row-major matrix and the box of it that one copy moves.
@@ -110,7 +111,12 @@ fn encode_one(matrix: &Matrix, dtype: DType) -> Result<sys::CUtensorMap, DriverE
         _ => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
     };
     let sizes = [u64::from(matrix.cols), u64::from(matrix.rows)];
-    let strides = [matrix.row_stride.unsigned_abs() * u64::from(dtype.bytes())];
+    // The step from a single row to the next is the caller's to leave open, but a map takes no step within the row.
+    let row_bytes = match matrix.rows {
+        0 | 1 => (u64::from(matrix.cols) * u64::from(dtype.bytes())).next_multiple_of(u64::from(MAX_ACCESS_BYTES)),
+        _ => matrix.row_stride.unsigned_abs() * u64::from(dtype.bytes()),
+    };
+    let strides = [row_bytes];
     let box_sizes = [matrix.box_cols, matrix.box_rows];
     let element_strides = [1u32, 1];
     let mut map = MaybeUninit::<sys::CUtensorMap>::uninit();
