@@ -92,9 +92,9 @@ pub struct Nvrtc {
     pub supported: Vec<i32>,
 }
 
-/// Bytes a kernel may spill and still be used: a few values of the prologue. A spill inside a main loop is larger,
-/// and costs more than any other tile shape would.
-pub const SPILL_BUDGET_BYTES: u32 = 16;
+/// Bytes a kernel may spill and still be raced: a few values outside of the main loop, which the race prices. A spill
+/// inside a main loop is larger, and costs more than any other tile shape would.
+pub const SPILL_BUDGET_BYTES: u32 = 64;
 
 /// Flags of every compilation; part of the CUBIN cache's key.
 pub const FLAGS: [&str; 3] = ["--std=c++17", "-default-device", "--ptxas-options=-v"];
