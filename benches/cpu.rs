@@ -34,13 +34,22 @@ fn compare(criterion: &mut Criterion) {
         gate_order: GateOrder::GateFirst,
         n: N as u32,
         k: K as u32,
+        save_preactivations: false,
     };
     let plan = CpuPlan::new(spec, &[]).unwrap();
     group.bench_function("fused", |bencher| {
         bencher.iter(|| {
             let weights = Weights::Separate { gate: Matrix::new(&gate[..], N, K), up: Matrix::new(&up[..], N, K) };
             let z = Matrix::new(&mut z[..], M, N);
-            plan.launch(Forward { x: Matrix::new(&x[..], M, K), weights, gate_bias: None, up_bias: None, z }).unwrap();
+            plan.launch(Forward {
+                x: Matrix::new(&x[..], M, K),
+                weights,
+                gate_bias: None,
+                up_bias: None,
+                z,
+                preactivations: None,
+            })
+            .unwrap();
         });
         black_box(&z);
     });

@@ -48,6 +48,7 @@ fn costs(criterion: &mut Criterion) {
         gate_order: GateOrder::GateFirst,
         n: 64,
         k: 64,
+        save_preactivations: false,
     };
     let plan = CpuPlan::new(spec, &[]).unwrap();
     criterion.bench_function("choose a config for an M", |bencher| bencher.iter(|| plan.config_for(black_box(777))));

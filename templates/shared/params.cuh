@@ -7,13 +7,17 @@ struct Params {
     const void* gate_bias;  // [n], or null
     const void* up_bias;    // [n], or null
     void* z;                // [m, n]
+    void* preactivations;   // [m, 2n], forward_save only: gate columns, then up columns
     i64 x_stride;           // elements from row to row
     i64 gate_stride;
     i64 up_stride;
     i64 z_stride;
+    i64 preactivations_stride;
     int m, n, k;
     int raster_along_n;     // 0: blocks walk down M first; 1: along N first
     int raster_group;       // tiles walked before stepping in the other direction
 };
 
+enum class Op { forward, forward_save };
 enum class WeightMajor { k_major, n_major };
+enum class Output { z, gate, up };  // what a kernel stores: forward z only

@@ -11,8 +11,8 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use swiglu_kernels::Problem;
 use swiglu_kernels::families::Target;
+use swiglu_kernels::{Op, Problem};
 
 /// How near a record is to the problem asked, best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -22,6 +22,8 @@ pub enum Match {
     Exact,
     /// Tuned for this (N, K), at another M or alignment.
     NearestM,
+    /// Tuned for another operation whose products are the same.
+    OtherOp,
     /// Tuned on this device class, for another (N, K).
     NearestShape,
     /// Tuned on another device class of this architecture.
@@ -35,6 +37,7 @@ impl fmt::Display for Match {
         f.pad(match self {
             Self::Exact => "exact",
             Self::NearestM => "nearest M",
+            Self::OtherOp => "other op",
             Self::NearestShape => "nearest shape",
             Self::SameArch => "same architecture",
             Self::Untuned => "untuned",
@@ -120,14 +123,22 @@ impl TuningTable {
 
     /// The tuned M of the (N, K) of `problem`, ascending; without any, those of the nearest (N, K) that
     /// has legal configs. Each config is legal for `problem` at that M. The M of `problem` is not used.
+    /// What is saved beside z hardly matters, so the plain forward's answers serve where the op itself was not tuned.
     pub fn anchors(&self, device_class: &str, problem: &Problem, target: Target) -> Vec<(u32, Record, Match)> {
         let asked = TuningKey { device_class: device_class.into(), problem: *problem };
         let prefixes = [asked.kind_prefix(), arch_of(device_class).into()];
-        prefixes
+        let found = prefixes
             .iter()
             .map(|prefix| self.anchors_under(prefix, &asked, target))
-            .find(|anchors| !anchors.is_empty())
-            .unwrap_or_default()
+            .find(|anchors| !anchors.is_empty());
+        match found {
+            Some(anchors) => anchors,
+            None if problem.op.saves_preactivations() => {
+                let plain = self.anchors(device_class, &problem.with_op(Op::Forward), target).into_iter();
+                plain.map(|(m, record, _)| (m, record, Match::OtherOp)).collect()
+            }
+            None => Vec::new(),
+        }
     }
 
     fn anchors_under(&self, prefix: &str, asked: &TuningKey, target: Target) -> Vec<(u32, Record, Match)> {

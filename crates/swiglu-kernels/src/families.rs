@@ -193,12 +193,16 @@ pub fn candidates(problem: &Problem, target: Target) -> Vec<Config> {
 /// # Errors
 /// [`Rejected`] when the families cannot run the problem on `arch` at all.
 pub fn default_config(problem: &Problem, arch: &'static ArchSpec) -> Result<Config, Rejected> {
-    // Up to a tile's worth of tokens reading the weights decides, and small blocks read them better.
-    let [first, second] =
-        if problem.m <= 64 { [Family::MmaSync, Family::WgmmaTma] } else { [Family::WgmmaTma, Family::MmaSync] };
+    let [first, second, third] = match problem.dtype {
+        // Three products of tensor cores for one of fp32 do not pay everywhere: the tuner finds out where.
+        DType::F32 => [Family::Simt, Family::MmaSync, Family::WgmmaTma],
+        // Up to a tile's worth of tokens reading the weights decides, and small blocks read them better.
+        _ if problem.m <= 64 => [Family::MmaSync, Family::WgmmaTma, Family::Simt],
+        _ => [Family::WgmmaTma, Family::MmaSync, Family::Simt],
+    };
     default_of(first, problem, arch)
         .or_else(|_| default_of(second, problem, arch))
-        .or_else(|_| default_of(Family::Simt, problem, arch))
+        .or_else(|_| default_of(third, problem, arch))
 }
 
 /// The default config of one GPU family: the first legal one of its preferences, else of its space.

@@ -28,6 +28,11 @@ pub fn activate(activation: Activation, value: f64) -> f64 {
 
 /// `z[M,N] = act(x·Wgᵀ + bg) ⊙ (x·Wuᵀ + bu)`, row by row.
 pub fn forward(activation: Activation, operands: &Forward<'_>) -> Vec<f64> {
+    preactivations(operands).into_iter().map(|(gate, up)| activate(activation, gate) * up).collect()
+}
+
+/// `x·Wgᵀ + bg` and `x·Wuᵀ + bu` of every element of z, row by row.
+pub fn preactivations(operands: &Forward<'_>) -> Vec<(f64, f64)> {
     let Forward { x, gate, up, gate_bias, up_bias, k } = *operands;
     let n = gate_bias.map_or(gate.len().checked_div(k).unwrap_or(0), <[f64]>::len);
     let rows: Vec<&[f64]> = if k == 0 { vec![&[]] } else { x.chunks_exact(k).collect() };
@@ -35,15 +40,15 @@ pub fn forward(activation: Activation, operands: &Forward<'_>) -> Vec<f64> {
         a.iter().zip(w.get(column * k..(column + 1) * k).unwrap_or(&[])).map(|(a, b)| a * b).sum()
     };
     let bias = |b: Option<&[f64]>, column: usize| b.and_then(|b| b.get(column)).copied().unwrap_or(0.0);
-    let mut z = Vec::with_capacity(rows.len() * n);
+    let mut sums = Vec::with_capacity(rows.len() * n);
     for row in rows {
         for column in 0..n {
             let g = dot(row, gate, column) + bias(gate_bias, column);
             let u = dot(row, up, column) + bias(up_bias, column);
-            z.push(activate(activation, g) * u);
+            sums.push((g, u));
         }
     }
-    z
+    sums
 }
 
 /// `‖out − reference‖ / ‖reference‖` over the finite part.

@@ -10,6 +10,21 @@ use std::str::FromStr;
 pub enum Op {
     /// `z[M,N] = act(x[M,K]·Wg + bg) ⊙ (x·Wu + bu)`, one launch.
     Forward,
+    /// [`Op::Forward`] that also stores the pre-activations `[x·Wg + bg | x·Wu + bu]`, `[M, 2N]`, for a backward pass.
+    ForwardSave,
+}
+
+impl Op {
+    /// Every operation.
+    pub const ALL: [Self; 2] = [Self::Forward, Self::ForwardSave];
+
+    /// Whether the pre-activations are stored beside z.
+    pub const fn saves_preactivations(self) -> bool {
+        match self {
+            Self::Forward => false,
+            Self::ForwardSave => true,
+        }
+    }
 }
 
 /// The non-linearity on the gate.
@@ -111,6 +126,12 @@ impl Problem {
         Self { op: Op::Forward, activation: Activation::Silu, dtype, weight_major, alignment, n, k, m }
     }
 
+    /// The same sizes for another operation.
+    #[must_use]
+    pub fn with_op(self, op: Op) -> Self {
+        Self { op, ..self }
+    }
+
     /// The same problem for another number of tokens.
     #[must_use]
     pub fn with_m(self, m: u32) -> Self {
@@ -122,10 +143,11 @@ impl Problem {
         4.0 * f64::from(self.m) * f64::from(self.n) * f64::from(self.k)
     }
 
-    /// Bytes that must move at least once: x, both weights and z.
+    /// Bytes that must move at least once: x, both weights, z and what is saved.
     pub fn bytes(&self) -> f64 {
         let (m, n, k) = (f64::from(self.m), f64::from(self.n), f64::from(self.k));
-        (m * k + 2.0 * n * k + m * n) * f64::from(self.dtype.bytes())
+        let outputs = if self.op.saves_preactivations() { 3.0 } else { 1.0 };
+        (m * k + 2.0 * n * k + outputs * m * n) * f64::from(self.dtype.bytes())
     }
 }
 
@@ -173,7 +195,7 @@ pub struct UnknownName {
     pub known: &'static [&'static str],
 }
 
-names!(Op, "op", Op::Forward => "forward");
+names!(Op, "op", Op::Forward => "forward", Op::ForwardSave => "forward_save");
 names!(Activation, "activation", Activation::Silu => "silu");
 names!(DType, "dtype", DType::F32 => "f32", DType::Tf32 => "tf32", DType::F16 => "f16", DType::Bf16 => "bf16");
 names!(WeightMajor, "weight order", WeightMajor::K => "k_major", WeightMajor::N => "n_major");
@@ -198,6 +220,9 @@ mod tests {
     fn names_round_trip_and_unknown_ones_list_the_choices() {
         for dtype in DType::ALL {
             assert_eq!(dtype.name().parse(), Ok(dtype));
+        }
+        for op in Op::ALL {
+            assert_eq!(op.name().parse(), Ok(op));
         }
         let error = "fp64".parse::<DType>().unwrap_err().to_string();
         assert_eq!(error, "`fp64` is no dtype; use one of f32, tf32, f16, bf16");

@@ -198,6 +198,7 @@ fn context(problem: &Problem, config: &Config, template: &'static str) -> Result
         context.remove(field);
     }
     insert_problem(&mut context, problem);
+    context.insert("op", problem.op.name());
     context.insert("smem_bytes", &config.launch_shape(problem).map_or(0, |shape| shape.smem_bytes));
     Ok(context)
 }
@@ -266,7 +267,7 @@ mod tests {
             }
             let given = serde_names(&config)
                 .into_iter()
-                .chain(["dtype", "activation", "weight_major", "smem_bytes"].map(String::from));
+                .chain(["op", "dtype", "activation", "weight_major", "smem_bytes"].map(String::from));
             let exempt = |name: &str| LAUNCH_FIELDS.contains(&name) || TEMPLATE_FIELDS.contains(&name);
             for name in given.filter(|name| !exempt(name)) {
                 assert!(used.contains(name.as_str()), "{template} does not use `{name}`");

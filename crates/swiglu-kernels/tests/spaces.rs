@@ -73,7 +73,6 @@ fn refusals_name_the_rule() {
     assert_eq!(rule(MmaSyncConfig { warps_m: 1, warps_n: 1, ..good }, &problem, arch), "accumulators fit in registers");
     let misaligned = Problem { alignment: 2, ..problem };
     assert_eq!(rule(good, &misaligned, arch), "operands are aligned to access_bytes");
-    assert_eq!(rule(good, &Problem { dtype: DType::F32, ..problem }, arch), "tensor cores multiply fp16, bf16 or tf32");
     assert_eq!(rule(good, &problem, arch::by_name("sm_75").unwrap()), "mma_sync needs compute capability 8.0");
     let tma = MmaSyncConfig { staging: Staging::Tma, ..good };
     assert_eq!(rule(tma, &problem, arch), "tma staging needs compute capability 9.0");

@@ -40,6 +40,8 @@ impl Call {
             up_bias: self.up_bias,
             z: self.z,
             z_stride: self.z_stride,
+            preactivations: 0,
+            preactivations_stride: 0,
         })
     }
 

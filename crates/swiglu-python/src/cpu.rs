@@ -38,6 +38,7 @@ fn launch_as<T: Element>(plan: &CpuPlan, call: &Call) -> Result<(), Failure> {
         gate_bias: bias("gate_bias", call.gate_bias)?,
         up_bias: bias("up_bias", call.up_bias)?,
         z: matrix_mut::<T>("z", call.z, m, n, call.z_stride)?,
+        preactivations: None,
     };
     Ok(plan.launch(forward)?)
 }

@@ -133,7 +133,14 @@ fn key(device: i32, dtype: &str, layout: &str, n: u64, k: u64) -> Result<Key, Fa
         WeightMajor::N => WeightLayout::SeparateKn,
     };
     let device = u32::try_from(device).map_or(Device::Cpu, Device::Gpu);
-    let spec = ForwardSpec { dtype, layout, gate_order: GateOrder::GateFirst, n: size("n", n)?, k: size("k", k)? };
+    let spec = ForwardSpec {
+        dtype,
+        layout,
+        gate_order: GateOrder::GateFirst,
+        n: size("n", n)?,
+        k: size("k", k)?,
+        save_preactivations: false,
+    };
     Ok(Key { device, spec })
 }
 

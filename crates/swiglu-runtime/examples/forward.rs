@@ -22,6 +22,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         gate_order: GateOrder::GateFirst,
         n: n as u32,
         k: k as u32,
+        save_preactivations: false,
     };
     let plan = runtime.prepare(&spec)?;
     println!(
@@ -44,6 +45,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             gate_bias: None,
             up_bias: None,
             z: Matrix::new(&mut z_gpu, m, n),
+            preactivations: None,
         },
     )?;
     let z = stream.clone_dtoh(&z_gpu)?;

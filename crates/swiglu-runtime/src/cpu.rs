@@ -107,30 +107,47 @@ impl CpuPlan {
         }
         let (config, pool) = &self.entries[self.table.anchor(u32::try_from(m).unwrap_or(u32::MAX))];
         let work = Work::new(&self.spec, config, &forward, offsets);
-        let tiles = tiles(forward.z, work.block_m, work.block_n);
+        let tiles = tiles(forward.z, forward.preactivations, work.block_m, work.block_n);
         pool.install(|| tiles.into_par_iter().for_each_init(Scratch::default, |scratch, tile| work.run(tile, scratch)));
         Ok(())
     }
 }
 
-/// One block of z: its rows' pieces, and where it lies.
+/// One block of the outputs: its rows' pieces, and where it lies.
 struct Tile<'a, T> {
     row: usize,
     column: usize,
     pieces: Vec<&'a mut [T]>,
+    /// Of the pre-activations' two halves; empty where they are not saved.
+    saved: Vec<(&'a mut [T], &'a mut [T])>,
 }
 
-/// Cuts z into tiles that share nothing, so that tasks need no lock.
-fn tiles<T>(z: Matrix<&mut [T]>, block_m: usize, block_n: usize) -> Vec<Tile<'_, T>> {
+/// Cuts the outputs into tiles that share nothing, so that tasks need no lock.
+fn tiles<'a, T>(
+    z: Matrix<&'a mut [T]>,
+    preactivations: Option<Matrix<&'a mut [T]>>,
+    block_m: usize,
+    block_n: usize,
+) -> Vec<Tile<'a, T>> {
+    let n = z.cols;
     let across = z.cols.div_ceil(block_n);
     let mut tiles: Vec<Tile<T>> = Vec::with_capacity(z.rows.div_ceil(block_m) * across);
     for (row, line) in z.data.chunks_mut(z.row_stride.max(z.cols)).take(z.rows).enumerate() {
         let (cells, _gap) = line.split_at_mut(z.cols);
         for (index, piece) in cells.chunks_mut(block_n).enumerate() {
             if row % block_m == 0 {
-                tiles.push(Tile { row, column: index * block_n, pieces: Vec::with_capacity(block_m) });
+                let pieces = Vec::with_capacity(block_m);
+                tiles.push(Tile { row, column: index * block_n, pieces, saved: Vec::new() });
             }
             tiles[row / block_m * across + index].pieces.push(piece);
+        }
+    }
+    let Some(saved) = preactivations else { return tiles };
+    for (row, line) in saved.data.chunks_mut(saved.row_stride.max(saved.cols)).take(saved.rows).enumerate() {
+        let (gate, rest) = line.split_at_mut(n);
+        let halves = gate.chunks_mut(block_n).zip(rest[..n].chunks_mut(block_n));
+        for (index, halves) in halves.enumerate() {
+            tiles[row / block_m * across + index].saved.push(halves);
         }
     }
     tiles
@@ -204,13 +221,16 @@ impl<'a, T: Element> Work<'a, T> {
         let here = tile.column..tile.column + columns;
         let gate_bias = self.gate_bias.map(|bias| &bias[here.clone()]);
         let up_bias = self.up_bias.map(|bias| &bias[here]);
+        let mut saved = tile.saved.into_iter();
         for ((piece, gate), up) in tile.pieces.into_iter().zip(gate.chunks_mut(columns)).zip(up.chunks_mut(columns)) {
             add(gate, gate_bias);
             add(up, up_bias);
-            silu::silu_mul(gate, up);
-            for (out, value) in piece.iter_mut().zip(gate) {
-                *out = T::from_f32(*value);
+            if let Some((saved_gate, saved_up)) = saved.next() {
+                round(saved_gate, gate);
+                round(saved_up, up);
             }
+            silu::silu_mul(gate, up);
+            round(piece, gate);
         }
     }
 
@@ -252,6 +272,12 @@ fn rows_as_f32<'a, T: Element>(
         scratch.extend(data[row * stride..row * stride + columns].iter().map(|value| value.to_f32()));
     }
     MatRef::from_row_major_slice(&scratch[..], rows, columns)
+}
+
+fn round<T: Element>(out: &mut [T], values: &[f32]) {
+    for (out, value) in out.iter_mut().zip(values) {
+        *out = T::from_f32(*value);
+    }
 }
 
 fn add<T: Element>(sums: &mut [f32], bias: Option<&[T]>) {

@@ -1,7 +1,7 @@
 //! The operands of a launch, their shapes, and the one place where they are checked.
 
 use half::{bf16, f16};
-use swiglu_kernels::{DType, GateOrder, Problem, WeightLayout};
+use swiglu_kernels::{DType, GateOrder, Op, Problem, WeightLayout};
 
 /// What a plan is prepared for; M is given at launch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -16,12 +16,15 @@ pub struct ForwardSpec {
     pub n: u32,
     /// Hidden size: columns of x.
     pub k: u32,
+    /// Whether launches also store the pre-activations, for a backward pass.
+    pub save_preactivations: bool,
 }
 
 impl ForwardSpec {
     /// The problem for `m` tokens on contiguous operands.
     pub fn problem(&self, m: u32) -> Problem {
-        Problem::forward(self.dtype, self.layout.major(), m, self.n, self.k)
+        let op = if self.save_preactivations { Op::ForwardSave } else { Op::Forward };
+        Problem::forward(self.dtype, self.layout.major(), m, self.n, self.k).with_op(op)
     }
 }
 
@@ -176,6 +179,9 @@ pub struct Forward<S, O> {
     pub up_bias: Option<S>,
     /// `[M, N]`: the output.
     pub z: Matrix<O>,
+    /// `[M, 2N]`: `x·Wg + bg` beside `x·Wu + bu`, whatever the weights' order; given where, and only where, the plan saves
+    /// them.
+    pub preactivations: Option<Matrix<O>>,
 }
 
 /// Where gate and up start, in elements from the start of their storage, and the step between rows.
@@ -202,6 +208,14 @@ impl<S, O> Forward<S, O> {
         }
         self.x.check("x", m, k, len(&self.x.data))?;
         self.z.check("z", m, n, len_out(&self.z.data))?;
+        match (&self.preactivations, spec.save_preactivations) {
+            (Some(saved), true) => saved.check("preactivations", m, 2 * n, len_out(&saved.data))?,
+            (None, false) => {}
+            (Some(_), false) => {
+                return Err(ArgumentError::new("preactivations", "is given, but the plan was prepared to save none"));
+            }
+            (None, true) => return Err(ArgumentError::new("preactivations", "is missing: the plan saves them")),
+        }
         for (argument, bias) in [("gate_bias", &self.gate_bias), ("up_bias", &self.up_bias)] {
             if let Some(elements) = bias.as_ref().map(&len).filter(|&elements| elements < n) {
                 return Err(ArgumentError::new(argument, format!("has {elements} elements, expected {n}")));

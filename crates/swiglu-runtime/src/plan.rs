@@ -91,6 +91,9 @@ impl Plan {
             self.check_device(argument, slice.stream())?;
         }
         self.check_device("z", forward.z.data.stream())?;
+        if let Some(saved) = &forward.preactivations {
+            self.check_device("preactivations", saved.data.stream())?;
+        }
         let m = u32::try_from(forward.x.rows).unwrap_or(u32::MAX);
         if m == 0 || self.spec.n == 0 {
             return Ok(());
@@ -107,6 +110,7 @@ impl Plan {
         let gate_bias = forward.gate_bias.map(|bias| bias.device_ptr(stream));
         let up_bias = forward.up_bias.map(|bias| bias.device_ptr(stream));
         let (z, _z) = forward.z.data.device_ptr_mut(stream);
+        let saved = forward.preactivations.map(|saved| (saved.data.device_ptr_mut(stream), saved.row_stride));
         let raw = RawForward {
             m,
             x,
@@ -119,6 +123,8 @@ impl Plan {
             up_bias: up_bias.as_ref().map_or(0, |(address, _)| *address),
             z,
             z_stride: stride(forward.z.row_stride),
+            preactivations: saved.as_ref().map_or(0, |((address, _), _)| *address),
+            preactivations_stride: saved.as_ref().map_or(0, |(_, row_stride)| stride(*row_stride)),
         };
         // SAFETY: `check` has held every matrix to its slice, the borrows keep the slices alive and z apart,
         // `check_device` has held them to this plan's GPU; cudarc orders their release after this stream's work.
@@ -128,18 +134,21 @@ impl Plan {
     /// Launches without checks, for callers that have addresses only. Empty M or N returns without a launch.
     ///
     /// # Errors
-    /// When the driver refuses the launch.
+    /// When the driver refuses the launch, or the plan saves pre-activations and has no address for them.
     ///
     /// # Safety
     /// Every address is of memory of this plan's GPU that holds its whole matrix in the plan's number format and
-    /// stays allocated until the launch has finished; biases have N elements or are 0; z overlaps no other
+    /// stays allocated until the launch has finished; biases have N elements or are 0; the outputs overlap no other
     /// operand; addresses are multiples of the element's size; `stream` is live and of the GPU's context, which
     /// is current on this thread.
     pub unsafe fn launch_raw(&self, stream: sys::CUstream, args: &RawForward) -> Result<(), LaunchError> {
         if args.m == 0 || self.spec.n == 0 {
             return Ok(());
         }
-        let kernel = self.select(args.m, args.alignment(self.spec.dtype.bytes()));
+        if self.spec.save_preactivations && args.preactivations == 0 {
+            return Err(ArgumentError::new("preactivations", "is 0, but the plan saves them").into());
+        }
+        let kernel = self.select(args.m, args.alignment(self.spec.n, self.spec.dtype.bytes()));
         // SAFETY: by this function's own contract; `select` has held the alignment to `access_bytes`.
         let launched = unsafe { launch::forward(kernel, stream, args) };
         launched.map_err(|error| LaunchError::Driver { config: Box::new(kernel.config), error })

@@ -34,17 +34,36 @@ pub(crate) fn of_wgmma_tma(
         block_k: config.block_k,
         weight_cols: config.weight_cols(),
     };
-    let z = Matrix {
-        address: args.z,
-        rows: args.m,
+    let z = output(config, problem, args.m, args.z, args.z_stride);
+    let [x, gate, up] = tile.encode(problem, args)?;
+    Ok([x, gate, up, encode_one(&z, problem.dtype)?])
+}
+
+/// The gate half and the up half of the pre-activations for the same template.
+pub(crate) fn of_preactivations(
+    config: &WgmmaTmaConfig,
+    problem: &Problem,
+    args: &RawForward,
+) -> Result<[sys::CUtensorMap; 2], DriverError> {
+    let half = u64::from(problem.n) * u64::from(problem.dtype.bytes());
+    let encode = |address| {
+        let half = output(config, problem, args.m, address, args.preactivations_stride);
+        encode_one(&half, problem.dtype)
+    };
+    Ok([encode(args.preactivations)?, encode(args.preactivations + half)?])
+}
+
+/// An `[m, n]` output and its store box.
+fn output(config: &WgmmaTmaConfig, problem: &Problem, m: u32, address: u64, row_stride: i64) -> Matrix {
+    Matrix {
+        address,
+        rows: m,
         cols: problem.n,
-        row_stride: args.z_stride,
+        row_stride,
         box_rows: 16,
         box_cols: config.store_cols,
         swizzled: matches!(config.store_cols, 16 | 32 | 64),
-    };
-    let [x, gate, up] = tile.encode(problem, args)?;
-    Ok([x, gate, up, encode_one(&z, problem.dtype)?])
+    }
 }
 
 /// x, gate and up for `templates/mma_sync/tma.cu.tera`.

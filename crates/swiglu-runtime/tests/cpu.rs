@@ -48,9 +48,15 @@ impl<T: Element> Case<T> {
     }
 
     fn run(&self, plan: &CpuPlan) -> Result<Vec<T>, ArgumentError> {
+        self.run_both(plan).map(|(z, _)| z)
+    }
+
+    /// z and, where the plan saves them, the pre-activations, from poisoned memory.
+    fn run_both(&self, plan: &CpuPlan) -> Result<(Vec<T>, Vec<T>), ArgumentError> {
         let (n, k) = (self.spec.n as usize, self.spec.k as usize);
         let (rows, cols) = self.spec.layout.shape(n, k);
         let mut z = vec![T::from_f32(f32::NAN); self.m * (n + self.gap)];
+        let mut saved = vec![T::from_f32(f32::NAN); self.m * (2 * n + self.gap)];
         let weight = |index: usize| Matrix::strided(&self.weights[index][..], rows, cols, cols + self.gap);
         plan.launch(Forward {
             x: Matrix::strided(&self.x[..], self.m, k, k + self.gap),
@@ -61,11 +67,17 @@ impl<T: Element> Case<T> {
             gate_bias: self.biases.as_ref().map(|biases| &biases[0][..]),
             up_bias: self.biases.as_ref().map(|biases| &biases[1][..]),
             z: Matrix::strided(&mut z[..], self.m, n, n + self.gap),
+            preactivations: (self.spec.save_preactivations)
+                .then(|| Matrix::strided(&mut saved[..], self.m, 2 * n, 2 * n + self.gap)),
         })?;
-        Ok(z)
+        Ok((z, saved))
     }
 
     fn reference(&self) -> Vec<f64> {
+        self.sums().into_iter().map(|(gate, up)| oracle::activate(Activation::Silu, gate) * up).collect()
+    }
+
+    fn sums(&self) -> Vec<(f64, f64)> {
         let (n, k) = (self.spec.n as usize, self.spec.k as usize);
         let layout = self.spec.layout;
         let (_, cols) = layout.shape(n, k);
@@ -86,38 +98,45 @@ impl<T: Element> Case<T> {
         let x: Vec<f64> = (0..self.m * k).map(|i| value(&self.x, i / k, i % k, k)).collect();
         let wide = |values: &[T]| values.iter().map(|value| f64::from(value.to_f32())).collect::<Vec<_>>();
         let biases = self.biases.as_ref().map(|[gate, up]| (wide(gate), wide(up)));
-        let z = oracle::forward(
-            Activation::Silu,
-            &oracle::Forward {
-                x: &x,
-                gate: &gate,
-                up: &up,
-                gate_bias: biases.as_ref().map(|(gate, _)| &gate[..]),
-                up_bias: biases.as_ref().map(|(_, up)| &up[..]),
-                k,
-            },
-        );
-        if k == 0 { z.repeat(self.m) } else { z }
+        let sums = oracle::preactivations(&oracle::Forward {
+            x: &x,
+            gate: &gate,
+            up: &up,
+            gate_bias: biases.as_ref().map(|(gate, _)| &gate[..]),
+            up_bias: biases.as_ref().map(|(_, up)| &up[..]),
+            k,
+        });
+        if k == 0 { sums.repeat(self.m) } else { sums }
     }
 
     fn check(&self, plan: &CpuPlan) {
-        let z = self.run(plan).unwrap();
-        let (n, stride) = (self.spec.n as usize, self.spec.n as usize + self.gap);
-        let out = (0..z.len()).filter(|i| i % stride < n).map(|i| f64::from(z[i].to_f32()));
-        let error = oracle::relative_error(out, self.reference());
-        assert!(
-            error <= limit(self.spec.dtype, self.m * n),
-            "{:?} m {} gap {}: error {error:.2e}",
-            self.spec,
-            self.m,
-            self.gap
-        );
-        assert!((0..z.len()).filter(|i| i % stride >= n).all(|i| z[i].to_f32().is_nan()), "wrote between rows");
+        let (z, saved) = self.run_both(plan).unwrap();
+        let n = self.spec.n as usize;
+        self.check_output(&z, n, &self.reference());
+        if self.spec.save_preactivations {
+            let sums = self.sums();
+            let row = |row: &[(f64, f64)]| {
+                [row.iter().map(|sum| sum.0).collect(), row.iter().map(|sum| sum.1).collect::<Vec<_>>()].concat()
+            };
+            self.check_output(&saved, 2 * n, &sums.chunks(n).flat_map(row).collect::<Vec<f64>>());
+        } else {
+            assert!(saved.iter().all(|value| value.to_f32().is_nan()));
+        }
+    }
+
+    fn check_output(&self, output: &[T], cols: usize, reference: &[f64]) {
+        let stride = cols + self.gap;
+        let inside = (0..output.len()).filter(|i| i % stride < cols).map(|i| f64::from(output[i].to_f32()));
+        let error = oracle::relative_error(inside, reference.iter().copied());
+        let limit = limit(self.spec.dtype, reference.len());
+        assert!(error <= limit, "{:?} m {} gap {}: error {error:.2e}", self.spec, self.m, self.gap);
+        let between = (0..output.len()).filter(|i| i % stride >= cols);
+        assert!(between.map(|i| output[i].to_f32()).all(f32::is_nan), "wrote between rows");
     }
 }
 
 fn spec(dtype: DType, layout: WeightLayout, n: u32, k: u32) -> ForwardSpec {
-    ForwardSpec { dtype, layout, gate_order: GateOrder::GateFirst, n, k }
+    ForwardSpec { dtype, layout, gate_order: GateOrder::GateFirst, n, k, save_preactivations: false }
 }
 
 fn small_blocks(threads: u32) -> [(u32, CpuConfig); 1] {
@@ -130,8 +149,8 @@ fn every_layout_order_format_and_edge_matches_the_oracle() {
         for gate_order in [GateOrder::GateFirst, GateOrder::UpFirst] {
             for (index, (m, n, k)) in [(1, 1, 1), (3, 7, 5), (17, 40, 33), (33, 65, 128)].into_iter().enumerate() {
                 let bias = index % 2 == 0;
-                for gap in [0, 3] {
-                    let of = |dtype| ForwardSpec { gate_order, ..spec(dtype, layout, n, k) };
+                for (gap, save_preactivations) in [(0, false), (3, false), (0, true), (3, true)] {
+                    let of = |dtype| ForwardSpec { gate_order, save_preactivations, ..spec(dtype, layout, n, k) };
                     let plan = |dtype| CpuPlan::new(of(dtype), &small_blocks(1)).unwrap();
                     Case::<f32>::new(of(DType::F32), m, gap, bias).check(&plan(DType::F32));
                     Case::<f16>::new(of(DType::F16), m, gap, bias).check(&plan(DType::F16));
@@ -207,7 +226,14 @@ fn wrong_arguments_are_named() {
     let (x, w) = (vec![0.0f32; 64], vec![0.0f32; 64]);
     let mut z = vec![0.0f32; 64];
     let mut launch = |x, weights, rows| {
-        plan.launch(Forward { x, weights, gate_bias: None, up_bias: None, z: Matrix::new(&mut z[..], rows, 8) })
+        plan.launch(Forward {
+            x,
+            weights,
+            gate_bias: None,
+            up_bias: None,
+            z: Matrix::new(&mut z[..], rows, 8),
+            preactivations: None,
+        })
     };
     let packed = Weights::Packed(Matrix::new(&w[..], 16, 4));
     launch(Matrix::new(&x[..], 2, 4), packed, 2).unwrap();
@@ -226,6 +252,7 @@ fn wrong_arguments_are_named() {
         gate_bias: None,
         up_bias: None,
         z: Matrix::new(&mut z_half[..], 2, 8),
+        preactivations: None,
     });
     assert_eq!(named(wrong_type), "x");
 }

@@ -110,6 +110,11 @@ impl<T: Element + DeviceRepr> Case<T> {
 
     /// Some rows of the reference, where all would take the CPU too long.
     fn reference_rows(&self, rows: &[usize]) -> Vec<f64> {
+        let sums = self.sums_of_rows(rows).into_iter();
+        sums.map(|(gate, up)| oracle::activate(Activation::Silu, gate) * up).collect()
+    }
+
+    fn sums_of_rows(&self, rows: &[usize]) -> Vec<(f64, f64)> {
         let [gate, up] = self.wide_weights();
         let x: Vec<f64> = rows.iter().flat_map(|&row| (0..self.x.cols).map(move |col| self.x.at(row, col))).collect();
         let wide = |values: &Vec<T>| values.iter().map(|value| f64::from(value.to_f32())).collect::<Vec<_>>();
@@ -122,12 +127,17 @@ impl<T: Element + DeviceRepr> Case<T> {
             up_bias: biases.as_ref().map(|(_, up)| &up[..]),
             k: self.spec.k as usize,
         };
-        let one_row = oracle::forward(Activation::Silu, &operands);
-        if self.spec.k == 0 { one_row.repeat(rows.len()) } else { one_row }
+        let sums = oracle::preactivations(&operands);
+        if self.spec.k == 0 { sums.repeat(rows.len()) } else { sums }
     }
 
     /// z with its gaps, from poisoned memory.
     fn run(&self, gpu: &Gpu, plan: &Plan) -> Result<Vec<T>, LaunchError> {
+        self.run_both(gpu, plan).map(|(z, _)| z)
+    }
+
+    /// z and, where the plan saves them, the pre-activations.
+    fn run_both(&self, gpu: &Gpu, plan: &Plan) -> Result<(Vec<T>, Vec<T>), LaunchError> {
         let (n, k) = (self.spec.n as usize, self.spec.k as usize);
         // An allocation cannot be empty; a matrix can.
         let padding = [T::from_f32(0.0)];
@@ -138,6 +148,8 @@ impl<T: Element + DeviceRepr> Case<T> {
         let biases = self.biases.as_ref().map(|[gate, up]| (upload(gate), upload(up)));
         let z_stride = n + self.z_gap;
         let mut z = gpu.stream.clone_htod(&vec![T::from_f32(f32::NAN); (self.m * z_stride).max(1)]).unwrap();
+        let saved_stride = 2 * n + self.z_gap;
+        let mut saved = gpu.stream.clone_htod(&vec![T::from_f32(f32::NAN); (self.m * saved_stride).max(1)]).unwrap();
         let (rows, cols) = self.spec.layout.shape(n, k);
         let matrix = |index: usize| Matrix::strided(&weights[index], rows, cols, self.weights[index].row_stride);
         plan.launch(
@@ -152,25 +164,41 @@ impl<T: Element + DeviceRepr> Case<T> {
                 gate_bias: biases.as_ref().map(|(gate, _)| gate),
                 up_bias: biases.as_ref().map(|(_, up)| up),
                 z: Matrix::strided(&mut z, self.m, n, z_stride),
+                preactivations: (self.spec.save_preactivations)
+                    .then(|| Matrix::strided(&mut saved, self.m, 2 * n, saved_stride)),
             },
         )?;
-        Ok(gpu.stream.clone_dtoh(&z).unwrap())
+        Ok((gpu.stream.clone_dtoh(&z).unwrap(), gpu.stream.clone_dtoh(&saved).unwrap()))
     }
 
     fn check(&self, gpu: &Gpu, plan: &Plan, what: &str) {
-        let z = self.run(gpu, plan).unwrap();
-        let (n, stride) = (self.spec.n as usize, self.spec.n as usize + self.z_gap);
-        let inside = |i: &usize| i % stride.max(1) < n;
-        let out = (0..self.m * stride).filter(inside).map(|i| f64::from(z[i].to_f32()));
-        let error = oracle::relative_error(out, self.reference());
-        assert!(error <= limit(self.spec.dtype, self.m * n), "{what}: error {error:.2e}, {:?} m {}", self.spec, self.m);
-        let gap_kept = (0..self.m * stride).filter(|i| !inside(i)).all(|i| z[i].to_f32().is_nan());
-        assert!(gap_kept, "{what}: wrote between the rows of z, {:?} m {}", self.spec, self.m);
+        let (z, saved) = self.run_both(gpu, plan).unwrap();
+        let n = self.spec.n as usize;
+        self.check_output(&z, n, &self.reference(), what);
+        if self.spec.save_preactivations {
+            let sums = self.sums_of_rows(&(0..self.m).collect::<Vec<_>>());
+            let row = |row: &[(f64, f64)]| {
+                let (gate, up): (Vec<f64>, Vec<f64>) = row.iter().copied().unzip();
+                [gate, up].concat()
+            };
+            self.check_output(&saved, 2 * n, &sums.chunks(n.max(1)).flat_map(row).collect::<Vec<f64>>(), what);
+        }
+    }
+
+    fn check_output(&self, output: &[T], cols: usize, reference: &[f64], what: &str) {
+        let stride = cols + self.z_gap;
+        let inside = |i: &usize| i % stride.max(1) < cols;
+        let out = (0..self.m * stride).filter(inside).map(|i| f64::from(output[i].to_f32()));
+        let error = oracle::relative_error(out, reference.iter().copied());
+        let limit = limit(self.spec.dtype, reference.len());
+        assert!(error <= limit, "{what}: error {error:.2e} in {cols} columns, {:?} m {}", self.spec, self.m);
+        let gap_kept = (0..self.m * stride).filter(|i| !inside(i)).all(|i| output[i].to_f32().is_nan());
+        assert!(gap_kept, "{what}: wrote between rows of {cols} columns, {:?} m {}", self.spec, self.m);
     }
 }
 
 fn spec(dtype: DType, layout: WeightLayout, n: u32, k: u32) -> ForwardSpec {
-    ForwardSpec { dtype, layout, gate_order: GateOrder::GateFirst, n, k }
+    ForwardSpec { dtype, layout, gate_order: GateOrder::GateFirst, n, k, save_preactivations: false }
 }
 
 /// Runs `body` with the element type of every number format.
@@ -191,7 +219,8 @@ fn every_layout_order_bias_and_edge_matches_the_oracle() {
         for layout in WeightLayout::ALL {
             for gate_order in [GateOrder::GateFirst, GateOrder::UpFirst] {
                 for (index, (m, n, k)) in sizes.into_iter().enumerate() {
-                    let spec = ForwardSpec { gate_order, ..spec(dtype, layout, n, k) };
+                    let save_preactivations = index % 3 == 0;
+                    let spec = ForwardSpec { gate_order, save_preactivations, ..spec(dtype, layout, n, k) };
                     let plan = gpu.runtime.prepare(&spec).unwrap();
                     for gap in [0, 3, 8] {
                         Case::<T>::new(spec, m, gap, index % 2 == 0, index as u64).check(&gpu, &plan, "default");
@@ -211,7 +240,7 @@ fn a_seeded_sample_of_every_space_matches_the_oracle() {
     for_dtypes!(|dtype, T| {
         for layout in [WeightLayout::SeparateNk, WeightLayout::PackedKn] {
             for (m, n, k) in [(200, 264, 328), (77, 136, 72)] {
-                let spec = spec(dtype, layout, n, k);
+                let spec = ForwardSpec { save_preactivations: m == 77, ..spec(dtype, layout, n, k) };
                 let case = Case::<T>::new(spec, m, 0, true, 3);
                 let all = candidates(&spec.problem(m as u32), Target::Gpu(gpu.runtime.gpu().arch));
                 let chosen: Vec<Config> = all.sample(&mut rng, 12).copied().chain(all.last().copied()).collect();
@@ -334,6 +363,7 @@ fn misaligned_addresses_fall_to_a_config_that_is_legal_for_them() {
         gate_bias: None,
         up_bias: None,
         z: Matrix::new(&mut z_view, 33, 96),
+        preactivations: None,
     };
     plan.launch(&gpu.stream, forward).unwrap();
     let z = gpu.stream.clone_dtoh(&z).unwrap();
@@ -361,7 +391,10 @@ fn wrong_arguments_are_named_and_nothing_is_launched() {
     let x = Matrix::new(&memory, 8, 16);
     let bias = gpu.stream.alloc_zeros::<bf16>(31).unwrap();
     let mut launch = |x, weights, gate_bias, rows| {
-        plan.launch(&gpu.stream, Forward { x, weights, gate_bias, up_bias: None, z: Matrix::new(&mut z, rows, 32) })
+        plan.launch(
+            &gpu.stream,
+            Forward { x, weights, gate_bias, up_bias: None, z: Matrix::new(&mut z, rows, 32), preactivations: None },
+        )
     };
     launch(x, weights(32, 16), None, 8).unwrap();
     assert_eq!(named(launch(Matrix::new(&memory, 8, 15), weights(32, 16), None, 8)), "x");
@@ -379,6 +412,7 @@ fn wrong_arguments_are_named_and_nothing_is_launched() {
             gate_bias: None,
             up_bias: None,
             z: Matrix::new(&mut z_other, 8, 32),
+            preactivations: None,
         },
     );
     assert_eq!(named(result), "x");
@@ -417,6 +451,8 @@ fn launches_are_captured_replayed_and_equal_bit_for_bit() {
         up_bias: 0,
         z: z.device_ptr_mut(&gpu.stream).0,
         z_stride: 512,
+        preactivations: 0,
+        preactivations_stride: 0,
     };
     gpu.stream.synchronize().unwrap();
     gpu.stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();

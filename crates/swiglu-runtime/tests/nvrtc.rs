@@ -6,7 +6,7 @@ use rand::{SeedableRng, seq::IndexedRandom};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use swiglu_kernels::families::{Family, Target, candidates, default_of};
-use swiglu_kernels::{ArchSpec, DType, KernelSource, Problem, WeightMajor, arch, render};
+use swiglu_kernels::{ArchSpec, DType, KernelSource, Op, Problem, WeightMajor, arch, render};
 use swiglu_runtime::Options;
 use swiglu_runtime::cubin_cache::CubinCache;
 use swiglu_runtime::nvrtc::{CompileError, Nvrtc, Resources, SPILL_BUDGET_BYTES};
@@ -30,12 +30,15 @@ fn every_family_compiles_for_every_architecture_within_the_recorded_spills() {
         for dtype in DType::ALL {
             for major in WeightMajor::ALL {
                 let aligned = Problem::forward(dtype, major, 2048, 14336, 4096);
-                for problem in [aligned, Problem { alignment: dtype.bytes(), ..aligned }] {
+                let misaligned = Problem { alignment: dtype.bytes(), ..aligned };
+                for problem in [aligned, misaligned, aligned.with_op(Op::ForwardSave)] {
                     let legal = candidates(&problem, Target::Gpu(arch));
                     for family in Family::GPU {
                         let of_family: Vec<_> = legal.iter().filter(|config| config.family() == family).collect();
                         let default = default_of(family, &problem, arch).map(|config| (config, SPILL_BUDGET_BYTES));
                         let others = of_family.last().into_iter().chain(of_family.choose(&mut rng));
+                        // What is saved changes the epilogue only.
+                        let others = others.filter(|_| !problem.op.saves_preactivations());
                         let others = others.map(|&&config| (config, RECORDED_SPILL_BYTES));
                         for (config, spill_limit) in others.chain(default.ok()) {
                             let source = render::render(&problem, &config, arch).unwrap();

@@ -11,7 +11,7 @@ use serde::Serialize;
 use std::process::ExitCode;
 use swiglu_db::TuningTable;
 use swiglu_kernels::families::{self, Family, Target};
-use swiglu_kernels::{Config, DType, Problem, WeightLayout, render};
+use swiglu_kernels::{Config, DType, Op, Problem, WeightLayout, render};
 use swiglu_runtime::cublaslt::{CublasLt, Gemm};
 use swiglu_runtime::gpu::Gpu;
 use swiglu_runtime::{Options, runtime};
@@ -43,6 +43,9 @@ pub(crate) struct BenchArgs {
     /// Hidden size.
     #[arg(long, requires = "n")]
     k: Option<u32>,
+    /// forward, or forward_save; the peer's packed GEMM leaves the pre-activations in either case.
+    #[arg(long, default_value = "forward")]
+    op: Op,
     /// Number format.
     #[arg(long, default_value = "bf16")]
     dtype: DType,
@@ -96,7 +99,7 @@ pub(crate) fn run(args: &BenchArgs, options: &Options) -> Result<ExitCode> {
     let table = runtime::load_table(options);
     let mut rows = Vec::new();
     for &m in &args.m {
-        let problem = Problem::forward(args.dtype, args.layout.major(), m, n, k);
+        let problem = Problem::forward(args.dtype, args.layout.major(), m, n, k).with_op(args.op);
         for &config in &given {
             rows.push(bench(&lab, problem, config, "given".into(), args.rounds)?);
         }

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use swiglu_db::TuningDb;
 use swiglu_kernels::families::Family;
-use swiglu_kernels::{DType, WeightLayout};
+use swiglu_kernels::{DType, Op, WeightLayout};
 use swiglu_runtime::Options;
 use swiglu_runtime::cubin_cache::CubinCache;
 use swiglu_runtime::gpu::{Gpu, GpuError};
@@ -94,6 +94,9 @@ struct TuneArgs {
     /// TOML file of shapes: `[[shape]]` tables with n, k and optionally m, dtype, layout.
     #[arg(long, value_name = "FILE.toml")]
     shapes: Option<PathBuf>,
+    /// What to tune: forward, and forward_save, which also stores the pre-activations for a backward pass.
+    #[arg(long, value_delimiter = ',', default_value = "forward", value_name = "forward,forward_save")]
+    op: Vec<Op>,
     /// Number formats [default: bf16 on a GPU, f32 on the CPU].
     #[arg(long, value_delimiter = ',', value_name = "f32,tf32,f16,bf16")]
     dtype: Vec<DType>,
@@ -244,10 +247,11 @@ fn groups(args: &TuneArgs, lab: &Lab) -> Result<Vec<Group>> {
         (None, Lab::Cpu) => Some("tiny"),
         (None, Lab::Gpu(_)) => None,
     };
-    match &args.shapes {
+    let groups = match &args.shapes {
         Some(path) => workload::from_file(path, &dtypes, &args.layout),
         None => workload::preset(model, &dtypes, &args.layout),
-    }
+    };
+    Ok(workload::for_ops(&groups?, &args.op))
 }
 
 /// Ends the process as clap does for wrong usage.

@@ -45,7 +45,10 @@ struct Typed<T> {
     gate: Vec<T>,
     up: Vec<T>,
     z: Vec<T>,
-    reference: Vec<f64>,
+    /// Empty unless the op saves them.
+    preactivations: Vec<T>,
+    /// Of some rows of z, then of the same rows of the pre-activations.
+    references: [Vec<f64>; 2],
     plans: BTreeMap<Config, (CpuPlan, u32)>,
 }
 
@@ -69,8 +72,24 @@ impl<T: Element> Typed<T> {
         let (gate_wide, up_wide) = (k_major(&gate), k_major(&up));
         let operands =
             oracle::Forward { x: &chosen, gate: &gate_wide, up: &up_wide, gate_bias: None, up_bias: None, k };
-        let reference = oracle::forward(problem.activation, &operands);
-        Self { problem, x, gate, up, z: vec![T::from_f32(f32::NAN); m * n], reference, plans: BTreeMap::new() }
+        let saves = problem.op.saves_preactivations();
+        let sums = if saves { oracle::preactivations(&operands) } else { Vec::new() };
+        let halves = |row: &[(f64, f64)]| {
+            let (gate, up): (Vec<f64>, Vec<f64>) = row.iter().copied().unzip();
+            [gate, up].concat()
+        };
+        let saved = sums.chunks(n).flat_map(halves).collect();
+        let poison = T::from_f32(f32::NAN);
+        Self {
+            problem,
+            x,
+            gate,
+            up,
+            z: vec![poison; m * n],
+            preactivations: if saves { vec![poison; m * 2 * n] } else { Vec::new() },
+            references: [oracle::forward(problem.activation, &operands), saved],
+            plans: BTreeMap::new(),
+        }
     }
 
     fn launch(&mut self, config: &Config) -> Result<(), Failure> {
@@ -81,7 +100,8 @@ impl<T: Element> Typed<T> {
                 WeightMajor::K => WeightLayout::SeparateNk,
                 WeightMajor::N => WeightLayout::SeparateKn,
             };
-            let spec = ForwardSpec { dtype, layout, gate_order: GateOrder::GateFirst, n, k };
+            let save_preactivations = self.problem.op.saves_preactivations();
+            let spec = ForwardSpec { dtype, layout, gate_order: GateOrder::GateFirst, n, k, save_preactivations };
             let plan = CpuPlan::new(spec, &[(m, *cpu)]).map_err(|error| Failure::new("compile", error))?;
             self.plans.insert(*config, (plan, 1));
         }
@@ -97,6 +117,8 @@ impl<T: Element> Typed<T> {
             gate_bias: None,
             up_bias: None,
             z: Matrix::new(&mut self.z[..], m, n),
+            preactivations: (!self.preactivations.is_empty())
+                .then(|| Matrix::new(&mut self.preactivations[..], m, 2 * n)),
         };
         plan.launch(forward).map_err(|error| Failure::new("launch", error))
     }
@@ -105,22 +127,12 @@ impl<T: Element> Typed<T> {
 impl<T: Element> Subject for Typed<T> {
     fn verify(&mut self, config: &Config) -> Result<f64, Failure> {
         self.z.fill(T::from_f32(f32::NAN));
+        self.preactivations.fill(T::from_f32(f32::NAN));
         self.launch(config)?;
-        if let Some(index) = self.z.iter().position(|value| value.to_f32().is_nan()) {
-            return Err(Failure::new("verify", format!("element {index} was not written")));
-        }
         let n = self.problem.n as usize;
-        let rows = self.reference.len() / n;
-        let (head, tail) = (rows.div_ceil(2) * n, self.z.len() - rows / 2 * n);
-        let checked = self.z[..head].iter().chain(&self.z[tail..]).map(|value| f64::from(value.to_f32()));
-        let error = oracle::relative_error(checked, self.reference.iter().copied());
-        let rounded = self.reference.iter().map(|&value| f64::from(T::from_f32(value as f32).to_f32()));
-        let rounding = oracle::relative_error(rounded, self.reference.iter().copied());
-        let tolerance = crate::race::tolerance(self.problem.dtype, rounding);
-        if error.is_nan() || error > tolerance {
-            return Err(Failure::new("verify", format!("relative error {error:.2e} (limit {tolerance:.1e})")));
-        }
-        Ok(error)
+        let [of_z, of_preactivations] = &self.references;
+        let z_error = self.check(&self.z, n, of_z)?;
+        Ok(z_error.max(self.check(&self.preactivations, 2 * n, of_preactivations)?))
     }
 
     fn sample(&mut self, configs: &[Config]) -> Vec<Result<f64, Failure>> {
@@ -129,6 +141,24 @@ impl<T: Element> Subject for Typed<T> {
 }
 
 impl<T: Element> Typed<T> {
+    /// Holds the first and the last rows of an output to their reference; every element must have been written.
+    fn check(&self, output: &[T], cols: usize, reference: &[f64]) -> Result<f64, Failure> {
+        if let Some(index) = output.iter().position(|value| value.to_f32().is_nan()) {
+            return Err(Failure::new("verify", format!("element {index} was not written")));
+        }
+        let rows = reference.len() / cols;
+        let (head, tail) = (rows.div_ceil(2) * cols, output.len() - rows / 2 * cols);
+        let checked = output[..head].iter().chain(&output[tail..]).map(|value| f64::from(value.to_f32()));
+        let error = oracle::relative_error(checked, reference.iter().copied());
+        let rounded = reference.iter().map(|&value| f64::from(T::from_f32(value as f32).to_f32()));
+        let rounding = oracle::relative_error(rounded, reference.iter().copied());
+        let tolerance = crate::race::tolerance(self.problem.dtype, rounding);
+        if error.is_nan() || error > tolerance {
+            return Err(Failure::new("verify", format!("relative error {error:.2e} (limit {tolerance:.1e})")));
+        }
+        Ok(error)
+    }
+
     /// Time of one launch, over as many as make a sample.
     fn time(&mut self, config: &Config) -> Result<f64, Failure> {
         let launches = self.plans.get(config).map_or(1, |(_, launches)| *launches);

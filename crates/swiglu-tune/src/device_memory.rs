@@ -20,8 +20,8 @@ const POISON_PATTERN: u16 = 0x7fff;
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct OracleParams {
-    pointers: [u64; 6],
-    strides: [i64; 4],
+    pointers: [u64; 7],
+    strides: [i64; 5],
     sizes: [i32; 5],
 }
 
@@ -53,6 +53,15 @@ pub(crate) struct Support {
     gate_packed: CudaFunction,
     /// Four sums of every block of `compare`.
     partial: CudaSlice<f64>,
+}
+
+/// Something a kernel wrote: as many rows as the problem has.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct OutputMatrix {
+    pub(crate) address: u64,
+    /// Elements from row to row.
+    pub(crate) row_stride: i64,
+    pub(crate) cols: u32,
 }
 
 /// What `compare` found.
@@ -149,16 +158,24 @@ impl Support {
         Ok(broken == [0])
     }
 
-    /// The float64 oracle's output `[m, n]`.
-    pub(crate) fn oracle(&self, problem: &Problem, args: &RawForward) -> Result<CudaSlice<f64>, Failure> {
+    /// The float64 oracle's output `[m, n]` and, where the op saves them, the pre-activations `[m, 2n]`.
+    pub(crate) fn oracle(
+        &self,
+        problem: &Problem,
+        args: &RawForward,
+    ) -> Result<(CudaSlice<f64>, Option<CudaSlice<f64>>), Failure> {
         let (m, n) = (problem.m, problem.n);
         let elements = m as usize * n as usize;
-        // SAFETY: the oracle writes every element.
-        let reference = unsafe { self.stream.alloc::<f64>(elements) }.map_err(driver("allocate the reference"))?;
+        let allocate = |elements| {
+            // SAFETY: the oracle writes every element.
+            unsafe { self.stream.alloc::<f64>(elements) }.map_err(driver("allocate the reference"))
+        };
+        let reference = allocate(elements)?;
+        let saved = problem.op.saves_preactivations().then(|| allocate(2 * elements)).transpose()?;
         let int = |value: u32| i32::try_from(value).unwrap_or(i32::MAX);
         let params = OracleParams {
-            pointers: [args.x, args.gate, args.up, args.gate_bias, args.up_bias, args.z],
-            strides: [args.x_stride, args.gate_stride, args.up_stride, args.z_stride],
+            pointers: [args.x, args.gate, args.up, args.gate_bias, args.up_bias, args.z, args.preactivations],
+            strides: [args.x_stride, args.gate_stride, args.up_stride, args.z_stride, args.preactivations_stride],
             sizes: [int(m), int(n), int(problem.k), 0, 1],
         };
         let config = LaunchConfig {
@@ -167,10 +184,12 @@ impl Support {
             shared_mem_bytes: 0,
         };
         let mut launch = self.stream.launch_builder(&self.oracle_forward);
-        launch.arg(&params).arg(&reference);
-        // SAFETY: `oracle_forward(Params, double*)`; the operands hold the problem, the reference m·n doubles.
+        let saved_address = saved.as_ref().map_or(0, |saved| saved.device_ptr(&self.stream).0);
+        launch.arg(&params).arg(&reference).arg(&saved_address);
+        // SAFETY: `oracle_forward(Params, double*, double*)`; the operands hold the problem, the reference m·n doubles, the
+        // last m·2n or is null.
         unsafe { launch.launch(config) }.map_err(driver("run the oracle"))?;
-        Ok(reference)
+        Ok((reference, saved))
     }
 
     /// The unfused second half of a peer: `z = act(gate) ⊙ up` over packed `[m, 2n]` rows, N a multiple of 8.
@@ -187,19 +206,28 @@ impl Support {
         unsafe { launch.launch(config) }.map(drop).map_err(driver("launch the gate"))
     }
 
-    /// Holds z to the reference; `rms` of the reference is 0 when it is not known yet.
+    /// Holds an output to its reference; `rms` of the reference is 0 when it is not known yet.
     pub(crate) fn compare(
         &self,
         problem: &Problem,
-        args: &RawForward,
+        output: &OutputMatrix,
         reference: &CudaSlice<f64>,
         rms: f64,
     ) -> Result<Comparison, Failure> {
-        let (m, n) = (i32::try_from(problem.m).unwrap_or(i32::MAX), i32::try_from(problem.n).unwrap_or(i32::MAX));
+        let int = |size: u32| i32::try_from(size).unwrap_or(i32::MAX);
+        let (m, n) = (int(problem.m), int(output.cols));
         // One element may be off by 16 times what all may be in the mean: rounding never is, a wrong tile always.
         let limit = 16.0 * problem.dtype.tolerance();
         let mut launch = self.stream.launch_builder(&self.compare);
-        launch.arg(&args.z).arg(&args.z_stride).arg(reference).arg(&m).arg(&n).arg(&limit).arg(&rms).arg(&self.partial);
+        launch
+            .arg(&output.address)
+            .arg(&output.row_stride)
+            .arg(reference)
+            .arg(&m)
+            .arg(&n)
+            .arg(&limit)
+            .arg(&rms)
+            .arg(&self.partial);
         // SAFETY: `compare(const Element*, i64, const double*, int, int, double, double, double*)`.
         unsafe { launch.launch(grid(COMPARE_BLOCKS)) }.map_err(driver("compare"))?;
         let partial = self.stream.clone_dtoh(&self.partial).map_err(driver("read the comparison"))?;

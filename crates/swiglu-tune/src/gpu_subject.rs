@@ -1,7 +1,7 @@
 //! Candidates on a GPU: compiled side by side, verified on poisoned memory, timed over rotating buffers.
 #![allow(unsafe_code, reason = "launches kernels on the addresses of its own buffers")]
 
-use crate::device_memory::{GuardedBuffer, Support, driver};
+use crate::device_memory::{GuardedBuffer, OutputMatrix, Support, driver};
 use crate::race::{Failure, Subject};
 use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, CudaStream, sys};
 use rayon::prelude::*;
@@ -98,11 +98,12 @@ impl GpuLab {
 /// Work before the last round, in microseconds.
 const SETTLING_US: f64 = 200_000.0;
 
-/// One set of operands: x, both weights in one packed matrix, z.
+/// One set of operands: x, both weights in one packed matrix, z, what is saved beside it.
 struct BufferSet {
     x: GuardedBuffer,
     weights: GuardedBuffer,
     z: GuardedBuffer,
+    preactivations: Option<GuardedBuffer>,
 }
 
 /// Operands of one problem, in as many sets as defeat the L2 cache.
@@ -120,6 +121,7 @@ impl Arena {
         let bytes = problem.dtype.bytes();
         let (m, n, k) = (problem.m as usize, problem.n as usize, problem.k as usize);
         let sizes = [m * k, 2 * n * k, m * n].map(|elements| (elements * bytes as usize).next_multiple_of(16));
+        let saves = problem.op.saves_preactivations();
         let count = (L2_FACTOR * lab.gpu.l2_bytes / sizes.iter().sum::<usize>().max(1) + 1).clamp(2, 256);
         let mut sets = Vec::with_capacity(count);
         for index in 0..count as u64 {
@@ -127,6 +129,7 @@ impl Arena {
                 x: support.allocate(sizes[0])?,
                 weights: support.allocate(sizes[1])?,
                 z: support.allocate(sizes[2])?,
+                preactivations: saves.then(|| support.allocate(2 * sizes[2])).transpose()?,
             };
             support.fill(&set.x, bytes, seed.wrapping_add(2 * index), 1.0)?;
             // Weights of 1/sqrt(K) keep gate and up near 1, where silu bends.
@@ -162,6 +165,8 @@ impl Arena {
             up_bias: 0,
             z: set.z.address(),
             z_stride: i64::from(n),
+            preactivations: set.preactivations.as_ref().map_or(0, GuardedBuffer::address),
+            preactivations_stride: 2 * i64::from(n),
         }
     }
 
@@ -183,23 +188,34 @@ pub(crate) struct Verified {
     pub(crate) once_us: f64,
 }
 
-/// What the first set's output has to be.
-pub(crate) struct Reference {
+/// What the first set's outputs have to be.
+pub(crate) struct Reference(Vec<OutputReference>);
+
+struct OutputReference {
+    output: OutputMatrix,
     values: CudaSlice<f64>,
     rms: f64,
 }
 
 impl Arena {
-    /// The float64 oracle's output on the first set.
+    /// The float64 oracle's outputs on the first set.
     pub(crate) fn reference(&self) -> Result<Reference, Failure> {
         let args = self.args(0);
-        let values = self.support.oracle(&self.problem, &args)?;
-        let rms = self.support.compare(&self.problem, &args, &values, 0.0)?.rms;
-        Ok(Reference { values, rms })
+        let n = self.problem.n;
+        let (z, saved) = self.support.oracle(&self.problem, &args)?;
+        let z_matrix = OutputMatrix { address: args.z, row_stride: args.z_stride, cols: n };
+        let saved_matrix =
+            OutputMatrix { address: args.preactivations, row_stride: args.preactivations_stride, cols: 2 * n };
+        let outputs = std::iter::once((z_matrix, z)).chain(saved.map(|saved| (saved_matrix, saved)));
+        let reference = |(output, values)| {
+            let rms = self.support.compare(&self.problem, &output, &values, 0.0)?.rms;
+            Ok(OutputReference { output, values, rms })
+        };
+        outputs.map(reference).collect::<Result<_, Failure>>().map(Reference)
     }
 
-    /// Launches `kernel` once on a poisoned output; fails unless the error is within the format's tolerance and nothing
-    /// outside of z was written.
+    /// Launches `kernel` once on poisoned outputs; fails unless every error is within the format's tolerance and nothing
+    /// outside of the outputs was written. The error told is the largest.
     pub(crate) fn verify(
         &self,
         lab: &GpuLab,
@@ -209,19 +225,29 @@ impl Arena {
     ) -> Result<Verified, Failure> {
         let Self { problem, support, sets } = self;
         let set = sets.first().ok_or_else(|| Failure::new("launch", "no buffers"))?;
-        support.poison(&set.z)?;
+        for output in std::iter::once(&set.z).chain(&set.preactivations) {
+            support.poison(output)?;
+        }
         let once_us = stopwatch.time(|| self.launch(lab, kernel, 0))?;
-        let found = support.compare(problem, &self.args(0), &reference.values, reference.rms)?;
-        let tolerance = crate::race::tolerance(problem.dtype, found.rounding);
-        if found.wrong > 0.0 || found.error.is_nan() || found.error > tolerance {
-            let reason =
-                format!("{} wrong elements, relative error {:.2e} (limit {tolerance:.1e})", found.wrong, found.error);
-            return Err(Failure::new("verify", reason));
+        let mut error = 0.0f64;
+        for OutputReference { output, values, rms } in &reference.0 {
+            let found = support.compare(problem, output, values, *rms)?;
+            let tolerance = crate::race::tolerance(problem.dtype, found.rounding);
+            if found.wrong > 0.0 || found.error.is_nan() || found.error > tolerance {
+                let reason = format!(
+                    "{} wrong elements, relative error {:.2e} (limit {tolerance:.1e})",
+                    found.wrong, found.error
+                );
+                return Err(Failure::new("verify", reason));
+            }
+            error = error.max(found.error);
         }
-        if !support.guards_intact(&[&set.x, &set.weights, &set.z])? {
-            return Err(Failure::new("verify", "wrote outside of z"));
+        let buffers: Vec<&GuardedBuffer> =
+            [&set.x, &set.weights, &set.z].into_iter().chain(&set.preactivations).collect();
+        if !support.guards_intact(&buffers)? {
+            return Err(Failure::new("verify", "wrote outside of its outputs"));
         }
-        Ok(Verified { error: found.error, once_us })
+        Ok(Verified { error, once_us })
     }
 }
 

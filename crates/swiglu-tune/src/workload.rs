@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use std::collections::BTreeSet;
 use std::path::Path;
-use swiglu_kernels::{DType, Problem, WeightLayout};
+use swiglu_kernels::{DType, Op, Problem, WeightLayout};
 
 /// The values of M that are tuned when none are given.
 pub(crate) const ANCHORS: [u32; 14] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192];
@@ -12,6 +12,7 @@ pub(crate) const ANCHORS: [u32; 14] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 10
 /// Problems that differ in M only.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Group {
+    pub(crate) op: Op,
     pub(crate) dtype: DType,
     pub(crate) layout: WeightLayout,
     pub(crate) n: u32,
@@ -23,7 +24,7 @@ pub(crate) struct Group {
 impl Group {
     /// The problem for `m` tokens.
     pub(crate) fn problem(&self, m: u32) -> Problem {
-        Problem::forward(self.dtype, self.layout.major(), m, self.n, self.k)
+        Problem::forward(self.dtype, self.layout.major(), m, self.n, self.k).with_op(self.op)
     }
 }
 
@@ -112,7 +113,12 @@ pub(crate) fn from_file(path: &Path, dtypes: &[DType], layouts: &[WeightLayout])
 
 fn group(n: u32, k: u32, m: Option<&[u32]>, dtype: DType, layout: WeightLayout) -> Group {
     let m: BTreeSet<u32> = m.unwrap_or(&ANCHORS).iter().copied().collect();
-    Group { dtype, layout, n, k, m: m.into_iter().collect() }
+    Group { op: Op::Forward, dtype, layout, n, k, m: m.into_iter().collect() }
+}
+
+/// The groups for each of `ops`, in their order.
+pub(crate) fn for_ops(groups: &[Group], ops: &[Op]) -> Vec<Group> {
+    ops.iter().flat_map(|&op| groups.iter().map(move |group| Group { op, ..group.clone() })).collect()
 }
 
 /// Keeps the first of equal groups: layouts with one weight order are one problem.

@@ -28,6 +28,17 @@ __device__ __forceinline__ u32 round_to_tf32(u32 bits) {
     return result;
 }
 
+// Cuts fp32 numbers in two without loss: `high` keeps 11 significant bits, what tf32 holds; of the other 13 bits in `low`
+// the tensor cores take the upper 11.
+__device__ __forceinline__ void split_tf32(u32 (&high)[4], u32 (&low)[4]) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+        const float value = __uint_as_float(high[r]);
+        high[r] &= 0xffffe000u;
+        low[r] = __float_as_uint(value - __uint_as_float(high[r]));
+    }
+}
+
 // acc[16x8] += a[16xK] b[Kx8], K = 16 for f16 and bf16, 8 for tf32.
 template <DType kType> __device__ __forceinline__ void mma_sync(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     if constexpr (kType == DType::bf16) {

@@ -117,7 +117,6 @@ impl MmaSyncConfig {
             format!("{sizes:?}")
         })?;
         ensure(arch.has_cp_async, "mma_sync needs compute capability 8.0", || format!("{arch} has none"))?;
-        ensure(problem.dtype != DType::F32, "tensor cores multiply fp16, bf16 or tf32", || "f32 asked for".into())?;
         let bytes = problem.dtype.bytes();
         let row_bytes = [block_k * bytes, block_n * bytes];
         ensure(row_bytes[0] == 64 || row_bytes[0] == 128, "a K row of a tile is 64 or 128 bytes", || {
@@ -150,8 +149,13 @@ impl MmaSyncConfig {
         }
         check_block(&self.launch_shape(problem.dtype), problem, arch)?;
         let accumulators = 2 * (block_m / warps_m) * (block_n / warps_n) / 32;
-        // Rounding to tf32 keeps both the loaded and the rounded fragments alive.
-        let overhead = if problem.dtype == DType::Tf32 { 136 } else { 64 };
+        let overhead = match problem.dtype {
+            DType::F16 | DType::Bf16 => 64,
+            // Rounding keeps both the loaded and the rounded fragments alive.
+            DType::Tf32 => 136,
+            // Both parts of the fragments, and the sums of a step.
+            DType::F32 => 150,
+        };
         check_registers(accumulators, overhead, self.threads(), arch)
     }
 
@@ -165,8 +169,8 @@ impl MmaSyncConfig {
             format!("{}x{}", self.block_m, self.block_n)
         })?;
         let n_major = problem.weight_major == WeightMajor::N;
-        ensure(!n_major || problem.dtype != DType::Tf32, "no swizzle of the copy engine suits n_major tf32", || {
-            "tf32 asked for".into()
+        ensure(!n_major || problem.dtype.bytes() == 2, "no swizzle of the copy engine suits n_major words", || {
+            format!("{} asked for", problem.dtype)
         })?;
         let warp_bytes = self.block_n / self.warps_n * problem.dtype.bytes();
         ensure(!n_major || warp_bytes <= 128, "a warp's columns lie in one swizzle row", || {
