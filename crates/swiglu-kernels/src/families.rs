@@ -3,6 +3,7 @@
 //! A family is named after its mechanism, not after a chip; the chip is data in [`ArchSpec`].
 
 pub mod cpu;
+pub mod mma_direct;
 pub mod mma_sync;
 pub mod simt;
 pub mod wgmma_tma;
@@ -14,6 +15,7 @@ use std::fmt;
 use std::str::FromStr;
 
 pub use cpu::CpuConfig;
+pub use mma_direct::MmaDirectConfig;
 pub use mma_sync::{MmaSyncConfig, Staging};
 pub use simt::SimtConfig;
 pub use wgmma_tma::{Schedule, WgmmaTmaConfig};
@@ -36,6 +38,8 @@ pub enum Target {
 pub enum Family {
     /// fp32 FMA on any GPU.
     Simt,
+    /// `mma.sync` on weights that go straight from memory into registers, compute capability 8.0 and later.
+    MmaDirect,
     /// `ldmatrix` + `mma.sync` tensor cores, compute capability 8.0 and later.
     MmaSync,
     /// TMA + warp-specialised `wgmma`, compute capability 9.0.
@@ -44,11 +48,11 @@ pub enum Family {
     Cpu,
 }
 
-names!(Family, "family", Family::Simt => "simt", Family::MmaSync => "mma_sync", Family::WgmmaTma => "wgmma_tma", Family::Cpu => "cpu");
+names!(Family, "family", Family::Simt => "simt", Family::MmaDirect => "mma_direct", Family::MmaSync => "mma_sync", Family::WgmmaTma => "wgmma_tma", Family::Cpu => "cpu");
 
 impl Family {
     /// Families that are CUDA source.
-    pub const GPU: [Self; 3] = [Self::Simt, Self::MmaSync, Self::WgmmaTma];
+    pub const GPU: [Self; 4] = [Self::Simt, Self::MmaDirect, Self::MmaSync, Self::WgmmaTma];
 }
 
 /// One point of a tuning space. Stored whole in records, never as an index.
@@ -57,6 +61,8 @@ impl Family {
 pub enum Config {
     /// See [`simt`].
     Simt(SimtConfig),
+    /// See [`mma_direct`].
+    MmaDirect(MmaDirectConfig),
     /// See [`mma_sync`].
     MmaSync(MmaSyncConfig),
     /// See [`wgmma_tma`].
@@ -123,6 +129,7 @@ impl Config {
     pub const fn family(&self) -> Family {
         match self {
             Self::Simt(_) => Family::Simt,
+            Self::MmaDirect(_) => Family::MmaDirect,
             Self::MmaSync(_) => Family::MmaSync,
             Self::WgmmaTma(_) => Family::WgmmaTma,
             Self::Cpu(_) => Family::Cpu,
@@ -136,10 +143,11 @@ impl Config {
     pub fn check(&self, problem: &Problem, target: Target) -> Result<(), Rejected> {
         match (self, target) {
             (Self::Simt(config), Target::Gpu(arch)) => config.check(problem, arch),
+            (Self::MmaDirect(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::MmaSync(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::WgmmaTma(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::Cpu(config), Target::Cpu { threads }) => config.check(problem, threads),
-            (Self::Simt(_) | Self::MmaSync(_) | Self::WgmmaTma(_), Target::Cpu { .. }) => {
+            (Self::Simt(_) | Self::MmaDirect(_) | Self::MmaSync(_) | Self::WgmmaTma(_), Target::Cpu { .. }) => {
                 ensure(false, "the family runs on this kind of device", || format!("`{}` needs a GPU", self.family()))
             }
             (Self::Cpu(_), Target::Gpu(_)) => {
@@ -152,6 +160,7 @@ impl Config {
     pub fn launch_shape(&self, problem: &Problem) -> Option<LaunchShape> {
         match self {
             Self::Simt(config) => Some(config.launch_shape(problem.dtype)),
+            Self::MmaDirect(config) => Some(config.launch_shape()),
             Self::MmaSync(config) => Some(config.launch_shape(problem.dtype)),
             Self::WgmmaTma(config) => Some(config.launch_shape()),
             Self::Cpu(_) => None,
@@ -163,6 +172,7 @@ impl fmt::Display for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Simt(config) => config.fmt(f),
+            Self::MmaDirect(config) => config.fmt(f),
             Self::MmaSync(config) => config.fmt(f),
             Self::WgmmaTma(config) => config.fmt(f),
             Self::Cpu(config) => config.fmt(f),
@@ -175,9 +185,10 @@ pub fn space(problem: &Problem, target: Target) -> Vec<Config> {
     match target {
         Target::Gpu(_) => {
             let simt = simt::space(problem).map(Config::Simt);
+            let mma_direct = mma_direct::space(problem).map(Config::MmaDirect);
             let mma_sync = mma_sync::space(problem).map(Config::MmaSync);
             let wgmma_tma = wgmma_tma::space(problem).map(Config::WgmmaTma);
-            simt.chain(mma_sync).chain(wgmma_tma).collect()
+            simt.chain(mma_direct).chain(mma_sync).chain(wgmma_tma).collect()
         }
         Target::Cpu { threads } => cpu::space(threads).map(Config::Cpu).collect(),
     }
@@ -213,6 +224,7 @@ pub fn default_of(family: Family, problem: &Problem, arch: &'static ArchSpec) ->
     let target = Target::Gpu(arch);
     let preferred: Vec<Config> = match family {
         Family::Simt => simt::defaults(problem).map(Config::Simt).to_vec(),
+        Family::MmaDirect => mma_direct::defaults(problem).map(Config::MmaDirect).to_vec(),
         Family::MmaSync => mma_sync::defaults(problem).into_iter().map(Config::MmaSync).collect(),
         Family::WgmmaTma => wgmma_tma::defaults(problem).map(Config::WgmmaTma).to_vec(),
         Family::Cpu => Vec::new(),

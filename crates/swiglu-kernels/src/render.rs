@@ -66,15 +66,16 @@ macro_rules! template {
     };
 }
 
-const TEMPLATES: [(&str, &str); 5] = [
+const TEMPLATES: [(&str, &str); 6] = [
     template!("simt/kernel.cu.tera"),
+    template!("mma_direct/kernel.cu.tera"),
     template!("mma_sync/cp_async.cu.tera"),
     template!("mma_sync/tma.cu.tera"),
     template!("wgmma_tma/kernel.cu.tera"),
     template!("support/kernels.cu.tera"),
 ];
 
-const HEADERS: [(&str, &str); 15] = [
+const HEADERS: [(&str, &str); 16] = [
     template!("shared/types.cuh"),
     template!("shared/activation.cuh"),
     template!("shared/params.cuh"),
@@ -84,6 +85,7 @@ const HEADERS: [(&str, &str); 15] = [
     template!("shared/ptx/smem.cuh"),
     template!("shared/ptx/grid.cuh"),
     template!("shared/ptx/relaxed.cuh"),
+    template!("shared/ptx/stream.cuh"),
     template!("shared/ptx/cp_async.cuh"),
     template!("shared/ptx/hopper.cuh"),
     template!("shared/ptx/mbarrier.cuh"),
@@ -170,6 +172,7 @@ pub fn render_support(problem: &Problem) -> Result<KernelSource, RenderError> {
 fn template_of(config: &Config) -> Result<&'static str, RenderError> {
     match config {
         Config::Simt(_) => Ok("simt/kernel.cu.tera"),
+        Config::MmaDirect(_) => Ok("mma_direct/kernel.cu.tera"),
         Config::MmaSync(config) => match config.staging {
             Staging::CpAsync => Ok("mma_sync/cp_async.cu.tera"),
             Staging::Tma => Ok("mma_sync/tma.cu.tera"),
@@ -189,6 +192,7 @@ fn insert_problem(context: &mut Context, problem: &Problem) {
 fn context(problem: &Problem, config: &Config, template: &'static str) -> Result<Context, RenderError> {
     let fields = match config {
         Config::Simt(config) => Context::from_serialize(config),
+        Config::MmaDirect(config) => Context::from_serialize(config),
         Config::MmaSync(config) => Context::from_serialize(config),
         Config::WgmmaTma(config) => Context::from_serialize(config),
         Config::Cpu(_) => return Err(RenderError::NoSource),

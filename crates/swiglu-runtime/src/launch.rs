@@ -130,7 +130,7 @@ pub unsafe fn forward(kernel: &Kernel, stream: sys::CUstream, args: &RawForward)
             // SAFETY: the kernel takes three tensor maps and a `Params` by value, all alive here; addresses by contract.
             unsafe { launch(kernel, stream, args.m, &mut [x, gate, up, params]) }
         }
-        Config::Simt(_) | Config::MmaSync(_) | Config::Cpu(_) => {
+        Config::Simt(_) | Config::MmaDirect(_) | Config::MmaSync(_) | Config::Cpu(_) => {
             // SAFETY: the kernel takes one `Params` by value, alive here; addresses by contract.
             unsafe { launch(kernel, stream, args.m, &mut [params]) }
         }

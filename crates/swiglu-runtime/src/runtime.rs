@@ -227,7 +227,7 @@ impl CpuRuntime {
             .into_iter()
             .filter_map(|(anchor, record, _)| match record.config {
                 Config::Cpu(config) => Some((anchor, config)),
-                Config::Simt(_) | Config::MmaSync(_) | Config::WgmmaTma(_) => None,
+                Config::Simt(_) | Config::MmaDirect(_) | Config::MmaSync(_) | Config::WgmmaTma(_) => None,
             })
             .collect();
         Ok(CpuPlan::new(*spec, &entries)?)

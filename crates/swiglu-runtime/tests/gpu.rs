@@ -255,6 +255,23 @@ fn a_seeded_sample_of_every_space_matches_the_oracle() {
 
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
+fn few_tokens_match_the_oracle_in_every_config_that_is_made_for_them() {
+    let gpu = gpu();
+    let arch = gpu.runtime.gpu().arch;
+    for layout in [WeightLayout::SeparateNk, WeightLayout::PackedKn] {
+        let spec = spec(DType::Bf16, layout, 200, 776);
+        let all = candidates(&spec.problem(1), Target::Gpu(arch)).into_iter();
+        for config in all.filter(|config| config.family() == Family::MmaDirect) {
+            let plan = gpu.runtime.prepare_config(&spec, config).unwrap();
+            for (m, gap) in [(1, 0), (7, 8), (33, 0)] {
+                Case::<bf16>::new(spec, m, gap, m == 7, 13).check(&gpu, &plan, &config.to_string());
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
 fn the_seeds_shapes_are_right_in_every_layout_and_format() {
     let gpu = gpu();
     for_dtypes!(|dtype, T| {

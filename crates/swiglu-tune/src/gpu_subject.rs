@@ -410,7 +410,7 @@ impl GpuSubject<'_> {
     fn lower_bound_us(&self, config: &Config) -> f64 {
         match config.family() {
             Family::Simt => self.arena.problem.flops() / self.lab.gpu.peak_fma_flops * 1e6,
-            Family::MmaSync | Family::WgmmaTma | Family::Cpu => 0.0,
+            Family::MmaDirect | Family::MmaSync | Family::WgmmaTma | Family::Cpu => 0.0,
         }
     }
 

@@ -1,0 +1,21 @@
+// Reads of memory that is used once: past L1, first to leave L2 (sm_80).
+
+struct StreamPolicy {
+    u64 bits;
+
+    __device__ __forceinline__ StreamPolicy() {
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(bits));
+    }
+};
+
+// Sixteen bytes.
+__device__ __forceinline__ void load_stream(u32 (&out)[4], const void* gmem, const StreamPolicy& policy) {
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "l"(gmem), "l"(policy.bits));
+}
+
+// Brings the line into L2, where every write goes too: allowed before grid_dependency_wait.
+__device__ __forceinline__ void prefetch_l2(const void* gmem) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(gmem) : "memory");
+}
