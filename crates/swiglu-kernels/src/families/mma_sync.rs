@@ -143,6 +143,12 @@ impl MmaSyncConfig {
             "access_bytes is 2, 4, 8 or 16",
             || format!("access_bytes {access_bytes}"),
         )?;
+        // The addresses of narrow copies and both parts of the fragments do not fit in registers together.
+        ensure(
+            problem.dtype != DType::F32 || access_bytes == MAX_ACCESS_BYTES,
+            "f32 in two parts copies 16 bytes",
+            || format!("access_bytes {access_bytes}"),
+        )?;
         check_fast_silu(self.fast_silu, problem)?;
         if staging == Staging::Tma {
             self.check_tma(problem, arch)?;
