@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ._gate import check_packed, check_pair, gate_op, gate_packed_op
 from ._op import forward_op, reference, run
-from ._operands import LAYOUTS, bad_value, check
+from ._operands import GATE_ORDERS, LAYOUTS, bad_value, check
 
 __all__ = ["forward", "split_packed", "swiglu_fused", "swiglu_torch"]
 
@@ -57,12 +58,11 @@ def forward(
         bad_value(
             "layout", f"is {layout!r}, expected 'separate_nk' or 'separate_kn'; split_packed() takes packed weights"
         )
-    if not torch.compiler.is_compiling():
-        if _is_transformed():
-            check(x, gate, up, gate_bias, up_bias)
-            return reference(x, gate, up, gate_bias, up_bias)
-        if _is_plain_call(x, gate, up, gate_bias, up_bias):
-            return run(x, gate, up, gate_bias, up_bias)
+    if _is_transformed_eagerly():
+        check(x, gate, up, gate_bias, up_bias)
+        return reference(x, gate, up, gate_bias, up_bias)
+    if not torch.compiler.is_compiling() and _is_plain_call(x, gate, up, gate_bias, up_bias):
+        return run(x, gate, up, gate_bias, up_bias)
     return forward_op(x, gate, up, gate_bias, up_bias)
 
 
@@ -84,19 +84,17 @@ def split_packed(weight: Tensor, *, layout: str, gate_order: str = "gate_first")
     """
     if layout not in LAYOUTS[2:]:
         bad_value("layout", f"is {layout!r}, expected 'packed_nk' or 'packed_kn'")
-    if gate_order not in ("gate_first", "up_first"):
-        bad_value("gate_order", f"is {gate_order!r}, expected 'gate_first' or 'up_first'")
+    _check_order(gate_order)
     packed = weight if layout == "packed_nk" else _transposed("weight", weight)
     if packed.dim() != 2 or packed.shape[0] % 2:
         expected = "[2N, K]" if layout == "packed_nk" else "[K, 2N]"
         bad_value("weight", f"has shape {list(weight.shape)}, expected {expected}")
-    half = packed.shape[0] // 2
-    first, second = packed[:half], packed[half:]
+    first, second = packed.chunk(2)
     return (first, second) if gate_order == "gate_first" else (second, first)
 
 
 def swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up``, elementwise, in torch's own operations.
+    """``silu(gate) * up``, elementwise, in torch's own operations: what :func:`swiglu_fused` is held to.
 
     >>> import torch, swiglu
     >>> swiglu.swiglu_torch(torch.zeros(2), torch.ones(2))
@@ -105,18 +103,45 @@ def swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def swiglu_fused(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up`` of two tensors of one shape; gradients flow to both.
+def swiglu_fused(gate: Tensor, up: Tensor | None = None, *, gate_order: str = "gate_first") -> Tensor:
+    """``silu(gate) * up``, elementwise, of two tensors or of the two halves of one; gradients flow to both.
 
-    A name that code already calls. It is torch's own operations, as :func:`swiglu_torch`: to fuse, hand the GEMMs'
-    weights to :func:`forward`.
+    Args:
+        gate: ``[..., N]``, any shape and strides; without ``up`` both halves side by side, ``[..., 2N]``.
+        up: of the same shape.
+        gate_order: which half is the gate, ``"gate_first"`` or ``"up_first"``; only matters without ``up``.
+
+    Computed in float32 and rounded once (float64 of float64). Prefer :func:`forward` where the GEMMs before it are
+    yours too: it needs no intermediate tensor.
 
     Raises:
-        ValueError: the shapes differ.
+        TypeError: a number format is not bfloat16, float16, float32 or float64, or they differ.
+        ValueError: the shapes or devices differ, or the last dimension is odd; the message names the argument.
+
+    >>> import torch, swiglu
+    >>> gate, up = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    >>> z = swiglu.swiglu_fused(gate, up)
+    >>> torch.equal(z, swiglu.swiglu_fused(torch.cat([up, gate], -1), gate_order="up_first"))
+    True
     """
-    if up.shape != gate.shape:
-        bad_value("up", f"has shape {list(up.shape)}, expected {list(gate.shape)} as `gate`")
-    return swiglu_torch(gate, up)
+    _check_order(gate_order)
+    if _is_transformed_eagerly():
+        if up is None:
+            check_packed(gate)
+            first, second = gate.chunk(2, -1)
+            gate, up = (first, second) if gate_order == "gate_first" else (second, first)
+        check_pair(gate, up)
+        return swiglu_torch(gate, up)
+    return gate_packed_op(gate, gate_order == "up_first") if up is None else gate_op(gate, up)
+
+
+def _check_order(gate_order: str) -> None:
+    if gate_order not in GATE_ORDERS:
+        bad_value("gate_order", f"is {gate_order!r}, expected 'gate_first' or 'up_first'")
+
+
+def _is_transformed_eagerly() -> bool:
+    return not torch.compiler.is_compiling() and _is_transformed()
 
 
 def _is_transformed() -> bool:
