@@ -12,9 +12,7 @@ from ._op import projection_gradients, run
 from ._operands import bad_type, bad_value, check, check_bias
 
 _NAMES = ("w_gate", "w_up", "b_gate", "b_up")
-_OPERANDS = (
-    "Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? b_gate, Tensor? b_up, Tensor? b_down"  # fmt: skip
-)
+_OPERANDS = "Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? b_gate, Tensor? b_up, Tensor? b_down"
 
 
 def check_ffn(
@@ -29,9 +27,7 @@ def check_ffn(
     """Raises TypeError (number format) or ValueError (shape, device) with the argument's name."""
     check(x, w_gate, w_up, b_gate, b_up, _NAMES)
     if w_down.dim() != 2 or w_down.shape[1] != w_gate.shape[0]:
-        bad_value(
-            "w_down", f"has shape {list(w_down.shape)}, expected [..., {w_gate.shape[0]}] as `w_gate` has rows"
-        )
+        bad_value("w_down", f"has shape {list(w_down.shape)}, expected [out, {w_gate.shape[0]}]: one column a row of `w_gate`")
     if w_down.dtype != x.dtype:
         bad_type("w_down", f"is {w_down.dtype}, expected {x.dtype} as `x`")
     if w_down.device != x.device:
@@ -71,7 +67,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _setup_context_saving(ctx, inputs, output):
-    # b_gate and b_up are only needed to compute g and u again.
+    ctx.set_materialize_grads(False)  # g and u are not asked for by anyone: no zeros for them
     x, w_gate, w_up, w_down = inputs[:4]
     ctx.save_for_backward(x, w_gate, w_up, w_down, *output[1:])
 
@@ -83,7 +79,10 @@ def _backward(ctx, dy):
 
 
 def _backward_saving(ctx, dy, grad_g, grad_u):
-    return _gradients(*ctx.saved_tensors, dy, ctx.needs_input_grad, grad_g, grad_u)
+    saved = ctx.saved_tensors  # once: checkpointing refuses a second time
+    if dy is None:
+        dy = saved[0].new_zeros((*saved[0].shape[:-1], saved[3].shape[0]))
+    return _gradients(*saved, dy, ctx.needs_input_grad, grad_g, grad_u)
 
 
 def _gradients(x, w_gate, w_up, w_down, g, u, dy, needs, grad_g=None, grad_u=None):
@@ -103,19 +102,7 @@ def _gradients(x, w_gate, w_up, w_down, g, u, dy, needs, grad_g=None, grad_u=Non
     return dx, d_gate, d_up, d_down, d_gate_bias, d_up_bias, d_down_bias
 
 
-def _without_zeros(setup):
-    """Absent gradients stay None: nobody asks for those of the saved pre-activations but torch's own checks."""
-
-    def wrapped(ctx, inputs, output):
-        ctx.set_materialize_grads(False)
-        setup(ctx, inputs, output)
-
-    return wrapped
-
-
 torch.library.register_autograd("swiglu::ffn", _backward, setup_context=_setup_context, lib=lib)
-torch.library.register_autograd(
-    "swiglu::ffn_saving", _backward_saving, setup_context=_without_zeros(_setup_context_saving), lib=lib
-)
+torch.library.register_autograd("swiglu::ffn_saving", _backward_saving, setup_context=_setup_context_saving, lib=lib)
 register_autocast(ffn_op, autocast_dtype)
 register_autocast(ffn_saving_op, autocast_dtype)

@@ -7,11 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ._ffn import check_ffn, ffn_op, ffn_saving_op
 from ._gate import check_packed, check_pair, gate_op, gate_packed_op
 from ._op import forward_op, reference, run
-from ._operands import GATE_ORDERS, LAYOUTS, bad_value, check
+from ._operands import GATE_ORDERS, LAYOUTS, bad_value, check, check_choice
 
-__all__ = ["forward", "split_packed", "swiglu_fused", "swiglu_torch"]
+__all__ = ["forward", "split_packed", "swiglu_ffn", "swiglu_fused", "swiglu_torch"]
+
+SAVE = ("preactivations", "nothing")
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
@@ -66,6 +69,52 @@ def forward(
     return forward_op(x, gate, up, gate_bias, up_bias)
 
 
+def swiglu_ffn(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    *,
+    save: str = "preactivations",
+) -> Tensor:
+    """The feed-forward block ``forward(x, w_gate, w_up, b_gate, b_up) @ w_down.T + b_down``; ``[..., out]``.
+
+    Args:
+        x: ``[..., K]``, any leading dimensions; bfloat16, float16, float32 or float64.
+        w_gate, w_up: ``[N, K]``, as ``nn.Linear.weight``; views of one packed weight by :func:`split_packed`.
+        w_down: ``[out, N]``.
+        b_gate, b_up: ``[N]``, if any.
+        b_down: ``[out]``, if any.
+        save: what is kept for the backward besides the operands. ``"preactivations"``: ``x @ w_gate.T`` and
+            ``x @ w_up.T``, 2 N numbers a token, computed by torch's GEMMs. ``"nothing"``: the forward is the fused
+            kernel and the backward computes both again, two GEMMs more.
+
+    Without gradients to record it is the fused kernel and one GEMM, whatever ``save`` says.
+
+    Raises:
+        TypeError: a number format is not supported or differs from ``x``'s.
+        ValueError: a shape, device or ``save`` does not fit; the message names the argument.
+        RuntimeError: the GPU, its driver or NVRTC cannot be used.
+
+    >>> import torch, swiglu
+    >>> x, w_gate, w_up, w_down = torch.ones(2, 3, 4), torch.ones(8, 4), torch.ones(8, 4), torch.ones(4, 8)
+    >>> swiglu.swiglu_ffn(x, w_gate, w_up, w_down).shape
+    torch.Size([2, 3, 4])
+    """
+    check_choice("save", save, SAVE)
+    operands = (x, w_gate, w_up, w_down, b_gate, b_up, b_down)
+    if _is_transformed_eagerly():
+        check_ffn(*operands)
+        return F.linear(reference(x, w_gate, w_up, b_gate, b_up), w_down, b_down)
+    recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    if recording and save == "preactivations":
+        return ffn_saving_op(*operands)[0]
+    return ffn_op(*operands)
+
+
 def split_packed(weight: Tensor, *, layout: str, gate_order: str = "gate_first") -> tuple[Tensor, Tensor]:
     """The gate and up ``[N, K]`` of one packed weight, as views: ``forward(x, *split_packed(w, layout=...))``.
 
@@ -82,9 +131,8 @@ def split_packed(weight: Tensor, *, layout: str, gate_order: str = "gate_first")
     >>> gate.shape, up.shape
     (torch.Size([8, 4]), torch.Size([8, 4]))
     """
-    if layout not in LAYOUTS[2:]:
-        bad_value("layout", f"is {layout!r}, expected 'packed_nk' or 'packed_kn'")
-    _check_order(gate_order)
+    check_choice("layout", layout, LAYOUTS[2:])
+    check_choice("gate_order", gate_order, GATE_ORDERS)
     packed = weight if layout == "packed_nk" else _transposed("weight", weight)
     if packed.dim() != 2 or packed.shape[0] % 2:
         expected = "[2N, K]" if layout == "packed_nk" else "[K, 2N]"
@@ -124,7 +172,7 @@ def swiglu_fused(gate: Tensor, up: Tensor | None = None, *, gate_order: str = "g
     >>> torch.equal(z, swiglu.swiglu_fused(torch.cat([up, gate], -1), gate_order="up_first"))
     True
     """
-    _check_order(gate_order)
+    check_choice("gate_order", gate_order, GATE_ORDERS)
     if _is_transformed_eagerly():
         if up is None:
             check_packed(gate)
@@ -133,11 +181,6 @@ def swiglu_fused(gate: Tensor, up: Tensor | None = None, *, gate_order: str = "g
         check_pair(gate, up)
         return swiglu_torch(gate, up)
     return gate_packed_op(gate, gate_order == "up_first") if up is None else gate_op(gate, up)
-
-
-def _check_order(gate_order: str) -> None:
-    if gate_order not in GATE_ORDERS:
-        bad_value("gate_order", f"is {gate_order!r}, expected 'gate_first' or 'up_first'")
 
 
 def _is_transformed_eagerly() -> bool:

@@ -21,6 +21,12 @@ def bad_type(argument: str, reason: str) -> NoReturn:
     raise TypeError(f"argument `{argument}`: {reason}")
 
 
+def check_choice(argument: str, word: str, words: tuple[str, ...]) -> None:
+    """Raises ValueError for a word that is none of ``words``."""
+    if word not in words:
+        bad_value(argument, f"is {word!r}, expected {' or '.join(map(repr, words))}")
+
+
 def check_dtype(argument: str, tensor: Tensor) -> None:
     """Raises TypeError for a number format that no operation takes."""
     if tensor.dtype not in DTYPES and tensor.dtype is not torch.float64:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._operands import DTYPES, LAYOUTS, bad_type, bad_value, dtype_word, row_stride, stream_of
+from ._operands import DTYPES, LAYOUTS, bad_type, bad_value, check_choice, dtype_word, row_stride, stream_of
 
 
 class Plan:
@@ -134,8 +134,7 @@ def prepare(
     """
     if dtype not in DTYPES:
         bad_type("dtype", f"is {dtype}, expected bfloat16, float16 or float32")
-    if layout not in LAYOUTS:
-        bad_value("layout", f"is {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    check_choice("layout", layout, LAYOUTS)
     for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
         if size < 0 or size > 2**30:
             bad_value(name, f"is {size}, expected 0 to {2**30}")

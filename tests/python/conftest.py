@@ -18,8 +18,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed():
+def fresh_start():
     torch.manual_seed(0)
+    torch.compiler.reset()  # one test's graphs do not count towards another's limit
 
 
 @pytest.fixture(scope="session", autouse=True)
