@@ -110,7 +110,7 @@ class FusedSwiGLU(nn.Module):
 
 @functools.cache
 def _note_block() -> None:
-    warnings.warn("FusedSwiGLU: `block` is ignored, the tuner decides; leave it out", stacklevel=4)
+    warnings.warn("FusedSwiGLU: `block` is ignored, the tuner decides; leave it out", stacklevel=3)
 
 
 def mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module, save: str = "preactivations") -> Tensor:
