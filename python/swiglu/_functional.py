@@ -11,6 +11,7 @@ from ._ffn import check_ffn, ffn_op, ffn_saving_op
 from ._gate import check_packed, check_pair, gate_op, gate_packed_op
 from ._op import forward_op, reference, run
 from ._operands import GATE_ORDERS, LAYOUTS, bad_value, check, check_choice
+from ._sharding import prepare_for
 
 __all__ = ["forward", "split_packed", "swiglu_ffn", "swiglu_fused", "swiglu_torch"]
 
@@ -64,8 +65,10 @@ def forward(
     if _is_transformed_eagerly():
         check(x, gate, up, gate_bias, up_bias)
         return reference(x, gate, up, gate_bias, up_bias)
-    if not torch.compiler.is_compiling() and _is_plain_call(x, gate, up, gate_bias, up_bias):
-        return run(x, gate, up, gate_bias, up_bias)
+    if not torch.compiler.is_compiling():
+        if _is_plain_call(x, gate, up, gate_bias, up_bias):
+            return run(x, gate, up, gate_bias, up_bias)
+        prepare_for((x, gate, up))
     return forward_op(x, gate, up, gate_bias, up_bias)
 
 
@@ -109,6 +112,8 @@ def swiglu_ffn(
     if _is_transformed_eagerly():
         check_ffn(*operands)
         return F.linear(reference(x, w_gate, w_up, b_gate, b_up), w_down, b_down)
+    if not torch.compiler.is_compiling():
+        prepare_for(operands)
     recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     if recording and save == "preactivations":
         return ffn_saving_op(*operands)[0]
@@ -180,6 +185,8 @@ def swiglu_fused(gate: Tensor, up: Tensor | None = None, *, gate_order: str = "g
             gate, up = (first, second) if gate_order == "gate_first" else (second, first)
         check_pair(gate, up)
         return swiglu_torch(gate, up)
+    if not torch.compiler.is_compiling():
+        prepare_for((gate, up))
     return gate_packed_op(gate, gate_order == "up_first") if up is None else gate_op(gate, up)
 
 

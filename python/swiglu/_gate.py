@@ -152,7 +152,7 @@ def _fake_packed_backward(dz, gate_up, up_first):
 
 
 gate_packed_op = define("gate_packed(Tensor gate_up, bool up_first) -> Tensor", _run_packed, _fake_packed)
-_gate_packed_backward_op = define(
+gate_packed_backward_op = define(
     "gate_packed_backward(Tensor dz, Tensor gate_up, bool up_first) -> Tensor",
     _run_packed_backward,
     _fake_packed_backward,
@@ -165,7 +165,7 @@ def _save_packed(ctx, inputs, output):
 
 
 def _packed_backward(ctx, dz):
-    return _gate_packed_backward_op(dz, *ctx.saved_tensors, ctx.up_first), None
+    return gate_packed_backward_op(dz, *ctx.saved_tensors, ctx.up_first), None
 
 
 def _packed_second_backward(ctx, grad):
