@@ -27,7 +27,9 @@ def check_ffn(
     """Raises TypeError (number format) or ValueError (shape, device) with the argument's name."""
     check(x, w_gate, w_up, b_gate, b_up, _NAMES)
     if w_down.dim() != 2 or w_down.shape[1] != w_gate.shape[0]:
-        bad_value("w_down", f"has shape {list(w_down.shape)}, expected [out, {w_gate.shape[0]}]: one column a row of `w_gate`")
+        bad_value(
+            "w_down", f"has shape {list(w_down.shape)}, expected [out, {w_gate.shape[0]}]: one column a row of `w_gate`"
+        )
     if w_down.dtype != x.dtype:
         bad_type("w_down", f"is {w_down.dtype}, expected {x.dtype} as `x`")
     if w_down.device != x.device:

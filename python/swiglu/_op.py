@@ -13,21 +13,22 @@ from . import _native
 from ._gate import gradients
 from ._library import autocast_dtype, define, lib, register_autocast
 from ._operands import as_rows, as_weights, check, dtype_word, stream_of
+from ._tuning import note_untuned
 
 
-def _point_at_nvrtc() -> None:
-    """Tells the runtime of the NVRTC wheel that this Python has, the one of torch's CUDA version first."""
+def nvrtc_folder() -> Path | None:
+    """Where the NVRTC wheel lies that this Python has, the one of torch's CUDA version first."""
     spec = importlib.util.find_spec("nvidia")
     roots = [Path(root) for root in (spec.submodule_search_locations or ())] if spec else []
     folders = [root / below for root in roots for below in ("cu13/lib", "cuda_nvrtc/lib")]
     found = [folder for folder in folders if any(folder.glob("libnvrtc.so.*"))]
     major = (torch.version.cuda or "").partition(".")[0]
     found.sort(key=lambda folder: not (folder / f"libnvrtc.so.{major}").exists())
-    if found:
-        _native.set_nvrtc_folder(str(found[0]))
+    return found[0] if found else None
 
 
-_point_at_nvrtc()
+if (_folder := nvrtc_folder()) is not None:
+    _native.set_nvrtc_folder(str(_folder))
 
 
 def reference(
@@ -55,9 +56,10 @@ def run(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up
     # Kept in names until the launch: a copy must not be freed before.
     gate_bias = None if gate_bias is None else gate_bias.contiguous()
     up_bias = None if up_bias is None else up_bias.contiguous()
-    _native.forward(
+    word = dtype_word(x.dtype, device)
+    prepared_now = _native.forward(
         device,
-        dtype_word(x.dtype, device),
+        word,
         layout,
         n,
         k,
@@ -74,6 +76,8 @@ def run(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up
         z.data_ptr(),
         n,
     )
+    if prepared_now:
+        note_untuned(_native.prepare(device, word, layout, n, k), device, n, k, tokens)
     return z
 
 

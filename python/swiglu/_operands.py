@@ -49,7 +49,8 @@ def check(
         bad_value(gate_name, f"has shape {list(gate.shape)}, expected [N, K]")
     if x.dim() == 0 or x.shape[-1] != gate.shape[1]:
         bad_value(
-            "x", f"has shape {list(x.shape)}, expected [..., {gate.shape[1]}] as `{gate_name}` has {gate.shape[1]} columns"
+            "x",
+            f"has shape {list(x.shape)}, expected [..., {gate.shape[1]}] as `{gate_name}` has {gate.shape[1]} columns",
         )
     if up.shape != gate.shape:
         bad_value(up_name, f"has shape {list(up.shape)}, expected {list(gate.shape)} as `{gate_name}`")

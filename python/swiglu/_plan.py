@@ -7,6 +7,9 @@ from torch import Tensor
 
 from . import _native
 from ._operands import DTYPES, LAYOUTS, bad_type, bad_value, check_choice, dtype_word, row_stride, stream_of
+from ._tuning import note_untuned
+
+_MANY_TOKENS = 4096  # of the Ms that a plan may meet, one where tuning matters
 
 
 class Plan:
@@ -149,4 +152,5 @@ def prepare(
         device = torch.device("cuda", torch.cuda.current_device())
     index = -1 if device.index is None else device.index
     native = _native.prepare(index, dtype_word(dtype, index), layout, intermediate_size, hidden_size)
+    note_untuned(native, index, intermediate_size, hidden_size, _MANY_TOKENS)
     return Plan(native, device, dtype, layout.endswith("kn"), intermediate_size, hidden_size)

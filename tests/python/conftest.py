@@ -7,6 +7,8 @@ import torch.nn.functional as F
 # Relative error against float64, as `DType::tolerance` has it.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 3e-4, torch.bfloat16: 2e-3}
 
+torch.set_num_threads(1)  # the operands are small, and other programs may want the cores
+
 HAS_GPU = torch.cuda.is_available()
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

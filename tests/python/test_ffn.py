@@ -149,7 +149,7 @@ def test_leading_dimensions(m, save):
 
 @pytest.mark.parametrize("save", SAVE)
 def test_non_contiguous_inputs(save):
-    x, w_gate, w_up, w_down, *_ = ffn_operands((6, 5), 40, 24)
+    _, w_gate, _, w_down, *_ = ffn_operands((6, 5), 40, 24)
     strided = [
         torch.randn(6, 5, 31)[..., 3:27].transpose(0, 1),
         w_gate.t().contiguous().t(),

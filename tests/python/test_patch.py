@@ -52,16 +52,16 @@ def gradients(module, x):
 def assert_runs_ours(module, x):
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Seen(TorchDispatchMode):
-        names: set = set()
+    seen = set()
 
+    class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.names.add(func.name())
+            seen.add(func.name())
             return func(*args, **(kwargs or {}))
 
-    with Seen() as seen:
+    with Recorder():
         module(x)
-    assert any(name.startswith("swiglu::") for name in seen.names)
+    assert any(name.startswith("swiglu::") for name in seen)
 
 
 @pytest.mark.parametrize("save", ["preactivations", "nothing"])
