@@ -171,7 +171,9 @@ def test_function_transforms_and_forward_gradients():
     gate, up = pair(3, 8, dtype=torch.float64)
     per_sample = torch.func.vmap(torch.func.grad(lambda g, u: swiglu.swiglu_fused(g, u).sum()))(gate, up)
     torch.testing.assert_close(per_sample, float64(gate, up, torch.ones(3, 8))[1])
-    _, tangent = torch.func.jvp(lambda g: swiglu.swiglu_fused(torch.cat([g, up], -1)), (gate,), (torch.ones_like(gate),))
+    _, tangent = torch.func.jvp(
+        lambda g: swiglu.swiglu_fused(torch.cat([g, up], -1)), (gate,), (torch.ones_like(gate),)
+    )
     torch.testing.assert_close(tangent, per_sample)
 
 
