@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,15 @@ from ._operands import GATE_ORDERS, check_choice
 
 
 class SwiGLU(nn.Module):
-    """``w_down(silu(w_gate(x)) * w_up(x))`` with gate, up and activation in one launch.
+    """``w_down(silu(w_gate(x)) * w_up(x))``: gate, up and activation in one launch, and a GEMM.
 
     Args:
         hidden_size: K, features in and out.
         intermediate_size: N, features between.
         bias: whether the three projections have biases.
         device, dtype: of the parameters, as for ``nn.Linear``.
-        save: what is kept for the backward, ``"preactivations"`` or ``"nothing"``: see :func:`swiglu.swiglu_ffn`.
+        save: what a training step keeps for its backward, ``"preactivations"`` (faster, and torch's GEMMs) or
+            ``"nothing"`` (smaller, and the fused kernel): see :func:`swiglu.swiglu_ffn`.
 
     ``w_gate``, ``w_up`` and ``w_down`` are ``nn.Linear``, so parameters, their names and initial values are theirs.
     A projection that was replaced (LoRA, quantisation) or has hooks is called instead of fused.
@@ -115,25 +117,35 @@ def _note_block() -> None:
 
 def mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module, save: str = "preactivations") -> Tensor:
     """``down(silu(gate(x)) * up(x))``, fused as far as the three are plain ``nn.Linear``."""
-    if not (_is_plain(gate) and _is_plain(up)):
-        return down(swiglu_fused(gate(x), up(x)))
-    if not _is_plain(down):
-        return down(forward(x, gate.weight, up.weight, gate.bias, up.bias))
-    return swiglu_ffn(x, gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias, save=save)
+    if _is_plain(gate) and _is_plain(up):
+        return _fused(x, gate.weight, up.weight, gate.bias, up.bias, down, save)
+    return down(swiglu_fused(gate(x), up(x)))
 
 
 def packed_mlp(x: Tensor, gate_up: nn.Module, down: nn.Module, save: str = "preactivations") -> Tensor:
     """The same with gate and up in one projection, the gate first."""
-    if not _is_plain(gate_up):
-        return down(swiglu_fused(gate_up(x)))
-    gate, up = split_packed(gate_up.weight, layout="packed_nk")
-    gate_bias, up_bias = (None, None) if gate_up.bias is None else gate_up.bias.chunk(2)
-    if not _is_plain(down):
-        return down(forward(x, gate, up, gate_bias, up_bias))
-    return swiglu_ffn(x, gate, up, down.weight, gate_bias, up_bias, down.bias, save=save)
+    if _is_plain(gate_up):
+        gate, up = split_packed(gate_up.weight, layout="packed_nk")
+        gate_bias, up_bias = (None, None) if gate_up.bias is None else gate_up.bias.chunk(2)
+        return _fused(x, gate, up, gate_bias, up_bias, down, save)
+    return down(swiglu_fused(gate_up(x)))
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _fused(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down: nn.Module,
+    save: str,
+) -> Tensor:
+    if _is_plain(down):
+        return swiglu_ffn(x, gate, up, down.weight, gate_bias, up_bias, down.bias, save=save)
+    return down(forward(x, gate, up, gate_bias, up_bias))
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling it is nothing but F.linear with its parameters."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return type(module) is nn.Linear and not hooks and "forward" not in module.__dict__

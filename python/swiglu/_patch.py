@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,18 +97,24 @@ def patch(model: nn.Module, *, save: str = "preactivations") -> PatchReport:
 
 
 def unpatch(model: nn.Module) -> int:
-    """Gives every block that :func:`patch` replaced its own class back; returns how many."""
+    """Gives every block that :func:`patch` replaced its own class back; returns how many.
+
+    >>> import torch, swiglu
+    >>> swiglu.unpatch(torch.nn.Linear(2, 2))
+    0
+    """
     patched = [module for module in model.modules() if "_swiglu_original" in type(module).__dict__]
     for module in patched:
-        module.__class__ = module._swiglu_original
+        module.__class__ = type(module)._swiglu_original  # type: ignore[attr-defined]
     return len(patched)
 
 
 @functools.cache
 def _subclass(original: type[nn.Module], kind: _Kind, save: str) -> type[nn.Module]:
-    names = {
+    names: dict[str, Any] = {
         "__module__": __name__,
         "__reduce_ex__": _reduce,
+        "_swiglu_kind": kind.name,
         "_swiglu_original": original,
         "_swiglu_save": save,
         "forward": kind.forward,
@@ -117,12 +124,12 @@ def _subclass(original: type[nn.Module], kind: _Kind, save: str) -> type[nn.Modu
     return type(f"SwiGLU{original.__name__}", (original,), names)
 
 
-def _reduce(self: nn.Module, protocol: int):
+def _reduce(self: Any, protocol: int) -> tuple:
     """Copies and pickles by the class it had: the subclass has no name to be imported by."""
     original = self._swiglu_original
     make, arguments, *state = original.__reduce_ex__(self, protocol)
     arguments = tuple(original if argument is type(self) else argument for argument in arguments)
-    return (_remake, (_kind(self).name, self._swiglu_save, make, *arguments), *state)
+    return (_remake, (self._swiglu_kind, self._swiglu_save, make, *arguments), *state)
 
 
 def _remake(kind: str, save: str, make: Callable, *arguments) -> nn.Module:
@@ -135,30 +142,31 @@ def _remake(kind: str, save: str, make: Callable, *arguments) -> nn.Module:
 
 
 def _forward_separate(names: tuple[str, str, str]) -> Callable:
-    def forward(self, x: Tensor) -> Tensor:
-        return mlp(x, *(getattr(self, name) for name in names), save=self._swiglu_save)
+    def forward(self: Any, x: Tensor) -> Tensor:
+        gate, up, down = (getattr(self, name) for name in names)
+        return mlp(x, gate, up, down, self._swiglu_save)
 
     return forward
 
 
 def _plain_separate(names: tuple[str, str, str]) -> Callable:
-    def plain(module: nn.Module, x: Tensor) -> Tensor:
+    def plain(module: Any, x: Tensor) -> Tensor:
         gate, up, down = (getattr(module, name) for name in names)
         return down(F.silu(gate(x)) * up(x))
 
     return plain
 
 
-def _forward_packed(self, x: Tensor) -> Tensor:
+def _forward_packed(self: Any, x: Tensor) -> Tensor:
     return packed_mlp(x, self.gate_up_proj, self.down_proj, self._swiglu_save)
 
 
-def _plain_packed(module: nn.Module, x: Tensor) -> Tensor:
+def _plain_packed(module: Any, x: Tensor) -> Tensor:
     gate, up = module.gate_up_proj(x).chunk(2, -1)
     return module.down_proj(F.silu(gate) * up)
 
 
-def _forward_experts(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _forward_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """``[tokens, K]``, and for every token its experts and their weights, both ``[tokens, top_k]``."""
     if getattr(getattr(self, "config", None), "_experts_implementation", None) not in (None, "eager"):
         return self._swiglu_original.forward(self, hidden_states, top_k_index, top_k_weights)
@@ -178,17 +186,17 @@ def _apply_gate(self, gate_up: Tensor) -> Tensor:
     return swiglu_fused(gate_up)
 
 
-def _plain_experts(module: nn.Module, x: Tensor) -> Tensor:
+def _plain_experts(module: Any, x: Tensor) -> Tensor:
     gate, up = F.linear(x, module.gate_up_proj[0]).chunk(2, -1)
     return F.linear(F.silu(gate) * up, module.down_proj[0])
 
 
-def _call_experts(module: nn.Module, x: Tensor) -> Tensor:
+def _call_experts(module: Any, x: Tensor) -> Tensor:
     index = torch.zeros(len(x), 1, dtype=torch.long, device=x.device)
     return type(module).forward(module, x, index, torch.ones_like(index, dtype=x.dtype))
 
 
-def _call_block(module: nn.Module, x: Tensor) -> Tensor:
+def _call_block(module: Any, x: Tensor) -> Tensor:
     return type(module).forward(module, x)
 
 
@@ -238,7 +246,7 @@ def _is_silu(activation: Callable) -> bool:
         return False
 
 
-def _probe(module: nn.Module, kind: _Kind) -> str | None:
+def _probe(module: Any, kind: _Kind) -> str | None:
     """Two tokens through the block as it is: multipliers, clamps or another order of the halves would show."""
     weight = next(module.parameters())
     if weight.is_meta:

@@ -134,6 +134,11 @@ def prepare(
         TypeError: ``dtype`` is not supported.
         ValueError: a size, ``device`` or ``layout`` is not; the message names the argument.
         RuntimeError: the GPU, its driver or NVRTC cannot be used, or kernels do not compile.
+
+    >>> import torch, swiglu
+    >>> plan = swiglu.prepare(4, 8, dtype=torch.float32, device="cpu")
+    >>> plan(torch.ones(3, 4), torch.ones(8, 4), torch.ones(8, 4)).shape
+    torch.Size([3, 8])
     """
     if dtype not in DTYPES:
         bad_type("dtype", f"is {dtype}, expected bfloat16, float16 or float32")

@@ -14,6 +14,17 @@ from ._functional import swiglu_fused
 from ._module import mlp, packed_mlp
 from ._operands import bad_value
 
+__all__ = [
+    "BlockSparseTop2MLP",
+    "LigerBlockSparseTop2MLP",
+    "LigerPhi3SwiGLUMLP",
+    "LigerSiLUMulFunction",
+    "LigerSwiGLUMLP",
+    "Phi3SwiGLUMLP",
+    "SiLUMulFunction",
+    "SwiGLUMLP",
+]
+
 
 class SiLUMulFunction:
     """``SiLUMulFunction.apply(a, b)``: ``silu(a) * b``.
@@ -42,9 +53,6 @@ class _ConfiguredMLP(nn.Module):
         self.hidden_size = config.hidden_size
         self.intermediate_size = config.intermediate_size if intermediate_size is None else intermediate_size
 
-    def _linear(self, inputs: int, outputs: int) -> nn.Linear:
-        return nn.Linear(inputs, outputs, bias=False)
-
 
 class SwiGLUMLP(_ConfiguredMLP):
     """``down_proj(silu(gate_proj(x)) * up_proj(x))``, as Llama, Mistral and Qwen have it; no biases.
@@ -61,34 +69,50 @@ class SwiGLUMLP(_ConfiguredMLP):
 
     def __init__(self, config: Any, intermediate_size: int | None = None) -> None:
         super().__init__(config, intermediate_size)
-        self.gate_proj = self._linear(self.hidden_size, self.intermediate_size)
-        self.up_proj = self._linear(self.hidden_size, self.intermediate_size)
-        self.down_proj = self._linear(self.intermediate_size, self.hidden_size)
+        self.gate_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(self.intermediate_size, self.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return mlp(x, self.gate_proj, self.up_proj, self.down_proj)
 
 
 class Phi3SwiGLUMLP(_ConfiguredMLP):
-    """The same with gate and up in one ``gate_up_proj``, the gate first, as Phi-3 has it."""
+    """The same with gate and up in one ``gate_up_proj``, the gate first, as Phi-3 has it.
+
+    >>> import torch
+    >>> from types import SimpleNamespace
+    >>> from swiglu.liger import LigerPhi3SwiGLUMLP
+    >>> config = SimpleNamespace(hidden_size=16, intermediate_size=32, hidden_act="silu")
+    >>> LigerPhi3SwiGLUMLP(config)(torch.ones(2, 3, 16)).shape
+    torch.Size([2, 3, 16])
+    """
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.gate_up_proj = self._linear(self.hidden_size, 2 * self.intermediate_size)
-        self.down_proj = self._linear(self.intermediate_size, self.hidden_size)
+        self.gate_up_proj = nn.Linear(self.hidden_size, 2 * self.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(self.intermediate_size, self.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return packed_mlp(x, self.gate_up_proj, self.down_proj)
 
 
 class BlockSparseTop2MLP(_ConfiguredMLP):
-    """One expert as Mixtral had it in transformers 4: ``w2(silu(w1(x)) * w3(x))``."""
+    """One expert as Mixtral had it in transformers 4: ``w2(silu(w1(x)) * w3(x))``.
+
+    >>> import torch
+    >>> from types import SimpleNamespace
+    >>> from swiglu.liger import LigerBlockSparseTop2MLP
+    >>> config = SimpleNamespace(hidden_size=16, intermediate_size=32, hidden_act="silu")
+    >>> LigerBlockSparseTop2MLP(config)(torch.ones(5, 16)).shape
+    torch.Size([5, 16])
+    """
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.w1 = self._linear(self.hidden_size, self.intermediate_size)
-        self.w2 = self._linear(self.intermediate_size, self.hidden_size)
-        self.w3 = self._linear(self.hidden_size, self.intermediate_size)
+        self.w1 = nn.Linear(self.hidden_size, self.intermediate_size, bias=False)
+        self.w2 = nn.Linear(self.intermediate_size, self.hidden_size, bias=False)
+        self.w3 = nn.Linear(self.hidden_size, self.intermediate_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return mlp(x, self.w1, self.w3, self.w2)

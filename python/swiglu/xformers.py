@@ -13,6 +13,8 @@ from ._functional import swiglu_ffn
 from ._module import mlp, packed_mlp
 from ._operands import bad_value
 
+__all__ = ["SwiGLU", "swiglu", "swiglu_packed"]
+
 
 def swiglu(
     x: Tensor,
@@ -28,6 +30,11 @@ def swiglu(
     """``(silu(x @ w1.T + b1) * (x @ w2.T + b2)) @ w3.T + b3``; ``[..., out]``.
 
     ``w1`` and ``w2`` are ``[N, K]``, ``w3`` is ``[out, N]``; errors as :func:`swiglu.swiglu_ffn`.
+
+    >>> import torch
+    >>> from swiglu.xformers import swiglu
+    >>> swiglu(torch.ones(2, 4), torch.ones(8, 4), None, torch.ones(8, 4), None, torch.ones(6, 8), None).shape
+    torch.Size([2, 6])
     """
     return swiglu_ffn(x, w1, w2, w3, b1, b2, b3)
 
@@ -39,6 +46,11 @@ def swiglu_packed(
 
     Raises:
         ValueError: ``w1w2`` or ``b1b2`` has another shape, or as :func:`swiglu.swiglu_ffn`.
+
+    >>> import torch
+    >>> from swiglu.xformers import swiglu_packed
+    >>> swiglu_packed(torch.ones(2, 4), torch.ones(2, 8, 4), None, torch.ones(6, 8), None).shape
+    torch.Size([2, 6])
     """
     if w1w2.dim() != 3 or w1w2.shape[0] != 2:
         bad_value("w1w2", f"has shape {list(w1w2.shape)}, expected [2, N, K]")
