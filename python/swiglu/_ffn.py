@@ -38,7 +38,8 @@ def check_ffn(
         check_bias("b_down", b_down, x, w_down)
 
 
-def _run(x, w_gate, w_up, w_down, b_gate, b_up, b_down):
+def run_ffn(x, w_gate, w_up, w_down, b_gate, b_up, b_down):
+    """The fused kernel and a GEMM, of CPU and CUDA tensors; no gradients."""
     check_ffn(x, w_gate, w_up, w_down, b_gate, b_up, b_down)
     return F.linear(run(x, w_gate, w_up, b_gate, b_up), w_down, b_down)
 
@@ -60,7 +61,7 @@ def _fake_saving(x, w_gate, w_up, w_down, b_gate, b_up, b_down):
     return y, g, u
 
 
-ffn_op = define(f"ffn({_OPERANDS}) -> Tensor", _run, _fake)
+ffn_op = define(f"ffn({_OPERANDS}) -> Tensor", run_ffn, _fake)
 ffn_saving_op = define(f"ffn_saving({_OPERANDS}) -> (Tensor, Tensor, Tensor)", _run_saving, _fake_saving)
 
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._ffn import check_ffn, ffn_op, ffn_saving_op
-from ._gate import check_packed, check_pair, gate_op, gate_packed_op
+from ._ffn import check_ffn, ffn_op, ffn_saving_op, run_ffn
+from ._gate import check_packed, check_pair, gate_op, gate_packed_op, run_gate, run_gate_packed
 from ._op import forward_op, reference, run
 from ._operands import GATE_ORDERS, LAYOUTS, bad_value, check, check_choice
 from ._sharding import prepare_for
@@ -65,10 +65,8 @@ def forward(
     if _is_transformed_eagerly():
         check(x, gate, up, gate_bias, up_bias)
         return reference(x, gate, up, gate_bias, up_bias)
-    if not torch.compiler.is_compiling():
-        if _is_plain_call(x, gate, up, gate_bias, up_bias):
-            return run(x, gate, up, gate_bias, up_bias)
-        prepare_for((x, gate, up))
+    if _goes_direct(x, gate, up, gate_bias, up_bias):
+        return run(x, gate, up, gate_bias, up_bias)
     return forward_op(x, gate, up, gate_bias, up_bias)
 
 
@@ -112,8 +110,8 @@ def swiglu_ffn(
     if _is_transformed_eagerly():
         check_ffn(*operands)
         return F.linear(reference(x, w_gate, w_up, b_gate, b_up), w_down, b_down)
-    if not torch.compiler.is_compiling():
-        prepare_for(operands)
+    if _goes_direct(*operands):
+        return run_ffn(*operands)
     recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     if recording and save == "preactivations":
         return ffn_saving_op(*operands)[0]
@@ -185,9 +183,10 @@ def swiglu_fused(gate: Tensor, up: Tensor | None = None, *, gate_order: str = "g
             gate, up = (first, second) if gate_order == "gate_first" else (second, first)
         check_pair(gate, up)
         return swiglu_torch(gate, up)
-    if not torch.compiler.is_compiling():
-        prepare_for((gate, up))
-    return gate_packed_op(gate, gate_order == "up_first") if up is None else gate_op(gate, up)
+    direct = _goes_direct(gate, up)
+    if up is None:
+        return (run_gate_packed if direct else gate_packed_op)(gate, gate_order == "up_first")
+    return (run_gate if direct else gate_op)(gate, up)
 
 
 def _is_transformed_eagerly() -> bool:
@@ -199,16 +198,29 @@ def _is_transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def _goes_direct(*tensors: Tensor | None) -> bool:
+    """Whether to step past torch's dispatcher; where not, it is made ready for DTensors."""
+    if torch.compiler.is_compiling():
+        return False
+    if _is_plain_call(*tensors):
+        return True
+    prepare_for(tensors)
+    return False
+
+
 def _is_plain_call(*tensors: Tensor | None) -> bool:
     """Whether torch's dispatcher would only pass the call on: that takes longer than the launch.
 
-    Everything that may stand in between is asked for: subclasses, gradients, lazy negation, modes, autocast, tracing.
+    Everything that may stand in between is asked for: subclasses, gradients, lazy negation, tensors without memory,
+    modes, autocast, tracing.
     """
     recording = torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is None:
             continue
         if type(tensor) not in _PLAIN_TYPES or tensor.is_neg() or (recording and tensor.requires_grad):
+            return False
+        if not (tensor.is_cpu or tensor.is_cuda):
             return False
     return (
         not torch._C._len_torch_dispatch_stack()

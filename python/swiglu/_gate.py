@@ -65,7 +65,8 @@ def _halves(gate_up: Tensor, up_first: bool) -> tuple[Tensor, Tensor]:
 # ---- two tensors ----
 
 
-def _run(gate: Tensor, up: Tensor) -> Tensor:
+def run_gate(gate: Tensor, up: Tensor) -> Tensor:
+    """What computes, of CPU and CUDA tensors; no gradients."""
     check_pair(gate, up)
     z = gate.new_empty(gate.shape)
     silu_mul(gate, up, z)
@@ -87,7 +88,7 @@ def _fake_backward(dz, gate, up):
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
-gate_op = define("gate(Tensor gate, Tensor up) -> Tensor", _run, _fake)
+gate_op = define("gate(Tensor gate, Tensor up) -> Tensor", run_gate, _fake)
 gate_backward_op = define(
     "gate_backward(Tensor dz, Tensor gate, Tensor up) -> (Tensor, Tensor)", _run_backward, _fake_backward
 )
@@ -130,10 +131,11 @@ torch.library.register_autograd("swiglu::gate_backward", _second_backward, setup
 # ---- two halves of one ----
 
 
-def _run_packed(gate_up: Tensor, up_first: bool) -> Tensor:
+def run_gate_packed(gate_up: Tensor, up_first: bool) -> Tensor:
+    """The same of one tensor with both halves."""
     check_packed(gate_up)
     gate, up = _halves(gate_up, up_first)
-    return _run(gate, up)
+    return run_gate(gate, up)
 
 
 def _fake_packed(gate_up, up_first):
@@ -151,7 +153,7 @@ def _fake_packed_backward(dz, gate_up, up_first):
     return gate_up.new_empty(gate_up.shape)
 
 
-gate_packed_op = define("gate_packed(Tensor gate_up, bool up_first) -> Tensor", _run_packed, _fake_packed)
+gate_packed_op = define("gate_packed(Tensor gate_up, bool up_first) -> Tensor", run_gate_packed, _fake_packed)
 gate_packed_backward_op = define(
     "gate_packed_backward(Tensor dz, Tensor gate_up, bool up_first) -> Tensor",
     _run_packed_backward,

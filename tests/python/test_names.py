@@ -213,6 +213,25 @@ def test_xformers_defaults_and_functions():
         xformers.swiglu_packed(x, w12.view(2, 40, 24), b12, w3, None)
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: swiglu.FusedSwiGLU(8, 12, gate_order="up_first"),
+        lambda: liger.SwiGLUMLP(config(8, 12)),
+        lambda: liger.Phi3SwiGLUMLP(config(8, 12)),
+        lambda: xformers.SwiGLU(8, 12),
+    ],
+)
+def test_compiles_whole(build):
+    module, x = build(), torch.randn(3, 8)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    expected, got = module(x), compiled(x)
+    torch.testing.assert_close(got, expected)
+    parameters = list(module.parameters())
+    for a, b in zip(torch.autograd.grad(got.sum(), parameters), torch.autograd.grad(expected.sum(), parameters)):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("build", [lambda: liger.SwiGLUMLP(config(8, 12)), lambda: liger.Phi3SwiGLUMLP(config(8, 12))])
 def test_a_replaced_or_hooked_projection_is_called(build):
     mlp, x = build(), torch.randn(3, 8)
