@@ -17,7 +17,7 @@ __all__ = ["forward", "split_packed", "swiglu_ffn", "swiglu_fused", "swiglu_torc
 
 SAVE = ("preactivations", "nothing")
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def forward(
@@ -218,7 +218,7 @@ def _is_plain_call(*tensors: Tensor | None) -> bool:
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in _PLAIN_TYPES or tensor.is_neg() or (recording and tensor.requires_grad):
+        if type(tensor) not in PLAIN_TYPES or tensor.is_neg() or (recording and tensor.requires_grad):
             return False
         if not (tensor.is_cpu or tensor.is_cuda):
             return False

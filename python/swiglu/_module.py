@@ -9,8 +9,9 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ._functional import SAVE, forward, split_packed, swiglu_ffn, swiglu_fused
+from ._functional import PLAIN_TYPES, SAVE, forward, split_packed, swiglu_ffn, swiglu_fused
 from ._operands import GATE_ORDERS, check_choice
+from ._sharding import is_dtensor
 
 
 class SwiGLU(nn.Module):
@@ -148,4 +149,11 @@ def _fused(
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling it is nothing but F.linear with its parameters."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) is nn.Linear and not hooks and "forward" not in module.__dict__
+    if type(module) is not nn.Linear or hooks or "forward" in module.__dict__:
+        return False
+    return is_known(module.weight)
+
+
+def is_known(weight: Tensor) -> bool:
+    """Whether the operations may take it as it is: no subclass (quantised, say) but DTensor."""
+    return type(weight) in PLAIN_TYPES or is_dtensor(weight)

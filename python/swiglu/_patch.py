@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._functional import SAVE, split_packed, swiglu_ffn, swiglu_fused
-from ._module import mlp, packed_mlp
+from ._module import is_known, mlp, packed_mlp
 from ._operands import check_choice
 
 _SEPARATE = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -141,7 +141,19 @@ def _remake(kind: str, save: str, make: Callable, *arguments) -> nn.Module:
 # ---- the kinds ----
 
 
+def _of_tokens_alone(forward: Callable) -> Callable:
+    """Takes the tokens under any name; a call with more than them is the original's."""
+
+    def of_any(self: Any, *args, **kwargs):
+        if len(args) + len(kwargs) != 1:
+            return self._swiglu_original.forward(self, *args, **kwargs)
+        return forward(self, *args, *kwargs.values())
+
+    return of_any
+
+
 def _forward_separate(names: tuple[str, str, str]) -> Callable:
+    @_of_tokens_alone
     def forward(self: Any, x: Tensor) -> Tensor:
         gate, up, down = (getattr(self, name) for name in names)
         return mlp(x, gate, up, down, self._swiglu_save)
@@ -157,6 +169,7 @@ def _plain_separate(names: tuple[str, str, str]) -> Callable:
     return plain
 
 
+@_of_tokens_alone
 def _forward_packed(self: Any, x: Tensor) -> Tensor:
     return packed_mlp(x, self.gate_up_proj, self.down_proj, self._swiglu_save)
 
@@ -197,7 +210,7 @@ def _call_experts(module: Any, x: Tensor) -> Tensor:
 
 
 def _call_block(module: Any, x: Tensor) -> Tensor:
-    return type(module).forward(module, x)
+    return type(module).forward(module, x[None])[0]
 
 
 _EXPERTS = _Kind("experts", _forward_experts, _plain_experts, _call_experts)
@@ -224,13 +237,16 @@ def _refusal(module: nn.Module, kind: _Kind) -> str | None:
     """Why the module is left alone, if it is."""
     if "forward" in module.__dict__:
         return "its forward was replaced before"
-    activation = next((getattr(module, name) for name in _ACTIVATIONS if hasattr(module, name)), None)
+    activation = next((f for name in _ACTIVATIONS if callable(f := getattr(module, name, None))), None)
     if activation is not None and not _is_silu(activation):
         return f"its activation is {getattr(activation, '__name__', type(activation).__name__)}, not SiLU"
     if kind is not _EXPERTS:
         for name in kind.name.split("/"):
-            if type(getattr(module, name)) is not nn.Linear:
-                return f"{name} is {type(getattr(module, name)).__name__}, not nn.Linear"
+            part = getattr(module, name)
+            if type(part) is not nn.Linear:
+                return f"{name} is {type(part).__name__}, not nn.Linear"
+            if not is_known(part.weight):
+                return f"{name}'s weight is {type(part.weight).__name__}, not a plain tensor"
     known = {*kind.name.split("/"), *_PACKED, *_ACTIVATIONS}
     others = sorted({*module._modules, *module._parameters, *module._buffers} - known)
     if others:
@@ -242,7 +258,7 @@ def _is_silu(activation: Callable) -> bool:
     points = torch.linspace(-6, 6, 25, dtype=torch.float64)
     try:
         return torch.allclose(activation(points), F.silu(points), rtol=1e-9, atol=1e-12)
-    except (TypeError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError):
         return False
 
 
@@ -264,6 +280,8 @@ def _probe(module: Any, kind: _Kind) -> str | None:
             expected, got = kind.plain(module, x).float(), kind.call(module, x).float()
         except Exception as error:  # whatever the model's own code raises
             return f"two probe tokens do not pass through it: {error}"
+    if not 0 < expected.norm() < torch.inf:
+        return "two probe tokens come out as zeros or not finite, which tells nothing"
     if got.shape != expected.shape or (got - expected).norm() > 0.02 * expected.norm():
         return "its output is not down(silu(gate(x)) * up(x))"
     return None

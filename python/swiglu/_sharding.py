@@ -15,10 +15,15 @@ from ._gate import gate_backward_op, gate_op, gate_packed_backward_op, gate_pack
 from ._op import forward_op
 
 
+def is_dtensor(tensor: Tensor | None) -> bool:
+    """Whether it is one; there is none where nobody imported them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def prepare_for(tensors: tuple[Tensor | None, ...]) -> None:
     """Registers the rules if one of ``tensors`` is a DTensor."""
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors):
+    if any(map(is_dtensor, tensors)):
         _register()
 
 

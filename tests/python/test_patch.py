@@ -97,6 +97,23 @@ def with_dropout():
     return module
 
 
+class Quantised(torch.Tensor):
+    """Stands in for a weight that only its own functions understand."""
+
+
+def with_quantised_weight():
+    module = MLP()
+    weight = module.up_proj.weight.detach().as_subclass(Quantised)
+    module.up_proj.weight = nn.Parameter(weight, requires_grad=False)
+    return module
+
+
+def with_zeros():
+    module = MLP()
+    nn.init.zeros_(module.down_proj.weight)
+    return module
+
+
 def with_low_rank():
     class LoRA(nn.Linear):
         pass
@@ -112,6 +129,8 @@ def with_low_rank():
         (lambda: MLP(act=nn.GELU()), "its activation is GELU, not SiLU"),
         (lambda: MLP(act=torch.tanh), "its activation is tanh, not SiLU"),
         (with_low_rank, "up_proj is LoRA, not nn.Linear"),
+        (with_quantised_weight, "up_proj's weight is Quantised, not a plain tensor"),
+        (with_zeros, "tells nothing"),
         (with_dropout, "parts that a SwiGLU block has not: dropout"),
         (hooked, "its forward was replaced before"),
         (Scaled, "its output is not down"),
@@ -143,6 +162,30 @@ def test_copies_and_pickles_stay_patched():
         assert torch.equal(twin(x), module(x))
         assert twin.gate_proj.weight.data_ptr() != module.gate_proj.weight.data_ptr()
         assert swiglu.unpatch(twin) == 1 and type(twin) is MLP
+
+
+def test_a_weight_that_becomes_foreign_later_is_called_not_fused():
+    module, x = MLP(), torch.randn(3, 8)
+    plain = module(x)
+    swiglu.patch(module)
+    module.up_proj.weight = nn.Parameter(module.up_proj.weight.detach().as_subclass(Quantised), requires_grad=False)
+    y = module(x)
+    torch.testing.assert_close(torch.Tensor(y), plain)
+
+
+def test_calls_by_keyword_and_with_more_than_the_tokens():
+    class Named(MLP):
+        def forward(self, hidden_states, scale=None):
+            y = super().forward(hidden_states)
+            return y if scale is None else y * scale
+
+    module, x = Named(), torch.randn(3, 8)
+    plain, scaled = module(x), module(x, 2.0)
+    assert swiglu.patch(module).replaced
+    torch.testing.assert_close(module(hidden_states=x), plain)
+    torch.testing.assert_close(module(x, scale=2.0), scaled)
+    with pytest.raises(TypeError, match="hidden_states"):
+        module()
 
 
 def test_hooks_casts_and_late_changes_are_followed():
