@@ -36,10 +36,10 @@ def measure(m: int, n: int, args) -> list[dict]:
     wide = [t.detach().double().requires_grad_() for t in inputs]
     gradients = torch.autograd.grad(F.silu(wide[0]) * wide[1], wide, dz.double())
     backward = {}
-    for name, function in (
-        (harness.OURS, swiglu.swiglu_fused),
-        ("torch", swiglu.swiglu_torch),
-    ):
+    functions = {harness.OURS: swiglu.swiglu_fused, "torch": swiglu.swiglu_torch}
+    if liger is not None:  # it writes its gradients over what it saved: held to float64 once, timed on what is left
+        functions["liger"] = liger.LigerSiLUMulFunction.apply
+    for name, function in functions.items():
         z = function(*inputs)
         backward[name] = lambda z=z: torch.autograd.grad(z, inputs, dz, retain_graph=True)
         harness.hold(name, backward[name](), gradients)

@@ -46,6 +46,8 @@ def parse(flags: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace
     args.device = torch.device(args.device)
     args.dtype = DTYPES[args.dtype or ("fp32" if args.device.type == "cpu" else "bf16")]
     args.rounds = args.rounds or (3 if args.quick else 30)
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
     if args.threads or args.quick:
         torch.set_num_threads(args.threads or 1)
     torch.manual_seed(args.seed)
@@ -117,7 +119,7 @@ def _gpu_sample(call: Callable[[], object]) -> float:
         _flush[device] = torch.empty(bytes_, dtype=torch.uint8, device="cuda")
     _flush[device].zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(1_000_000)
+    torch.cuda._sleep(4_000_000)  # some 2 ms: longer than any call takes to be queued
     start.record()
     call()
     end.record()
