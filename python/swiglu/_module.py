@@ -8,6 +8,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from ._functional import PLAIN_TYPES, SAVE, forward, split_packed, swiglu_ffn, swiglu_fused
 from ._operands import GATE_ORDERS, check_choice
@@ -155,5 +156,5 @@ def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def is_known(weight: Tensor) -> bool:
-    """Whether the operations may take it as it is: no subclass (quantised, say) but DTensor."""
-    return type(weight) in PLAIN_TYPES or is_dtensor(weight)
+    """Whether the operations may take it as it is: no subclass (quantised, say) but those that stand for any tensor."""
+    return type(weight) in PLAIN_TYPES or isinstance(weight, FakeTensor) or is_dtensor(weight)
