@@ -37,6 +37,8 @@ def main():
             "plan": lambda: plan(x, gate, up),
             "forward": lambda: swiglu.forward(x, gate, up),
             "torch.ops.swiglu.forward": lambda: torch.ops.swiglu.forward(x, gate, up),
+            "swiglu_fused": lambda: swiglu.swiglu_fused(gate, up),
+            "swiglu_ffn": lambda: swiglu.swiglu_ffn(x, gate, up, gate),
             "silu(linear) * linear": lambda: F.silu(F.linear(x, gate)) * F.linear(x, up),
         }.items():
             print(f"{name}: {cost(call) - bare:.2f} over it")

@@ -1,16 +1,38 @@
 """Fused SwiGLU for PyTorch: ``z = silu(x @ gate.T + gate_bias) * (x @ up.T + up_bias)`` in one launch.
 
 - :func:`forward`: the operation, with autograd, autocast and ``torch.compile``
-- :class:`SwiGLU`: the MLP block around it
+- :func:`swiglu_ffn`: the whole feed-forward block
+- :func:`swiglu_fused`: the elementwise half
+- :class:`SwiGLU`: it as a module; :class:`FusedSwiGLU`: with one packed parameter
+- :mod:`swiglu.liger`, :mod:`swiglu.xformers`: the names that Liger and xformers have for the same
+- :func:`patch`, :func:`unpatch`: the blocks of an existing model, in place
 - :func:`prepare`: compiles ahead, for CUDA graphs and for the shortest call
 - :func:`split_packed`: the gate and up views of one packed weight
 
 CPU tensors run on the CPU backend. Importing needs neither a GPU nor CUDA.
 """
 
-from ._functional import forward, split_packed, swiglu_fused, swiglu_torch
-from ._module import SwiGLU
+from ._functional import forward, split_packed, swiglu_ffn, swiglu_fused, swiglu_torch
+from ._module import FusedSwiGLU, SwiGLU
 from ._native import __version__
+from ._patch import PatchReport, patch, unpatch
 from ._plan import Plan, prepare
+from .liger import SiLUMulFunction, SwiGLUMLP
 
-__all__ = ["Plan", "SwiGLU", "__version__", "forward", "prepare", "split_packed", "swiglu_fused", "swiglu_torch"]
+__all__ = [
+    "FusedSwiGLU",
+    "PatchReport",
+    "Plan",
+    "SiLUMulFunction",
+    "SwiGLU",
+    "SwiGLUMLP",
+    "__version__",
+    "forward",
+    "patch",
+    "prepare",
+    "split_packed",
+    "swiglu_ffn",
+    "swiglu_fused",
+    "swiglu_torch",
+    "unpatch",
+]

@@ -7,12 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ._ffn import check_ffn, ffn_op, ffn_saving_op, run_ffn
+from ._gate import check_packed, check_pair, gate_op, gate_packed_op, run_gate, run_gate_packed
 from ._op import forward_op, reference, run
-from ._operands import LAYOUTS, bad_value, check
+from ._operands import GATE_ORDERS, LAYOUTS, bad_value, check, check_choice
+from ._sharding import prepare_for
 
-__all__ = ["forward", "split_packed", "swiglu_fused", "swiglu_torch"]
+__all__ = ["forward", "split_packed", "swiglu_ffn", "swiglu_fused", "swiglu_torch"]
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+SAVE = ("preactivations", "nothing")
+
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def forward(
@@ -57,13 +62,60 @@ def forward(
         bad_value(
             "layout", f"is {layout!r}, expected 'separate_nk' or 'separate_kn'; split_packed() takes packed weights"
         )
-    if not torch.compiler.is_compiling():
-        if _is_transformed():
-            check(x, gate, up, gate_bias, up_bias)
-            return reference(x, gate, up, gate_bias, up_bias)
-        if _is_plain_call(x, gate, up, gate_bias, up_bias):
-            return run(x, gate, up, gate_bias, up_bias)
+    if _is_transformed_eagerly():
+        check(x, gate, up, gate_bias, up_bias)
+        return reference(x, gate, up, gate_bias, up_bias)
+    if _goes_direct(x, gate, up, gate_bias, up_bias):
+        return run(x, gate, up, gate_bias, up_bias)
     return forward_op(x, gate, up, gate_bias, up_bias)
+
+
+def swiglu_ffn(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    *,
+    save: str = "preactivations",
+) -> Tensor:
+    """The feed-forward block ``forward(x, w_gate, w_up, b_gate, b_up) @ w_down.T + b_down``; ``[..., out]``.
+
+    Args:
+        x: ``[..., K]``, any leading dimensions; bfloat16, float16, float32 or float64.
+        w_gate, w_up: ``[N, K]``, as ``nn.Linear.weight``; views of one packed weight by :func:`split_packed`.
+        w_down: ``[out, N]``.
+        b_gate, b_up: ``[N]``, if any.
+        b_down: ``[out]``, if any.
+        save: what is kept for the backward besides the operands. ``"preactivations"``: ``x @ w_gate.T`` and
+            ``x @ w_up.T``, 2 N numbers a token, computed by torch's GEMMs. ``"nothing"``: the forward is the fused
+            kernel and the backward computes both again, two GEMMs more.
+
+    Without gradients to record it is the fused kernel and one GEMM, whatever ``save`` says.
+
+    Raises:
+        TypeError: a number format is not supported or differs from ``x``'s.
+        ValueError: a shape, device or ``save`` does not fit; the message names the argument.
+        RuntimeError: the GPU, its driver or NVRTC cannot be used.
+
+    >>> import torch, swiglu
+    >>> x, w_gate, w_up, w_down = torch.ones(2, 3, 4), torch.ones(8, 4), torch.ones(8, 4), torch.ones(4, 8)
+    >>> swiglu.swiglu_ffn(x, w_gate, w_up, w_down).shape
+    torch.Size([2, 3, 4])
+    """
+    check_choice("save", save, SAVE)
+    operands = (x, w_gate, w_up, w_down, b_gate, b_up, b_down)
+    if _is_transformed_eagerly():
+        check_ffn(*operands)
+        return F.linear(reference(x, w_gate, w_up, b_gate, b_up), w_down, b_down)
+    if _goes_direct(*operands):
+        return run_ffn(*operands)
+    recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    if recording and save == "preactivations":
+        return ffn_saving_op(*operands)[0]
+    return ffn_op(*operands)
 
 
 def split_packed(weight: Tensor, *, layout: str, gate_order: str = "gate_first") -> tuple[Tensor, Tensor]:
@@ -82,21 +134,18 @@ def split_packed(weight: Tensor, *, layout: str, gate_order: str = "gate_first")
     >>> gate.shape, up.shape
     (torch.Size([8, 4]), torch.Size([8, 4]))
     """
-    if layout not in LAYOUTS[2:]:
-        bad_value("layout", f"is {layout!r}, expected 'packed_nk' or 'packed_kn'")
-    if gate_order not in ("gate_first", "up_first"):
-        bad_value("gate_order", f"is {gate_order!r}, expected 'gate_first' or 'up_first'")
+    check_choice("layout", layout, LAYOUTS[2:])
+    check_choice("gate_order", gate_order, GATE_ORDERS)
     packed = weight if layout == "packed_nk" else _transposed("weight", weight)
     if packed.dim() != 2 or packed.shape[0] % 2:
         expected = "[2N, K]" if layout == "packed_nk" else "[K, 2N]"
         bad_value("weight", f"has shape {list(weight.shape)}, expected {expected}")
-    half = packed.shape[0] // 2
-    first, second = packed[:half], packed[half:]
+    first, second = packed.chunk(2)
     return (first, second) if gate_order == "gate_first" else (second, first)
 
 
 def swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up``, elementwise, in torch's own operations.
+    """``silu(gate) * up``, elementwise, in torch's own operations: what :func:`swiglu_fused` is held to.
 
     >>> import torch, swiglu
     >>> swiglu.swiglu_torch(torch.zeros(2), torch.ones(2))
@@ -105,18 +154,43 @@ def swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def swiglu_fused(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up`` of two tensors of one shape; gradients flow to both.
+def swiglu_fused(gate: Tensor, up: Tensor | None = None, *, gate_order: str = "gate_first") -> Tensor:
+    """``silu(gate) * up``, elementwise, of two tensors or of the two halves of one; gradients flow to both.
 
-    A name that code already calls. It is torch's own operations, as :func:`swiglu_torch`: to fuse, hand the GEMMs'
-    weights to :func:`forward`.
+    Args:
+        gate: ``[..., N]``, any shape and strides; without ``up`` both halves side by side, ``[..., 2N]``.
+        up: of the same shape.
+        gate_order: which half is the gate, ``"gate_first"`` or ``"up_first"``; only matters without ``up``.
+
+    Computed in float32 and rounded once (float64 of float64). Prefer :func:`forward` where the GEMMs before it are
+    yours too: it needs no intermediate tensor.
 
     Raises:
-        ValueError: the shapes differ.
+        TypeError: a number format is not bfloat16, float16, float32 or float64, or they differ.
+        ValueError: the shapes or devices differ, or the last dimension is odd; the message names the argument.
+
+    >>> import torch, swiglu
+    >>> gate, up = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    >>> z = swiglu.swiglu_fused(gate, up)
+    >>> torch.equal(z, swiglu.swiglu_fused(torch.cat([up, gate], -1), gate_order="up_first"))
+    True
     """
-    if up.shape != gate.shape:
-        bad_value("up", f"has shape {list(up.shape)}, expected {list(gate.shape)} as `gate`")
-    return swiglu_torch(gate, up)
+    check_choice("gate_order", gate_order, GATE_ORDERS)
+    if _is_transformed_eagerly():
+        if up is None:
+            check_packed(gate)
+            first, second = gate.chunk(2, -1)
+            gate, up = (first, second) if gate_order == "gate_first" else (second, first)
+        check_pair(gate, up)
+        return swiglu_torch(gate, up)
+    direct = _goes_direct(gate, up)
+    if up is None:
+        return (run_gate_packed if direct else gate_packed_op)(gate, gate_order == "up_first")
+    return (run_gate if direct else gate_op)(gate, up)
+
+
+def _is_transformed_eagerly() -> bool:
+    return not torch.compiler.is_compiling() and _is_transformed()
 
 
 def _is_transformed() -> bool:
@@ -124,16 +198,29 @@ def _is_transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def _goes_direct(*tensors: Tensor | None) -> bool:
+    """Whether to step past torch's dispatcher; where not, it is made ready for DTensors."""
+    if torch.compiler.is_compiling():
+        return False
+    if _is_plain_call(*tensors):
+        return True
+    prepare_for(tensors)
+    return False
+
+
 def _is_plain_call(*tensors: Tensor | None) -> bool:
     """Whether torch's dispatcher would only pass the call on: that takes longer than the launch.
 
-    Everything that may stand in between is asked for: subclasses, gradients, lazy negation, modes, autocast, tracing.
+    Everything that may stand in between is asked for: subclasses, gradients, lazy negation, tensors without memory,
+    modes, autocast, tracing.
     """
     recording = torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in _PLAIN_TYPES or tensor.is_neg() or (recording and tensor.requires_grad):
+        if type(tensor) not in PLAIN_TYPES or tensor.is_neg() or (recording and tensor.requires_grad):
+            return False
+        if not (tensor.is_cpu or tensor.is_cuda):
             return False
     return (
         not torch._C._len_torch_dispatch_stack()

@@ -1,21 +1,30 @@
-"""The MLP block."""
+"""The MLP block, and the packed layer of fused-swiglu."""
 
 from __future__ import annotations
 
+import functools
+import warnings
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
-from ._functional import forward, swiglu_torch
+from ._functional import PLAIN_TYPES, SAVE, forward, split_packed, swiglu_ffn, swiglu_fused
+from ._operands import GATE_ORDERS, check_choice
+from ._sharding import is_dtensor
 
 
 class SwiGLU(nn.Module):
-    """``w_down(silu(w_gate(x)) * w_up(x))`` with gate, up and activation in one launch.
+    """``w_down(silu(w_gate(x)) * w_up(x))``: gate, up and activation in one launch, and a GEMM.
 
     Args:
         hidden_size: K, features in and out.
         intermediate_size: N, features between.
         bias: whether the three projections have biases.
         device, dtype: of the parameters, as for ``nn.Linear``.
+        save: what a training step keeps for its backward, ``"preactivations"`` (faster, and torch's GEMMs) or
+            ``"nothing"`` (smaller, and the fused kernel): see :func:`swiglu.swiglu_ffn`.
 
     ``w_gate``, ``w_up`` and ``w_down`` are ``nn.Linear``, so parameters, their names and initial values are theirs.
     A projection that was replaced (LoRA, quantisation) or has hooks is called instead of fused.
@@ -33,28 +42,119 @@ class SwiGLU(nn.Module):
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        save: str = "preactivations",
     ) -> None:
         super().__init__()
+        check_choice("save", save, SAVE)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
+        self.save = save
         self.w_gate = nn.Linear(hidden_size, intermediate_size, bias, device, dtype)
         self.w_up = nn.Linear(hidden_size, intermediate_size, bias, device, dtype)
         self.w_down = nn.Linear(intermediate_size, hidden_size, bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., hidden_size]`` to ``[..., hidden_size]``; errors as :func:`swiglu.forward`."""
-        gate, up = self.w_gate, self.w_up
-        if _is_plain(gate) and _is_plain(up):
-            hidden = forward(x, gate.weight, up.weight, gate.bias, up.bias)
-        else:
-            hidden = swiglu_torch(gate(x), up(x))
-        return self.w_down(hidden)
+        """``[..., hidden_size]`` to ``[..., hidden_size]``; errors as :func:`swiglu.swiglu_ffn`."""
+        return mlp(x, self.w_gate, self.w_up, self.w_down, self.save)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}"
 
 
-def _is_plain(module: nn.Module) -> bool:
+class FusedSwiGLU(nn.Module):
+    """``silu(x @ a) * (x @ b)`` of one parameter ``Wf`` ``[in_features, 2 * hidden_dim]``, ``[a | b]``.
+
+    Args:
+        in_features: K.
+        hidden_dim: N.
+        block: accepted and ignored; the tuner decides.
+        gate_order: which half goes through silu. ``"gate_first"`` is what fused-swiglu's README documents,
+            ``"up_first"`` what its kernels compute: take that for weights that were trained with them.
+        device, dtype: of ``Wf``.
+
+    fused-swiglu's layer with the sum over all of K, any leading dimensions, CPU tensors, and a gradient for ``Wf``
+    (``Wf.requires_grad_(False)`` freezes it, as there). ``Wf`` starts as ``nn.Linear`` starts its weight, where
+    fused-swiglu takes a unit normal.
+
+    >>> import torch, swiglu
+    >>> layer = swiglu.FusedSwiGLU(16, 32)
+    >>> layer.Wf.shape, layer(torch.ones(2, 16)).shape
+    (torch.Size([16, 64]), torch.Size([2, 32]))
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_dim: int,
+        block: int | None = None,
+        *,
+        gate_order: str = "gate_first",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("gate_order", gate_order, GATE_ORDERS)
+        if block is not None:
+            _note_block()
+        self.in_features = in_features
+        self.hidden_dim = hidden_dim
+        self.gate_order = gate_order
+        bound = max(in_features, 1) ** -0.5
+        self.Wf = nn.Parameter(torch.empty(in_features, 2 * hidden_dim, device=device, dtype=dtype))
+        nn.init.uniform_(self.Wf, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., hidden_dim]``; errors as :func:`swiglu.forward`."""
+        return forward(x, *split_packed(self.Wf, layout="packed_kn", gate_order=self.gate_order))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, hidden_dim={self.hidden_dim}, gate_order={self.gate_order!r}"
+
+
+@functools.cache
+def _note_block() -> None:
+    warnings.warn("FusedSwiGLU: `block` is ignored, the tuner decides; leave it out", stacklevel=3)
+
+
+def mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module, save: str = "preactivations") -> Tensor:
+    """``down(silu(gate(x)) * up(x))``, fused as far as the three are plain ``nn.Linear``."""
+    if _is_plain(gate) and _is_plain(up):
+        return _fused(x, gate.weight, up.weight, gate.bias, up.bias, down, save)
+    return down(swiglu_fused(gate(x), up(x)))
+
+
+def packed_mlp(x: Tensor, gate_up: nn.Module, down: nn.Module, save: str = "preactivations") -> Tensor:
+    """The same with gate and up in one projection, the gate first."""
+    if _is_plain(gate_up):
+        gate, up = split_packed(gate_up.weight, layout="packed_nk")
+        gate_bias, up_bias = (None, None) if gate_up.bias is None else gate_up.bias.chunk(2)
+        return _fused(x, gate, up, gate_bias, up_bias, down, save)
+    return down(swiglu_fused(gate_up(x)))
+
+
+def _fused(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down: nn.Module,
+    save: str,
+) -> Tensor:
+    if _is_plain(down):
+        return swiglu_ffn(x, gate, up, down.weight, gate_bias, up_bias, down.bias, save=save)
+    return down(forward(x, gate, up, gate_bias, up_bias))
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling it is nothing but F.linear with its parameters."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) is nn.Linear and not hooks
+    if type(module) is not nn.Linear or hooks or "forward" in module.__dict__:
+        return False
+    return is_known(module.weight)
+
+
+def is_known(weight: Tensor) -> bool:
+    """Whether the operations may take it as it is: no subclass (quantised, say) but those that stand for any tensor."""
+    return type(weight) in PLAIN_TYPES or isinstance(weight, FakeTensor) or is_dtensor(weight)

@@ -10,6 +10,7 @@ from torch import Tensor
 # float64 is served by torch's own operations: for gradient checks.
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 LAYOUTS = ("separate_nk", "separate_kn", "packed_nk", "packed_kn")
+GATE_ORDERS = ("gate_first", "up_first")
 
 
 def bad_value(argument: str, reason: str) -> NoReturn:
@@ -20,34 +21,55 @@ def bad_type(argument: str, reason: str) -> NoReturn:
     raise TypeError(f"argument `{argument}`: {reason}")
 
 
-def check(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> None:
+def check_choice(argument: str, word: str, words: tuple[str, ...]) -> None:
+    """Raises ValueError for a word that is none of ``words``."""
+    if word not in words:
+        bad_value(argument, f"is {word!r}, expected {' or '.join(map(repr, words))}")
+
+
+def check_dtype(argument: str, tensor: Tensor) -> None:
+    """Raises TypeError for a number format that no operation takes."""
+    if tensor.dtype not in DTYPES and tensor.dtype is not torch.float64:
+        bad_type(argument, f"is {tensor.dtype}, expected bfloat16, float16, float32 or float64")
+
+
+def check(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    names: tuple[str, str, str, str] = ("gate", "up", "gate_bias", "up_bias"),
+) -> None:
     """Raises TypeError (number format) or ValueError (shape, device) with the argument's name."""
     dtype, device = x.dtype, x.device
-    if dtype not in DTYPES and dtype is not torch.float64:
-        bad_type("x", f"is {dtype}, expected bfloat16, float16, float32 or float64")
+    gate_name, up_name, gate_bias_name, up_bias_name = names
+    check_dtype("x", x)
     if gate.dim() != 2:
-        bad_value("gate", f"has shape {list(gate.shape)}, expected [N, K]")
+        bad_value(gate_name, f"has shape {list(gate.shape)}, expected [N, K]")
     if x.dim() == 0 or x.shape[-1] != gate.shape[1]:
         bad_value(
-            "x", f"has shape {list(x.shape)}, expected [..., {gate.shape[1]}] as `gate` has {gate.shape[1]} columns"
+            "x",
+            f"has shape {list(x.shape)}, expected [..., {gate.shape[1]}] as `{gate_name}` has {gate.shape[1]} columns",
         )
     if up.shape != gate.shape:
-        bad_value("up", f"has shape {list(up.shape)}, expected {list(gate.shape)} as `gate`")
+        bad_value(up_name, f"has shape {list(up.shape)}, expected {list(gate.shape)} as `{gate_name}`")
     if gate.dtype != dtype or up.dtype != dtype:
-        name, other = ("gate", gate) if gate.dtype != dtype else ("up", up)
+        name, other = (gate_name, gate) if gate.dtype != dtype else (up_name, up)
         bad_type(name, f"is {other.dtype}, expected {dtype} as `x`")
     if gate.device != device or up.device != device:
-        name, other = ("gate", gate) if gate.device != device else ("up", up)
+        name, other = (gate_name, gate) if gate.device != device else (up_name, up)
         bad_value(name, f"is on {other.device}, expected {device} as `x`")
     if gate_bias is not None:
-        _check_bias("gate_bias", gate_bias, x, gate)
+        check_bias(gate_bias_name, gate_bias, x, gate)
     if up_bias is not None:
-        _check_bias("up_bias", up_bias, x, gate)
+        check_bias(up_bias_name, up_bias, x, gate)
 
 
-def _check_bias(name: str, bias: Tensor, x: Tensor, gate: Tensor) -> None:
-    if bias.dim() != 1 or bias.shape[0] != gate.shape[0]:
-        bad_value(name, f"has shape {list(bias.shape)}, expected [{gate.shape[0]}]")
+def check_bias(name: str, bias: Tensor, x: Tensor, weight: Tensor) -> None:
+    """The same for the bias of a projection."""
+    if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
+        bad_value(name, f"has shape {list(bias.shape)}, expected [{weight.shape[0]}]")
     if bias.dtype != x.dtype:
         bad_type(name, f"is {bias.dtype}, expected {x.dtype} as `x`")
     if bias.device != x.device:

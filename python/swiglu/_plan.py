@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._operands import DTYPES, LAYOUTS, bad_type, bad_value, dtype_word, row_stride, stream_of
+from ._operands import DTYPES, LAYOUTS, bad_type, bad_value, check_choice, dtype_word, row_stride, stream_of
+from ._tuning import note_untuned
+
+_MANY_TOKENS = 4096  # of the Ms that a plan may meet, one where tuning matters
 
 
 class Plan:
@@ -131,11 +134,15 @@ def prepare(
         TypeError: ``dtype`` is not supported.
         ValueError: a size, ``device`` or ``layout`` is not; the message names the argument.
         RuntimeError: the GPU, its driver or NVRTC cannot be used, or kernels do not compile.
+
+    >>> import torch, swiglu
+    >>> plan = swiglu.prepare(4, 8, dtype=torch.float32, device="cpu")
+    >>> plan(torch.ones(3, 4), torch.ones(8, 4), torch.ones(8, 4)).shape
+    torch.Size([3, 8])
     """
     if dtype not in DTYPES:
         bad_type("dtype", f"is {dtype}, expected bfloat16, float16 or float32")
-    if layout not in LAYOUTS:
-        bad_value("layout", f"is {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    check_choice("layout", layout, LAYOUTS)
     for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
         if size < 0 or size > 2**30:
             bad_value(name, f"is {size}, expected 0 to {2**30}")
@@ -150,4 +157,5 @@ def prepare(
         device = torch.device("cuda", torch.cuda.current_device())
     index = -1 if device.index is None else device.index
     native = _native.prepare(index, dtype_word(dtype, index), layout, intermediate_size, hidden_size)
+    note_untuned(native, index, intermediate_size, hidden_size, _MANY_TOKENS)
     return Plan(native, device, dtype, layout.endswith("kn"), intermediate_size, hidden_size)

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 # Relative error against float64, as `DType::tolerance` has it.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 3e-4, torch.bfloat16: 2e-3}
 
+torch.set_num_threads(1)  # the operands are small, and other programs may want the cores
+
 HAS_GPU = torch.cuda.is_available()
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -18,8 +20,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed():
+def fresh_start():
     torch.manual_seed(0)
+    torch.compiler.reset()  # one test's graphs do not count towards another's limit
 
 
 @pytest.fixture(scope="session", autouse=True)

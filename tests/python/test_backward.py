@@ -51,6 +51,44 @@ def test_any_subset(wanted):
             assert relative_error(tensor.grad, expected) <= TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize(
+    "wanted, gemms",
+    # Recomputed pre-activations, then one GEMM a gradient and two for x.
+    [((0,), 2 + 2), ((1,), 2 + 1), ((2,), 1 + 1), ((3,), 2), ((4,), 1), ((0, 1, 2), 2 + 4)],
+)
+def test_only_the_gemms_asked_for(wanted, gemms):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    m, n, k = 16, 24, 8
+    inputs = operands(m, n, k, bias=True)
+    for index in wanted:
+        inputs[index].requires_grad_()
+    z = swiglu.forward(*inputs)
+    with FlopCounterMode(display=False) as counter:
+        z.sum().backward()
+    assert counter.get_total_flops() == gemms * 2 * m * n * k
+
+
+def test_what_is_kept():
+    """Nothing but the operands."""
+    inputs = [t.requires_grad_() for t in operands(5, 12, 8, bias=True)]
+    given, kept = {t.data_ptr() for t in inputs}, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        swiglu.forward(*inputs)
+    assert set(kept) <= given
+
+
+def test_a_gradient_into_a_view_and_twice_through_the_graph():
+    x, gate, up, _, _ = (None if t is None else t.requires_grad_() for t in operands((4, 6), 12, 8))
+    z = swiglu.forward(x.transpose(0, 1)[1:], gate, up).sum()
+    first = torch.autograd.grad(z, (x, gate, up), retain_graph=True)
+    again = torch.autograd.grad(z, (x, gate, up))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    expected = float64_grads([x.transpose(0, 1)[1:], gate, up, None, None], torch.ones(5, 4, 12))
+    assert relative_error(first[0].transpose(0, 1)[1:], expected[0]) <= TOLERANCE[torch.float32]
+    assert (first[0][:, 0] == 0).all()
+
+
 def test_a_weight_used_twice():
     x, gate, _, _, _ = operands(5, 12, 8)
     gate.requires_grad_()

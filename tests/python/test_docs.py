@@ -1,14 +1,39 @@
-"""The examples in docstrings run."""
+"""The examples in docstrings run, and everything public has one."""
 
 import doctest
+import inspect
 import pkgutil
 
 import pytest
 
 import swiglu
+from swiglu import liger, xformers
 
 
 @pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(swiglu.__path__) if m.name != "_native"])
 def test_examples(name):
     module = __import__(f"swiglu.{name}", fromlist=["_"])
+    assert module.__doc__
     assert doctest.testmod(module).failed == 0
+
+
+PUBLIC = [(module, name) for module in (swiglu, liger, xformers) for name in module.__all__ if name != "__version__"]
+
+
+@pytest.mark.parametrize("module, name", PUBLIC, ids=[f"{module.__name__}.{name}" for module, name in PUBLIC])
+def test_everything_public_has_an_example(module, name):
+    value = getattr(module, name)
+    texts = [value.__doc__, *(method.__doc__ for _, method in inspect.getmembers(value, inspect.isfunction))]
+    if value is not swiglu.PatchReport:  # patch() shows it
+        assert any(text and ">>>" in text for text in texts)
+
+
+def test_types_are_shipped():
+    from pathlib import Path
+
+    folder = Path(swiglu.__file__).parent
+    assert (folder / "py.typed").exists()
+    stub = (folder / "_native.pyi").read_text()
+    native = [name for name in vars(swiglu._native) if not name.startswith("_")]
+    native += [name for name in vars(swiglu._native.Plan) if not name.startswith("_")]
+    assert native and all(f"def {name}(" in stub or f"class {name}:" in stub for name in native)

@@ -112,6 +112,17 @@ def test_wrong_words_are_named():
         swiglu.split_packed(torch.ones(3, 4), layout="packed_nk")
 
 
+def test_meta_tensors_have_shapes_only():
+    x, gate, up, _, _ = operands((2, 3), 8, 4, torch.bfloat16, "meta")
+    for z in (
+        swiglu.forward(x, gate, up),
+        swiglu.swiglu_fused(torch.empty(2, 3, 16, dtype=torch.bfloat16, device="meta")),
+    ):
+        assert z.is_meta and z.shape == (2, 3, 8) and z.dtype is torch.bfloat16
+    assert swiglu.swiglu_ffn(x, gate, up, gate.t()).shape == x.shape
+    assert swiglu.SwiGLU(4, 8, device="meta")(x.float()).is_meta
+
+
 @pytest.mark.gpu
 def test_mixed_devices_are_refused():
     x, gate, up, _, _ = operands(3, 8, 4, device="cuda")
@@ -173,6 +184,7 @@ def test_nothing_of_torch_is_stepped_over():
 
     inputs = operands(5, 12, 8, bias=True)
     expected = swiglu.forward(*inputs)
+    gate, up, down = inputs[1], inputs[2], inputs[1].t()
     seen = []
 
     class Recorder(TorchDispatchMode):
@@ -182,7 +194,9 @@ def test_nothing_of_torch_is_stepped_over():
 
     with Recorder():
         assert torch.equal(swiglu.forward(*inputs), expected)
-    assert torch.ops.swiglu.forward.default in seen
+        swiglu.swiglu_fused(gate, up), swiglu.swiglu_fused(gate), swiglu.swiglu_ffn(*inputs[:3], down)
+    ops = torch.ops.swiglu
+    assert {ops.forward.default, ops.gate.default, ops.gate_packed.default, ops.ffn.default} <= set(seen)
     with FakeTensorMode() as mode:
         assert swiglu.forward(*map(mode.from_tensor, inputs)).shape == expected.shape
     negated = torch._neg_view(inputs[0])

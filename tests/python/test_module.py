@@ -84,6 +84,15 @@ def test_compiles_whole():
     torch.testing.assert_close(torch.compile(mlp, fullgraph=True, backend="aot_eager")(x), mlp(x))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_whole(strict):
+    mlp, x = swiglu.SwiGLU(8, 12).requires_grad_(False), torch.randn(3, 8)
+    exported = torch.export.export(mlp, (x,), strict=strict)
+    called = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    assert called == [torch.ops.swiglu.ffn.default]
+    torch.testing.assert_close(exported.module()(x), mlp(x))
+
+
 @pytest.mark.gpu
 def test_compiles_with_inductor():
     mlp, x = swiglu.SwiGLU(64, 128, device="cuda", dtype=torch.bfloat16), torch.randn(3, 64).cuda().bfloat16()

@@ -30,7 +30,7 @@ fn prepare(py: Python<'_>, device: i32, dtype: &str, layout: &str, n: u64, k: u6
     Ok(NativePlan(py.detach(|| guarded(|| plans::get_or_prepare(key)))?))
 }
 
-/// Launches through the cached plan, which is prepared on first use: not while a CUDA graph is captured.
+/// Launches through the cached plan, which is prepared on first use: not while a CUDA graph is captured. True if it was.
 #[pyfunction]
 #[allow(clippy::too_many_arguments, reason = "one flat call costs Python less than any structure")]
 fn forward(
@@ -52,11 +52,11 @@ fn forward(
     up_bias: u64,
     z: u64,
     z_stride: i64,
-) -> PyResult<()> {
+) -> PyResult<bool> {
     let key = key(device, dtype, layout, n, k)?;
     let call = Call { stream, m, x, x_stride, gate, gate_stride, up, up_stride, gate_bias, up_bias, z, z_stride };
     if let Some(plan) = plans::get(&key) {
-        return run(py, &plan, &call);
+        return run(py, &plan, &call).map(|()| false);
     }
     let plan = py.detach(|| {
         guarded(|| {
@@ -66,7 +66,7 @@ fn forward(
             plans::get_or_prepare(key)
         })
     })?;
-    run(py, &plan, &call)
+    run(py, &plan, &call).map(|()| true)
 }
 
 /// A prepared problem.
@@ -95,6 +95,14 @@ impl NativePlan {
     ) -> PyResult<()> {
         let call = Call { stream, m, x, x_stride, gate, gate_stride, up, up_stride, gate_bias, up_bias, z, z_stride };
         run(py, &self.0, &call)
+    }
+
+    /// How near to `m` tokens was tuned what serves them: "exact", "nearest M", ... The CPU needs no tuning.
+    fn matched(&self, m: u64) -> String {
+        match &self.0 {
+            Plan::Gpu(plan) => plan.choice(u32::try_from(m).unwrap_or(u32::MAX)).matched.to_string(),
+            Plan::Cpu(_) => "exact".to_owned(),
+        }
     }
 
     /// The config that serves `m` well aligned tokens, in the tuner's words, and how it was found.

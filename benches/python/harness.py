@@ -1,0 +1,169 @@
+"""What the scripts here share: their flags, the race that times, float64 as the judge, tables and raw output.
+
+Protocol: every provider is held to float64 first; every round times every provider once, in random order; a figure
+is the median over the rounds, a ratio the median of the ratios of a round (over 1: ours is faster). On a GPU the L2
+is overwritten before every sample and the launches queue behind a pause, so that the host's pace does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import importlib.metadata
+import json
+import math
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Relative, of the whole; gate, up and their product may each be rounded once.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+OURS = "ours"
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The flags that every script has."""
+    flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flags.add_argument("--dtype", choices=DTYPES, default=None, help="default: bf16 on a GPU, fp32 on the CPU")
+    flags.add_argument("--quick", action="store_true", help="tiny sizes and few rounds: shows that it runs")
+    flags.add_argument("--rounds", type=int, default=None)
+    flags.add_argument("--threads", type=int, default=None, help="of torch, on the CPU")
+    flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--out", help="JSON file for the raw rows")
+    return flags
+
+
+def parse(flags: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    args = flags.parse_args(argv)
+    args.device = torch.device(args.device)
+    args.dtype = DTYPES[args.dtype or ("fp32" if args.device.type == "cpu" else "bf16")]
+    args.rounds = args.rounds or (3 if args.quick else 30)
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
+    if args.threads or args.quick:
+        torch.set_num_threads(args.threads or 1)
+    torch.manual_seed(args.seed)
+    random.seed(args.seed)
+    return args
+
+
+def numbers(text: str) -> list[int]:
+    """``64,256`` as a flag's value."""
+    return [int(word) for word in text.split(",")]
+
+
+def liger():
+    """Liger's swiglu module where it is installed and the device is a GPU, else None."""
+    try:
+        return importlib.import_module("liger_kernel.ops.swiglu") if torch.cuda.is_available() else None
+    except ImportError:
+        return None
+
+
+def hold(name: str, got: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> float:
+    """The largest relative error; ArithmeticError where it is more than rounding."""
+    worst = 0.0
+    for value, wanted in zip(got, expected, strict=True):
+        error = ((value.double() - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
+        if not error <= TOLERANCE[value.dtype]:
+            raise ArithmeticError(f"{name}: relative error {error:.1e} over {TOLERANCE[value.dtype]:.0e}")
+        worst = max(worst, error)
+    return worst
+
+
+def race(providers: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, dict]:
+    """Times every provider once a round. Of each: ``us``, ``p10_us``, ``p90_us`` and, beside "ours", ``ratio``."""
+    clock = _gpu_sample if device.type == "cuda" else _cpu_sample
+    for call in providers.values():
+        for _ in range(3):
+            call()
+    times: dict[str, list[float]] = {name: [] for name in providers}
+    for _ in range(rounds):
+        for name in random.sample(list(providers), len(providers)):
+            times[name].append(clock(providers[name]))
+    figures = {}
+    for name, taken in times.items():
+        ordered = sorted(taken)
+        last = len(ordered) - 1
+        figures[name] = {
+            "us": statistics.median(taken),
+            "p10_us": ordered[round(0.1 * last)],
+            "p90_us": ordered[round(0.9 * last)],
+        }
+        if OURS in times and name != OURS:
+            figures[name]["ratio"] = statistics.median(peer / own for peer, own in zip(taken, times[OURS]))
+    return figures
+
+
+def _cpu_sample(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e6
+
+
+_flush: dict[int, torch.Tensor] = {}
+
+
+def _gpu_sample(call: Callable[[], object]) -> float:
+    device = torch.cuda.current_device()
+    if device not in _flush:
+        bytes_ = 4 * torch.cuda.get_device_properties(device).L2_cache_size
+        _flush[device] = torch.empty(bytes_, dtype=torch.uint8, device="cuda")
+    _flush[device].zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(4_000_000)  # some 2 ms: longer than any call takes to be queued
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def table(title: str, rows: list[dict], columns: dict[str, str]) -> None:
+    """Prints ``columns`` (key to format) of ``rows``; a missing value is a dash."""
+    cells = [[format(row[key], spec) if key in row else "-" for key, spec in columns.items()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells)]
+    print(f"\n{title}")
+    for line in (list(columns), *cells):
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+
+
+def write(args: argparse.Namespace, script: str, rows: list[dict]) -> None:
+    """The raw rows with all that they depend on, to ``--out``."""
+    if not args.out:
+        return
+    found = {"script": script, "argv": sys.argv[1:], "rows": rows, "environment": environment(args.device)}
+    with open(args.out, "w") as file:
+        json.dump(found, file, indent=1)
+        file.write("\n")
+
+
+def environment(device: torch.device) -> dict[str, str | int | None]:
+    import swiglu
+
+    facts = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "swiglu": swiglu.__version__,
+        "device": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        facts["device"] = torch.cuda.get_device_name(device)
+    if liger() is not None:
+        facts["liger"] = importlib.metadata.version("liger-kernel")
+    return facts

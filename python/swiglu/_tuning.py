@@ -1,0 +1,27 @@
+"""Says once per process that what is launched was not tuned."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from . import _native
+
+_TUNED = ("exact", "nearest M")
+_said: set[str] = set()
+
+
+def note_untuned(plan: _native.Plan, device: int, n: int, k: int, m: int) -> None:
+    """Warns if ``plan`` serves ``m`` tokens by less than a measurement of its own N and K."""
+    matched = plan.matched(m)
+    if matched in _TUNED or _said:
+        return
+    _said.add(matched)
+    name = torch.cuda.get_device_name(device)
+    source = "the default config" if matched == "untuned" else f"the {matched} that was tuned"
+    warnings.warn(
+        f"swiglu: N={n}, K={k} was not tuned on {name}; it runs on {source} and may be slower than it could be. "
+        "`python -m swiglu tune --gpu auto` tunes this machine (said once)",
+        stacklevel=3,
+    )

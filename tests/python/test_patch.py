@@ -1,0 +1,216 @@
+"""Patching what is built like Hugging Face's blocks, without transformers: recognising, refusing, undoing, copying."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import swiglu
+
+
+class MLP(nn.Module):
+    def __init__(self, k=8, n=12, names=("gate_proj", "up_proj", "down_proj"), act=None, bias=False):
+        super().__init__()
+        self.names = names
+        for name, (inputs, outputs) in zip(names, ((k, n), (k, n), (n, k))):
+            setattr(self, name, nn.Linear(inputs, outputs, bias))
+        self.act_fn = act or nn.SiLU()
+
+    def forward(self, x):
+        gate, up, down = (getattr(self, name) for name in self.names)
+        return down(self.act_fn(gate(x)) * up(x))
+
+
+class Scaled(MLP):
+    def forward(self, x):
+        return 1.5 * super().forward(x)
+
+
+class Swapped(MLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+class Inline(MLP):
+    def __init__(self):
+        super().__init__(names=("w1", "w3", "w2"))
+        del self.act_fn
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+def gradients(module, x):
+    x = x.detach().requires_grad_()
+    y = module(x)
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])]
+
+
+def assert_runs_ours(module, x):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        module(x)
+    assert any(name.startswith("swiglu::") for name in seen)
+
+
+@pytest.mark.parametrize("save", ["preactivations", "nothing"])
+@pytest.mark.parametrize("build", [MLP, lambda: MLP(names=("w1", "w3", "w2"), bias=True), Inline])
+def test_same_results_same_weights_and_back(build, save):
+    module, x = build(), torch.randn(2, 3, 8)
+    model = nn.ModuleDict({"mlp": module, "other": nn.Linear(8, 8)})
+    before, parameters = gradients(module, x), dict(model.named_parameters())
+    original, names = type(module), list(model.state_dict())
+    report = swiglu.patch(model, save=save)
+    assert report.replaced == {"mlp": original.__name__} and not report.refused
+    assert isinstance(module, original) and type(module) is not original
+    assert all(parameters[name] is p for name, p in model.named_parameters())
+    assert list(model.state_dict()) == names
+    assert_runs_ours(module, x)
+    for got, expected in zip(gradients(module, x), before):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert not swiglu.patch(model).replaced
+    assert swiglu.unpatch(model) == 1 and type(module) is original
+    assert all(torch.equal(got, expected) for got, expected in zip(gradients(module, x), before))
+    assert swiglu.unpatch(model) == 0
+
+
+def hooked():
+    module = MLP()
+    module.forward = module.forward
+    return module
+
+
+def with_dropout():
+    module = MLP()
+    module.dropout = nn.Dropout(0.5)
+    return module
+
+
+class Quantised(torch.Tensor):
+    """Stands in for a weight that only its own functions understand."""
+
+
+def with_quantised_weight():
+    module = MLP()
+    weight = module.up_proj.weight.detach().as_subclass(Quantised)
+    module.up_proj.weight = nn.Parameter(weight, requires_grad=False)
+    return module
+
+
+def with_zeros():
+    module = MLP()
+    nn.init.zeros_(module.down_proj.weight)
+    return module
+
+
+def with_low_rank():
+    class LoRA(nn.Linear):
+        pass
+
+    module = MLP()
+    module.up_proj = LoRA(8, 12, bias=False)
+    return module
+
+
+@pytest.mark.parametrize(
+    "build, reason",
+    [
+        (lambda: MLP(act=nn.GELU()), "its activation is GELU, not SiLU"),
+        (lambda: MLP(act=torch.tanh), "its activation is tanh, not SiLU"),
+        (with_low_rank, "up_proj is LoRA, not nn.Linear"),
+        (with_quantised_weight, "up_proj's weight is Quantised, not a plain tensor"),
+        (with_zeros, "tells nothing"),
+        (with_dropout, "parts that a SwiGLU block has not: dropout"),
+        (hooked, "its forward was replaced before"),
+        (Scaled, "its output is not down"),
+        (Swapped, "its output is not down"),
+        (lambda: MLP(names=("w1", "w2", "w3")), "two probe tokens do not pass"),
+        (lambda: MLP().to("meta"), "meta device"),
+    ],
+)
+def test_what_is_not_one_is_left_alone_with_the_reason(build, reason):
+    model = nn.Sequential(build())
+    original = type(model[0])
+    report = swiglu.patch(model)
+    assert not report.replaced and reason in report.refused["0"]
+    assert type(model[0]) is original
+    assert reason in str(report)
+
+
+def test_the_probe_draws_no_random_numbers():
+    module, state = MLP(), torch.get_rng_state()
+    assert swiglu.patch(module).replaced
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_copies_and_pickles_stay_patched():
+    module, x = MLP(), torch.randn(3, 8)
+    swiglu.patch(module)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(twin) is type(module)
+        assert torch.equal(twin(x), module(x))
+        assert twin.gate_proj.weight.data_ptr() != module.gate_proj.weight.data_ptr()
+        assert swiglu.unpatch(twin) == 1 and type(twin) is MLP
+
+
+def test_a_weight_that_becomes_foreign_later_is_called_not_fused():
+    module, x = MLP(), torch.randn(3, 8)
+    plain = module(x)
+    swiglu.patch(module)
+    module.up_proj.weight = nn.Parameter(module.up_proj.weight.detach().as_subclass(Quantised), requires_grad=False)
+    y = module(x)
+    torch.testing.assert_close(torch.Tensor(y), plain)
+
+
+def test_calls_by_keyword_and_with_more_than_the_tokens():
+    class Named(MLP):
+        def forward(self, hidden_states, scale=None):
+            y = super().forward(hidden_states)
+            return y if scale is None else y * scale
+
+    module, x = Named(), torch.randn(3, 8)
+    plain, scaled = module(x), module(x, 2.0)
+    assert swiglu.patch(module).replaced
+    torch.testing.assert_close(module(hidden_states=x), plain)
+    torch.testing.assert_close(module(x, scale=2.0), scaled)
+    with pytest.raises(TypeError, match="hidden_states"):
+        module()
+
+
+def test_hooks_casts_and_late_changes_are_followed():
+    module, x = MLP(), torch.randn(3, 8)
+    plain, seen = module(x), []
+    swiglu.patch(module)
+    module.register_forward_hook(lambda *_: seen.append("block"))
+    module.up_proj.register_forward_hook(lambda *_: seen.append("up"))
+    torch.testing.assert_close(module(x), plain)
+    assert seen == ["up", "block"]
+    assert module.double()(x.double()).dtype is torch.float64
+    module.up_proj = nn.Sequential(nn.Linear(8, 12, bias=False, dtype=torch.float64))
+    assert module(x.double()).shape == x.shape
+
+
+def test_compiles_whole():
+    module, x = MLP(), torch.randn(3, 8)
+    plain = module(x)
+    swiglu.patch(module)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), plain)
+    for got, expected in zip(gradients(compiled, x), gradients(module, x)):
+        torch.testing.assert_close(got, expected)
+
+
+def test_wrong_words_are_named():
+    with pytest.raises(ValueError, match="argument `save`: "):
+        swiglu.patch(MLP(), save="all")
