@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._gate import gate_op, gradients
 from ._library import autocast_dtype, define, lib, register_autocast
-from ._op import projection_gradients, run
+from ._op import projection_gradients, run, run_saving
 from ._operands import bad_type, bad_value, check, check_bias
 
 _NAMES = ("w_gate", "w_up", "b_gate", "b_up")
@@ -46,8 +46,8 @@ def run_ffn(x, w_gate, w_up, w_down, b_gate, b_up, b_down):
 
 def _run_saving(x, w_gate, w_up, w_down, b_gate, b_up, b_down):
     check_ffn(x, w_gate, w_up, w_down, b_gate, b_up, b_down)
-    g, u = F.linear(x, w_gate, b_gate).contiguous(), F.linear(x, w_up, b_up).contiguous()
-    return F.linear(gate_op(g, u), w_down, b_down), g, u
+    z, g, u = run_saving(x, w_gate, w_up, b_gate, b_up)
+    return F.linear(z, w_down, b_down), g, u
 
 
 def _fake(x, w_gate, w_up, w_down, b_gate, b_up, b_down):

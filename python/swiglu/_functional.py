@@ -90,7 +90,7 @@ def swiglu_ffn(
         b_gate, b_up: ``[N]``, if any.
         b_down: ``[out]``, if any.
         save: what is kept for the backward besides the operands. ``"preactivations"``: ``x @ w_gate.T`` and
-            ``x @ w_up.T``, 2 N numbers a token, computed by torch's GEMMs. ``"nothing"``: the forward is the fused
+            ``x @ w_up.T``, 2 N numbers a token, stored by the fused kernel beside z. ``"nothing"``: the forward is the fused
             kernel and the backward computes both again, two GEMMs more.
 
     Without gradients to record it is the fused kernel and one GEMM, whatever ``save`` says.

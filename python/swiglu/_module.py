@@ -23,8 +23,8 @@ class SwiGLU(nn.Module):
         intermediate_size: N, features between.
         bias: whether the three projections have biases.
         device, dtype: of the parameters, as for ``nn.Linear``.
-        save: what a training step keeps for its backward, ``"preactivations"`` (faster, and torch's GEMMs) or
-            ``"nothing"`` (smaller, and the fused kernel): see :func:`swiglu.swiglu_ffn`.
+        save: what a training step keeps for its backward, ``"preactivations"`` (faster) or
+            ``"nothing"`` (smaller): see :func:`swiglu.swiglu_ffn`.
 
     ``w_gate``, ``w_up`` and ``w_down`` are ``nn.Linear``, so parameters, their names and initial values are theirs.
     A projection that was replaced (LoRA, quantisation) or has hooks is called instead of fused.

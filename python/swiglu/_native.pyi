@@ -24,6 +24,10 @@ def forward(
     up_bias: int,
     z: int,
     z_stride: int,
+    saved_gate: int,
+    saved_gate_stride: int,
+    saved_up: int,
+    saved_up_stride: int,
 ) -> bool: ...
 
 @final

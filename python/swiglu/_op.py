@@ -43,6 +43,29 @@ def run(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up
     check(x, gate, up, gate_bias, up_bias)
     if x.dtype is torch.float64:
         return reference(x, gate, up, gate_bias, up_bias).contiguous()
+    return _launch(x, gate, up, gate_bias, up_bias, None)
+
+
+def run_saving(
+    x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`run`, with both pre-activations, from the same launch."""
+    check(x, gate, up, gate_bias, up_bias)
+    if x.dtype is torch.float64 or x.shape[-1] == 0:
+        g, u = F.linear(x, gate, gate_bias).contiguous(), F.linear(x, up, up_bias).contiguous()
+        return F.silu(g) * u, g, u
+    g, u = (x.new_empty((*x.shape[:-1], gate.shape[0])) for _ in range(2))
+    return _launch(x, gate, up, gate_bias, up_bias, (g, u)), g, u
+
+
+def _launch(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    saved: tuple[Tensor, Tensor] | None,
+) -> Tensor:
     n, k = gate.shape
     z = x.new_empty((*x.shape[:-1], n))
     tokens = z.numel() // n if n else 0
@@ -74,6 +97,10 @@ def run(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up
         0 if gate_bias is None else gate_bias.data_ptr(),
         0 if up_bias is None else up_bias.data_ptr(),
         z.data_ptr(),
+        n,
+        0 if saved is None else saved[0].data_ptr(),
+        n,
+        0 if saved is None else saved[1].data_ptr(),
         n,
     )
     if prepared_now:

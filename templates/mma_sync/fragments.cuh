@@ -255,14 +255,14 @@ __device__ __forceinline__ void store_tile(const Params& p, Accumulators& gate_a
                                            int column) {
     if (p.gate_bias || p.up_bias) add_bias(p, gate_acc, up_acc, column);
     auto* z = static_cast<Element*>(p.z);
-    auto* saved = static_cast<Element*>(p.preactivations);
+    auto* saved_gate = static_cast<Element*>(p.saved_gate);
+    auto* saved_up = static_cast<Element*>(p.saved_up);
 #pragma unroll
     for (int i = 0; i < kFragmentsM; ++i) {
         store_strip<Output::z>(p, z, p.z_stride, gate_acc[i], up_acc[i], strip, row + i * 16, column);
         if constexpr (kOp == Op::forward_save) {
-            const i64 stride = p.preactivations_stride;
-            store_strip<Output::gate>(p, saved, stride, gate_acc[i], up_acc[i], strip, row + i * 16, column);
-            store_strip<Output::up>(p, saved + p.n, stride, gate_acc[i], up_acc[i], strip, row + i * 16, column);
+            store_strip<Output::gate>(p, saved_gate, p.saved_gate_stride, gate_acc[i], up_acc[i], strip, row + i * 16, column);
+            store_strip<Output::up>(p, saved_up, p.saved_up_stride, gate_acc[i], up_acc[i], strip, row + i * 16, column);
         }
     }
 }

@@ -7,12 +7,14 @@ struct Params {
     const void* gate_bias;  // [n], or null
     const void* up_bias;    // [n], or null
     void* z;                // [m, n]
-    void* preactivations;   // [m, 2n], forward_save only: gate columns, then up columns
+    void* saved_gate;       // [m, n], forward_save only: x Wg + bg
+    void* saved_up;         // [m, n], forward_save only: x Wu + bu
     i64 x_stride;           // elements from row to row
     i64 gate_stride;
     i64 up_stride;
     i64 z_stride;
-    i64 preactivations_stride;
+    i64 saved_gate_stride;
+    i64 saved_up_stride;
     int m, n, k;
     int raster_along_n;     // 0: blocks walk down M first; 1: along N first
     int raster_group;       // tiles walked before stepping in the other direction

@@ -21,6 +21,12 @@ pub(crate) struct Call {
     pub(crate) up_bias: u64,
     pub(crate) z: u64,
     pub(crate) z_stride: i64,
+    /// The gate's pre-activation; 0 where none are saved.
+    pub(crate) saved_gate: u64,
+    pub(crate) saved_gate_stride: i64,
+    /// The up pre-activation; 0 where none are saved.
+    pub(crate) saved_up: u64,
+    pub(crate) saved_up_stride: i64,
 }
 
 impl Call {
@@ -40,12 +46,14 @@ impl Call {
             up_bias: self.up_bias,
             z: self.z,
             z_stride: self.z_stride,
-            preactivations: 0,
-            preactivations_stride: 0,
+            saved_gate: self.saved_gate,
+            saved_gate_stride: self.saved_gate_stride,
+            saved_up: self.saved_up,
+            saved_up_stride: self.saved_up_stride,
         })
     }
 
-    /// An error where z shares memory with an input: kernels read while others write.
+    /// An error where an output shares memory with another operand: kernels read while others write.
     pub(crate) fn check_overlap(&self, spec: &ForwardSpec) -> Result<(), Failure> {
         let (n, k) = (u64::from(spec.n), u64::from(spec.k));
         let (rows, cols) = spec.layout.shape(spec.n as usize, spec.k as usize);
@@ -56,7 +64,6 @@ impl Call {
             let empty = address == 0 || rows == 0 || cols == 0;
             address..if empty { address } else { address.saturating_add(elements.saturating_mul(bytes)) }
         };
-        let z = range(self.z, self.m, n, self.z_stride);
         let inputs = [
             ("x", range(self.x, self.m, k, self.x_stride)),
             ("gate", range(self.gate, rows, cols, self.gate_stride)),
@@ -64,10 +71,18 @@ impl Call {
             ("gate_bias", range(self.gate_bias, 1, n, 0)),
             ("up_bias", range(self.up_bias, 1, n, 0)),
         ];
-        let shared = inputs.iter().find(|(_, input)| input.start < z.end && z.start < input.end && !z.is_empty());
-        match shared {
-            Some((name, _)) => Err(Failure::argument("out", format!("overlaps `{name}` in memory"))),
-            None => Ok(()),
+        let outputs = [
+            ("out", range(self.z, self.m, n, self.z_stride)),
+            ("saved_gate", range(self.saved_gate, self.m, n, self.saved_gate_stride)),
+            ("saved_up", range(self.saved_up, self.m, n, self.saved_up_stride)),
+        ];
+        for (index, (name, output)) in outputs.iter().enumerate() {
+            let others = inputs.iter().chain(&outputs[..index]);
+            let mut others = others.filter(|(_, other)| other.start < output.end && output.start < other.end);
+            if let Some((other, _)) = others.next() {
+                return Err(Failure::argument(name, format!("overlaps `{other}` in memory")));
+            }
         }
+        Ok(())
     }
 }

@@ -9,7 +9,7 @@ use crate::error::Failure;
 use half::{bf16, f16};
 use std::slice;
 use swiglu_runtime::cpu::CpuPlan;
-use swiglu_runtime::{DType, Element, Forward, Matrix, Weights};
+use swiglu_runtime::{DType, Element, Forward, Matrix, Preactivations, Weights};
 
 /// Computes `call` on this machine's threads.
 pub(crate) fn launch(plan: &CpuPlan, call: &Call) -> Result<(), Failure> {
@@ -38,7 +38,14 @@ fn launch_as<T: Element>(plan: &CpuPlan, call: &Call) -> Result<(), Failure> {
         gate_bias: bias("gate_bias", call.gate_bias)?,
         up_bias: bias("up_bias", call.up_bias)?,
         z: matrix_mut::<T>("z", call.z, m, n, call.z_stride)?,
-        preactivations: None,
+        preactivations: if spec.save_preactivations {
+            Some(Preactivations::Separate {
+                gate: matrix_mut::<T>("saved_gate", call.saved_gate, m, n, call.saved_gate_stride)?,
+                up: matrix_mut::<T>("saved_up", call.saved_up, m, n, call.saved_up_stride)?,
+            })
+        } else {
+            None
+        },
     };
     Ok(plan.launch(forward)?)
 }

@@ -26,11 +26,12 @@ fn set_nvrtc_folder(folder: PathBuf) {
 /// A plan for GPU `device`, or for the CPU where it is negative. Compiles and loads what is missing.
 #[pyfunction]
 fn prepare(py: Python<'_>, device: i32, dtype: &str, layout: &str, n: u64, k: u64) -> PyResult<NativePlan> {
-    let key = key(device, dtype, layout, n, k)?;
+    let key = key(device, dtype, layout, n, k, false)?;
     Ok(NativePlan(py.detach(|| guarded(|| plans::get_or_prepare(key)))?))
 }
 
 /// Launches through the cached plan, which is prepared on first use: not while a CUDA graph is captured. True if it was.
+/// Saves the pre-activations where addresses for them are given.
 #[pyfunction]
 #[allow(clippy::too_many_arguments, reason = "one flat call costs Python less than any structure")]
 fn forward(
@@ -52,9 +53,31 @@ fn forward(
     up_bias: u64,
     z: u64,
     z_stride: i64,
+    saved_gate: u64,
+    saved_gate_stride: i64,
+    saved_up: u64,
+    saved_up_stride: i64,
 ) -> PyResult<bool> {
-    let key = key(device, dtype, layout, n, k)?;
-    let call = Call { stream, m, x, x_stride, gate, gate_stride, up, up_stride, gate_bias, up_bias, z, z_stride };
+    let save_preactivations = saved_gate != 0 || saved_up != 0;
+    let key = key(device, dtype, layout, n, k, save_preactivations)?;
+    let call = Call {
+        stream,
+        m,
+        x,
+        x_stride,
+        gate,
+        gate_stride,
+        up,
+        up_stride,
+        gate_bias,
+        up_bias,
+        z,
+        z_stride,
+        saved_gate,
+        saved_gate_stride,
+        saved_up,
+        saved_up_stride,
+    };
     if let Some(plan) = plans::get(&key) {
         return run(py, &plan, &call).map(|()| false);
     }
@@ -93,7 +116,24 @@ impl NativePlan {
         z: u64,
         z_stride: i64,
     ) -> PyResult<()> {
-        let call = Call { stream, m, x, x_stride, gate, gate_stride, up, up_stride, gate_bias, up_bias, z, z_stride };
+        let call = Call {
+            stream,
+            m,
+            x,
+            x_stride,
+            gate,
+            gate_stride,
+            up,
+            up_stride,
+            gate_bias,
+            up_bias,
+            z,
+            z_stride,
+            saved_gate: 0,
+            saved_gate_stride: 0,
+            saved_up: 0,
+            saved_up_stride: 0,
+        };
         run(py, &self.0, &call)
     }
 
@@ -129,7 +169,7 @@ fn run(py: Python<'_>, plan: &Plan, call: &Call) -> PyResult<()> {
     }
 }
 
-fn key(device: i32, dtype: &str, layout: &str, n: u64, k: u64) -> Result<Key, Failure> {
+fn key(device: i32, dtype: &str, layout: &str, n: u64, k: u64, save_preactivations: bool) -> Result<Key, Failure> {
     let size = |argument, value: u64| {
         u32::try_from(value).map_err(|_| Failure::argument(argument, format!("is {value}, which is too large")))
     };
@@ -147,7 +187,7 @@ fn key(device: i32, dtype: &str, layout: &str, n: u64, k: u64) -> Result<Key, Fa
         gate_order: GateOrder::GateFirst,
         n: size("n", n)?,
         k: size("k", k)?,
-        save_preactivations: false,
+        save_preactivations,
     };
     Ok(Key { device, spec })
 }

@@ -5,7 +5,7 @@
 mod silu;
 
 use crate::buckets::BucketTable;
-use crate::operands::{ArgumentError, Element, Forward, ForwardSpec, Matrix, WeightOffsets, Weights};
+use crate::operands::{ArgumentError, Element, Forward, ForwardSpec, Matrix, Preactivations, WeightOffsets, Weights};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
@@ -125,7 +125,7 @@ struct Tile<'a, T> {
 /// Cuts the outputs into tiles that share nothing, so that tasks need no lock.
 fn tiles<'a, T>(
     z: Matrix<&'a mut [T]>,
-    preactivations: Option<Matrix<&'a mut [T]>>,
+    preactivations: Option<Preactivations<&'a mut [T]>>,
     block_m: usize,
     block_n: usize,
 ) -> Vec<Tile<'a, T>> {
@@ -142,13 +142,28 @@ fn tiles<'a, T>(
             tiles[row / block_m * across + index].pieces.push(piece);
         }
     }
-    let Some(saved) = preactivations else { return tiles };
-    for (row, line) in saved.data.chunks_mut(saved.row_stride.max(saved.cols)).take(saved.rows).enumerate() {
-        let (gate, rest) = line.split_at_mut(n);
-        let halves = gate.chunks_mut(block_n).zip(rest[..n].chunks_mut(block_n));
+    let mut save = |row: usize, gate: &'a mut [T], up: &'a mut [T]| {
+        let halves = gate[..n].chunks_mut(block_n).zip(up[..n].chunks_mut(block_n));
         for (index, halves) in halves.enumerate() {
             tiles[row / block_m * across + index].saved.push(halves);
         }
+    };
+    let lines = |matrix: Matrix<&'a mut [T]>| {
+        matrix.data.chunks_mut(matrix.row_stride.max(matrix.cols)).take(matrix.rows).enumerate()
+    };
+    match preactivations {
+        Some(Preactivations::Packed(saved)) => {
+            for (row, line) in lines(saved) {
+                let (gate, up) = line.split_at_mut(n);
+                save(row, gate, up);
+            }
+        }
+        Some(Preactivations::Separate { gate, up }) => {
+            for ((row, gate), (_, up)) in lines(gate).zip(lines(up)) {
+                save(row, gate, up);
+            }
+        }
+        None => {}
     }
     tiles
 }

@@ -36,21 +36,29 @@ pub struct RawForward {
     pub z: u64,
     /// Elements from row to row of z.
     pub z_stride: i64,
-    /// Device address of the pre-activations `[M, 2N]`, gate columns first; 0 where the plan saves none.
-    pub preactivations: u64,
-    /// Elements from row to row of the pre-activations.
-    pub preactivations_stride: i64,
+    /// Device address of the gate's pre-activation `[M, N]`; 0 where the plan saves none.
+    pub saved_gate: u64,
+    /// Elements from row to row of it.
+    pub saved_gate_stride: i64,
+    /// Device address of the up pre-activation `[M, N]`; 0 where the plan saves none.
+    pub saved_up: u64,
+    /// Elements from row to row of it.
+    pub saved_up_stride: i64,
 }
 
 impl RawForward {
-    /// Largest power of two, at most 16, that divides every address and row stride in bytes; `n` elements lie between the
-    /// two halves of the pre-activations.
-    pub(crate) fn alignment(&self, n: u32, element_bytes: u32) -> u32 {
-        let halves = if self.preactivations == 0 { 0 } else { i64::from(n) };
-        let strides =
-            [self.x_stride, self.gate_stride, self.up_stride, self.z_stride, self.preactivations_stride, halves];
+    /// Largest power of two, at most 16, that divides every address and row stride in bytes.
+    pub(crate) fn alignment(&self, element_bytes: u32) -> u32 {
+        let strides = [
+            self.x_stride,
+            self.gate_stride,
+            self.up_stride,
+            self.z_stride,
+            self.saved_gate_stride,
+            self.saved_up_stride,
+        ];
         let strides = strides.map(|stride| stride.unsigned_abs() * u64::from(element_bytes));
-        let addresses = [self.x, self.gate, self.up, self.z, self.preactivations];
+        let addresses = [self.x, self.gate, self.up, self.z, self.saved_gate, self.saved_up];
         let all = addresses.into_iter().chain(strides).fold(0, |all, one| all | one);
         alignment_of(all).min(MAX_ACCESS_BYTES)
     }
@@ -66,12 +74,14 @@ struct KernelParams {
     gate_bias: u64,
     up_bias: u64,
     z: u64,
-    preactivations: u64,
+    saved_gate: u64,
+    saved_up: u64,
     x_stride: i64,
     gate_stride: i64,
     up_stride: i64,
     z_stride: i64,
-    preactivations_stride: i64,
+    saved_gate_stride: i64,
+    saved_up_stride: i64,
     m: i32,
     n: i32,
     k: i32,
@@ -95,12 +105,14 @@ pub unsafe fn forward(kernel: &Kernel, stream: sys::CUstream, args: &RawForward)
         gate_bias: args.gate_bias,
         up_bias: args.up_bias,
         z: args.z,
-        preactivations: args.preactivations,
+        saved_gate: args.saved_gate,
+        saved_up: args.saved_up,
         x_stride: args.x_stride,
         gate_stride: args.gate_stride,
         up_stride: args.up_stride,
         z_stride: args.z_stride,
-        preactivations_stride: args.preactivations_stride,
+        saved_gate_stride: args.saved_gate_stride,
+        saved_up_stride: args.saved_up_stride,
         m: int(args.m)?,
         n: int(problem.n)?,
         k: int(problem.k)?,
@@ -216,9 +228,9 @@ mod tests {
             z_stride: 64,
             ..RawForward::default()
         };
-        assert_eq!(aligned.alignment(8, 2), 16);
-        assert_eq!(RawForward { up: 1032, ..aligned }.alignment(8, 2), 8);
-        assert_eq!(RawForward { z_stride: 63, ..aligned }.alignment(8, 2), 2);
-        assert_eq!(RawForward { z_stride: 63, ..aligned }.alignment(8, 4), 4);
+        assert_eq!(aligned.alignment(2), 16);
+        assert_eq!(RawForward { up: 1032, ..aligned }.alignment(2), 8);
+        assert_eq!(RawForward { z_stride: 63, ..aligned }.alignment(2), 2);
+        assert_eq!(RawForward { z_stride: 63, ..aligned }.alignment(4), 4);
     }
 }

@@ -21,7 +21,7 @@ mod tensor_map;
 
 pub use cudarc;
 pub use launch::RawForward;
-pub use operands::{ArgumentError, Element, Forward, ForwardSpec, Matrix, Weights};
+pub use operands::{ArgumentError, Element, Forward, ForwardSpec, Matrix, Preactivations, Weights};
 pub use options::Options;
 pub use plan::{Choice, LaunchError, Plan};
 pub use runtime::{Backend, CpuRuntime, PrepareError, Runtime};

@@ -166,6 +166,20 @@ pub enum Weights<S> {
     },
 }
 
+/// Where the pre-activations go.
+#[derive(Debug)]
+pub enum Preactivations<O> {
+    /// `[M, 2N]`: the gate's columns, then the up ones, whatever the weights' order.
+    Packed(Matrix<O>),
+    /// `[M, N]` each.
+    Separate {
+        /// `x·Wg + bg`.
+        gate: Matrix<O>,
+        /// `x·Wu + bu`.
+        up: Matrix<O>,
+    },
+}
+
 /// Operands of `z = silu(x·Wg + bg) ⊙ (x·Wu + bu)`.
 #[derive(Debug)]
 pub struct Forward<S, O> {
@@ -179,9 +193,8 @@ pub struct Forward<S, O> {
     pub up_bias: Option<S>,
     /// `[M, N]`: the output.
     pub z: Matrix<O>,
-    /// `[M, 2N]`: `x·Wg + bg` beside `x·Wu + bu`, whatever the weights' order; given where, and only where, the plan saves
-    /// them.
-    pub preactivations: Option<Matrix<O>>,
+    /// Given where, and only where, the plan saves them.
+    pub preactivations: Option<Preactivations<O>>,
 }
 
 /// Where gate and up start, in elements from the start of their storage, and the step between rows.
@@ -209,7 +222,13 @@ impl<S, O> Forward<S, O> {
         self.x.check("x", m, k, len(&self.x.data))?;
         self.z.check("z", m, n, len_out(&self.z.data))?;
         match (&self.preactivations, spec.save_preactivations) {
-            (Some(saved), true) => saved.check("preactivations", m, 2 * n, len_out(&saved.data))?,
+            (Some(Preactivations::Packed(saved)), true) => {
+                saved.check("preactivations", m, 2 * n, len_out(&saved.data))?;
+            }
+            (Some(Preactivations::Separate { gate, up }), true) => {
+                gate.check("preactivations.gate", m, n, len_out(&gate.data))?;
+                up.check("preactivations.up", m, n, len_out(&up.data))?;
+            }
             (None, false) => {}
             (Some(_), false) => {
                 return Err(ArgumentError::new("preactivations", "is given, but the plan was prepared to save none"));

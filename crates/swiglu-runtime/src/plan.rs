@@ -4,7 +4,7 @@
 use crate::buckets::BucketTable;
 use crate::gpu::{Gpu, Kernel};
 use crate::launch::{self, RawForward};
-use crate::operands::{ArgumentError, Element, Forward, ForwardSpec, Weights};
+use crate::operands::{ArgumentError, Element, Forward, ForwardSpec, Preactivations, Weights};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, DriverError, sys};
 use swiglu_db::Match;
 use swiglu_kernels::Config;
@@ -91,8 +91,13 @@ impl Plan {
             self.check_device(argument, slice.stream())?;
         }
         self.check_device("z", forward.z.data.stream())?;
-        if let Some(saved) = &forward.preactivations {
-            self.check_device("preactivations", saved.data.stream())?;
+        match &forward.preactivations {
+            Some(Preactivations::Packed(saved)) => self.check_device("preactivations", saved.data.stream())?,
+            Some(Preactivations::Separate { gate, up }) => {
+                self.check_device("preactivations.gate", gate.data.stream())?;
+                self.check_device("preactivations.up", up.data.stream())?;
+            }
+            None => {}
         }
         let m = u32::try_from(forward.x.rows).unwrap_or(u32::MAX);
         if m == 0 || self.spec.n == 0 {
@@ -110,7 +115,20 @@ impl Plan {
         let gate_bias = forward.gate_bias.map(|bias| bias.device_ptr(stream));
         let up_bias = forward.up_bias.map(|bias| bias.device_ptr(stream));
         let (z, _z) = forward.z.data.device_ptr_mut(stream);
-        let saved = forward.preactivations.map(|saved| (saved.data.device_ptr_mut(stream), saved.row_stride));
+        let ((saved_gate, saved_gate_stride, _saved_gate), (saved_up, saved_up_stride, _saved_up)) =
+            match forward.preactivations {
+                Some(Preactivations::Packed(saved)) => {
+                    let (address, written) = saved.data.device_ptr_mut(stream);
+                    let half = u64::from(self.spec.n) * element_bytes;
+                    ((address, saved.row_stride, Some(written)), (address + half, saved.row_stride, None))
+                }
+                Some(Preactivations::Separate { gate, up }) => {
+                    let (gate_address, gate_written) = gate.data.device_ptr_mut(stream);
+                    let (up_address, up_written) = up.data.device_ptr_mut(stream);
+                    ((gate_address, gate.row_stride, Some(gate_written)), (up_address, up.row_stride, Some(up_written)))
+                }
+                None => ((0, 0, None), (0, 0, None)),
+            };
         let raw = RawForward {
             m,
             x,
@@ -123,8 +141,10 @@ impl Plan {
             up_bias: up_bias.as_ref().map_or(0, |(address, _)| *address),
             z,
             z_stride: stride(forward.z.row_stride),
-            preactivations: saved.as_ref().map_or(0, |((address, _), _)| *address),
-            preactivations_stride: saved.as_ref().map_or(0, |(_, row_stride)| stride(*row_stride)),
+            saved_gate,
+            saved_gate_stride: stride(saved_gate_stride),
+            saved_up,
+            saved_up_stride: stride(saved_up_stride),
         };
         // SAFETY: `check` has held every matrix to its slice, the borrows keep the slices alive and z apart,
         // `check_device` has held them to this plan's GPU; cudarc orders their release after this stream's work.
@@ -145,10 +165,12 @@ impl Plan {
         if args.m == 0 || self.spec.n == 0 {
             return Ok(());
         }
-        if self.spec.save_preactivations && args.preactivations == 0 {
-            return Err(ArgumentError::new("preactivations", "is 0, but the plan saves them").into());
+        for (argument, address) in [("saved_gate", args.saved_gate), ("saved_up", args.saved_up)] {
+            if self.spec.save_preactivations && address == 0 {
+                return Err(ArgumentError::new(argument, "is 0, but the plan saves the pre-activations").into());
+            }
         }
-        let kernel = self.select(args.m, args.alignment(self.spec.n, self.spec.dtype.bytes()));
+        let kernel = self.select(args.m, args.alignment(self.spec.dtype.bytes()));
         // SAFETY: by this function's own contract; `select` has held the alignment to `access_bytes`.
         let launched = unsafe { launch::forward(kernel, stream, args) };
         launched.map_err(|error| LaunchError::Driver { config: Box::new(kernel.config), error })

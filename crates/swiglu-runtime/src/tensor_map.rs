@@ -39,18 +39,14 @@ pub(crate) fn of_wgmma_tma(
     Ok([x, gate, up, encode_one(&z, problem.dtype)?])
 }
 
-/// The gate half and the up half of the pre-activations for the same template.
+/// Both pre-activations for the same template.
 pub(crate) fn of_preactivations(
     config: &WgmmaTmaConfig,
     problem: &Problem,
     args: &RawForward,
 ) -> Result<[sys::CUtensorMap; 2], DriverError> {
-    let half = u64::from(problem.n) * u64::from(problem.dtype.bytes());
-    let encode = |address| {
-        let half = output(config, problem, args.m, address, args.preactivations_stride);
-        encode_one(&half, problem.dtype)
-    };
-    Ok([encode(args.preactivations)?, encode(args.preactivations + half)?])
+    let encode = |address, row_stride| encode_one(&output(config, problem, args.m, address, row_stride), problem.dtype);
+    Ok([encode(args.saved_gate, args.saved_gate_stride)?, encode(args.saved_up, args.saved_up_stride)?])
 }
 
 /// An `[m, n]` output and its store box.

@@ -8,7 +8,9 @@ use rand_distr::{Distribution, StandardNormal};
 use swiglu_kernels::families::CpuConfig;
 use swiglu_kernels::{Activation, oracle};
 use swiglu_runtime::cpu::{self, CpuPlan};
-use swiglu_runtime::{ArgumentError, DType, Element, Forward, ForwardSpec, GateOrder, Matrix, WeightLayout, Weights};
+use swiglu_runtime::{
+    ArgumentError, DType, Element, Forward, ForwardSpec, GateOrder, Matrix, Preactivations, WeightLayout, Weights,
+};
 
 fn normal<T: Element>(count: usize, scale: f32, rng: &mut SmallRng) -> Vec<T> {
     let mut number = || -> f32 { StandardNormal.sample(rng) };
@@ -68,7 +70,7 @@ impl<T: Element> Case<T> {
             up_bias: self.biases.as_ref().map(|biases| &biases[1][..]),
             z: Matrix::strided(&mut z[..], self.m, n, n + self.gap),
             preactivations: (self.spec.save_preactivations)
-                .then(|| Matrix::strided(&mut saved[..], self.m, 2 * n, 2 * n + self.gap)),
+                .then(|| Preactivations::Packed(Matrix::strided(&mut saved[..], self.m, 2 * n, 2 * n + self.gap))),
         })?;
         Ok((z, saved))
     }

@@ -10,8 +10,8 @@ use swiglu_kernels::families::{Config, Family, Target, candidates, default_of};
 use swiglu_kernels::{Activation, oracle};
 use swiglu_runtime::cudarc::driver::{CudaContext, CudaStream, DeviceRepr, sys};
 use swiglu_runtime::{
-    DType, Element, Forward, ForwardSpec, GateOrder, LaunchError, Matrix, Options, Plan, RawForward, Runtime,
-    WeightLayout, Weights,
+    DType, Element, Forward, ForwardSpec, GateOrder, LaunchError, Matrix, Options, Plan, Preactivations, RawForward,
+    Runtime, WeightLayout, Weights,
 };
 
 struct Gpu {
@@ -165,7 +165,7 @@ impl<T: Element + DeviceRepr> Case<T> {
                 up_bias: biases.as_ref().map(|(_, up)| up),
                 z: Matrix::strided(&mut z, self.m, n, z_stride),
                 preactivations: (self.spec.save_preactivations)
-                    .then(|| Matrix::strided(&mut saved, self.m, 2 * n, saved_stride)),
+                    .then(|| Preactivations::Packed(Matrix::strided(&mut saved, self.m, 2 * n, saved_stride))),
             },
         )?;
         Ok((gpu.stream.clone_dtoh(&z).unwrap(), gpu.stream.clone_dtoh(&saved).unwrap()))
@@ -468,8 +468,10 @@ fn launches_are_captured_replayed_and_equal_bit_for_bit() {
         up_bias: 0,
         z: z.device_ptr_mut(&gpu.stream).0,
         z_stride: 512,
-        preactivations: 0,
-        preactivations_stride: 0,
+        saved_gate: 0,
+        saved_gate_stride: 0,
+        saved_up: 0,
+        saved_up_stride: 0,
     };
     gpu.stream.synchronize().unwrap();
     gpu.stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();

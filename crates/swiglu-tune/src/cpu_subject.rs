@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 use swiglu_kernels::{Config, DType, GateOrder, Problem, WeightLayout, WeightMajor, oracle};
 use swiglu_runtime::cpu::CpuPlan;
-use swiglu_runtime::{Element, Forward, ForwardSpec, Matrix, Weights};
+use swiglu_runtime::{Element, Forward, ForwardSpec, Matrix, Preactivations, Weights};
 
 /// Rows that are held to the float64 oracle; more would take longer than the race.
 const CHECKED_ROWS: usize = 8;
@@ -118,7 +118,7 @@ impl<T: Element> Typed<T> {
             up_bias: None,
             z: Matrix::new(&mut self.z[..], m, n),
             preactivations: (!self.preactivations.is_empty())
-                .then(|| Matrix::new(&mut self.preactivations[..], m, 2 * n)),
+                .then(|| Preactivations::Packed(Matrix::new(&mut self.preactivations[..], m, 2 * n))),
         };
         plan.launch(forward).map_err(|error| Failure::new("launch", error))
     }

@@ -2,7 +2,7 @@
 #![allow(unsafe_code, reason = "launches the helper kernels of templates/support on raw addresses")]
 
 use crate::race::Failure;
-use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, DevicePtr, LaunchConfig, PushKernelArg};
+use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, CudaView, DevicePtr, LaunchConfig, PushKernelArg};
 use std::sync::Arc;
 use swiglu_kernels::{Problem, render};
 use swiglu_runtime::cubin_cache::CubinCache;
@@ -20,8 +20,8 @@ const POISON_PATTERN: u16 = 0x7fff;
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct OracleParams {
-    pointers: [u64; 7],
-    strides: [i64; 5],
+    pointers: [u64; 8],
+    strides: [i64; 6],
     sizes: [i32; 5],
 }
 
@@ -55,13 +55,12 @@ pub(crate) struct Support {
     partial: CudaSlice<f64>,
 }
 
-/// Something a kernel wrote: as many rows as the problem has.
+/// Something `[m, n]` that a kernel wrote.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct OutputMatrix {
     pub(crate) address: u64,
     /// Elements from row to row.
     pub(crate) row_stride: i64,
-    pub(crate) cols: u32,
 }
 
 /// What `compare` found.
@@ -158,7 +157,7 @@ impl Support {
         Ok(broken == [0])
     }
 
-    /// The float64 oracle's output `[m, n]` and, where the op saves them, the pre-activations `[m, 2n]`.
+    /// The float64 oracle's output `[m, n]` and, where the op saves them, both pre-activations one after the other.
     pub(crate) fn oracle(
         &self,
         problem: &Problem,
@@ -174,8 +173,24 @@ impl Support {
         let saved = problem.op.saves_preactivations().then(|| allocate(2 * elements)).transpose()?;
         let int = |value: u32| i32::try_from(value).unwrap_or(i32::MAX);
         let params = OracleParams {
-            pointers: [args.x, args.gate, args.up, args.gate_bias, args.up_bias, args.z, args.preactivations],
-            strides: [args.x_stride, args.gate_stride, args.up_stride, args.z_stride, args.preactivations_stride],
+            pointers: [
+                args.x,
+                args.gate,
+                args.up,
+                args.gate_bias,
+                args.up_bias,
+                args.z,
+                args.saved_gate,
+                args.saved_up,
+            ],
+            strides: [
+                args.x_stride,
+                args.gate_stride,
+                args.up_stride,
+                args.z_stride,
+                args.saved_gate_stride,
+                args.saved_up_stride,
+            ],
             sizes: [int(m), int(n), int(problem.k), 0, 1],
         };
         let config = LaunchConfig {
@@ -211,11 +226,11 @@ impl Support {
         &self,
         problem: &Problem,
         output: &OutputMatrix,
-        reference: &CudaSlice<f64>,
+        reference: &CudaView<'_, f64>,
         rms: f64,
     ) -> Result<Comparison, Failure> {
         let int = |size: u32| i32::try_from(size).unwrap_or(i32::MAX);
-        let (m, n) = (int(problem.m), int(output.cols));
+        let (m, n) = (int(problem.m), int(problem.n));
         // One element may be off by 16 times what all may be in the mean: rounding never is, a wrong tile always.
         let limit = 16.0 * problem.dtype.tolerance();
         let mut launch = self.stream.launch_builder(&self.compare);

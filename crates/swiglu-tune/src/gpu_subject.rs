@@ -165,8 +165,10 @@ impl Arena {
             up_bias: 0,
             z: set.z.address(),
             z_stride: i64::from(n),
-            preactivations: set.preactivations.as_ref().map_or(0, GuardedBuffer::address),
-            preactivations_stride: 2 * i64::from(n),
+            saved_gate: set.preactivations.as_ref().map_or(0, GuardedBuffer::address),
+            saved_gate_stride: 2 * i64::from(n),
+            saved_up: set.preactivations.as_ref().map_or(0, |both| both.address() + wide_n * u64::from(dtype.bytes())),
+            saved_up_stride: 2 * i64::from(n),
         }
     }
 
@@ -193,7 +195,9 @@ pub(crate) struct Reference(Vec<OutputReference>);
 
 struct OutputReference {
     output: OutputMatrix,
-    values: CudaSlice<f64>,
+    values: Arc<CudaSlice<f64>>,
+    /// Where its values begin.
+    first: usize,
     rms: f64,
 }
 
@@ -201,17 +205,20 @@ impl Arena {
     /// The float64 oracle's outputs on the first set.
     pub(crate) fn reference(&self) -> Result<Reference, Failure> {
         let args = self.args(0);
-        let n = self.problem.n;
+        let elements = self.problem.m as usize * self.problem.n as usize;
         let (z, saved) = self.support.oracle(&self.problem, &args)?;
-        let z_matrix = OutputMatrix { address: args.z, row_stride: args.z_stride, cols: n };
-        let saved_matrix =
-            OutputMatrix { address: args.preactivations, row_stride: args.preactivations_stride, cols: 2 * n };
-        let outputs = std::iter::once((z_matrix, z)).chain(saved.map(|saved| (saved_matrix, saved)));
-        let reference = |(output, values)| {
-            let rms = self.support.compare(&self.problem, &output, &values, 0.0)?.rms;
-            Ok(OutputReference { output, values, rms })
+        let saved = saved.map(Arc::new);
+        let matrix = |address, row_stride| OutputMatrix { address, row_stride };
+        let z = (matrix(args.z, args.z_stride), Arc::new(z), 0);
+        let saved = saved.iter().flat_map(|saved| {
+            let gate = (matrix(args.saved_gate, args.saved_gate_stride), Arc::clone(saved), 0);
+            [gate, (matrix(args.saved_up, args.saved_up_stride), Arc::clone(saved), elements)]
+        });
+        let reference = |(output, values, first): (OutputMatrix, Arc<CudaSlice<f64>>, usize)| {
+            let rms = self.support.compare(&self.problem, &output, &values.slice(first..first + elements), 0.0)?.rms;
+            Ok(OutputReference { output, values, first, rms })
         };
-        outputs.map(reference).collect::<Result<_, Failure>>().map(Reference)
+        std::iter::once(z).chain(saved).map(reference).collect::<Result<_, Failure>>().map(Reference)
     }
 
     /// Launches `kernel` once on poisoned outputs; fails unless every error is within the format's tolerance and nothing
@@ -230,8 +237,9 @@ impl Arena {
         }
         let once_us = stopwatch.time(|| self.launch(lab, kernel, 0))?;
         let mut error = 0.0f64;
-        for OutputReference { output, values, rms } in &reference.0 {
-            let found = support.compare(problem, output, values, *rms)?;
+        let elements = problem.m as usize * problem.n as usize;
+        for OutputReference { output, values, first, rms } in &reference.0 {
+            let found = support.compare(problem, output, &values.slice(*first..first + elements), *rms)?;
             let tolerance = crate::race::tolerance(problem.dtype, found.rounding);
             if found.wrong > 0.0 || found.error.is_nan() || found.error > tolerance {
                 let reason = format!(
