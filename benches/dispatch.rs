@@ -3,7 +3,7 @@
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use std::hint::black_box;
-use swiglu_db::{Device, Environment, Measurement, Outcome, Record, TuningDb, TuningTable};
+use swiglu_db::{Device, Environment, Measurement, Origin, Outcome, Record, TuningDb, TuningTable};
 use swiglu_kernels::families::{Target, default_config};
 use swiglu_kernels::{DType, Problem, WeightMajor, arch, render};
 use swiglu_runtime::cpu::CpuPlan;
@@ -22,6 +22,7 @@ fn costs(criterion: &mut Criterion) {
                 config: default_config(&problem, arch).unwrap(),
                 outcome: Outcome::Measured(measurement),
                 environment: Environment::default(),
+                origin: Origin::Local,
             }
         })
         .collect();

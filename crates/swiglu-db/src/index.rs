@@ -5,6 +5,7 @@
 //! its contents are compared with the journal's at every open and its calls are fenced.
 
 use crate::error::{Context, FileError};
+use crate::files::move_aside;
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::fs;
@@ -65,7 +66,7 @@ impl Index {
             match open_equal(&path, entries)? {
                 Ok(db) => return Ok(Self { db, path }),
                 Err(reason) => {
-                    let kept = move_aside(&path)?;
+                    let kept = move_aside(&path, "corrupt")?;
                     tracing::warn!(%reason, kept = %kept.display(), "rebuilding the index from the journal");
                 }
             }
@@ -74,6 +75,22 @@ impl Index {
         let index = Self { db: fresh.map_err(|reason| IndexError { path: path.clone(), reason })?, path };
         index.write(entries)?;
         Ok(index)
+    }
+
+    /// How the index in `dir` differs from `entries`, in words, without setting it aside.
+    pub(crate) fn difference(dir: &Path, entries: &Entries) -> Result<Option<String>, OpenError> {
+        let path = dir.join(DIR_NAME);
+        if fs::symlink_metadata(&path).is_err() {
+            return Ok(Some("it is missing".into()));
+        }
+        remove_unfinished_snapshots(&path)?;
+        Ok(open_equal(&path, entries)?.err())
+    }
+
+    /// Moves the index in `dir` aside, if there is one, so that the next open builds it anew.
+    pub(crate) fn set_aside(dir: &Path) -> Result<Option<PathBuf>, FileError> {
+        let path = dir.join(DIR_NAME);
+        fs::symlink_metadata(&path).is_ok().then(|| move_aside(&path, "old")).transpose()
     }
 
     /// Inserts and flushes.
@@ -184,20 +201,6 @@ fn remove_unfinished_snapshots(path: &Path) -> Result<(), FileError> {
         }
     }
     Ok(())
-}
-
-/// Renames a bad index to `index.sled.corrupt-<time>`.
-fn move_aside(path: &Path) -> Result<PathBuf, FileError> {
-    let stem = format!("{DIR_NAME}.corrupt-{}", jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ"));
-    let mut kept = path.with_file_name(&stem);
-    for attempt in 2.. {
-        if fs::symlink_metadata(&kept).is_err() {
-            break;
-        }
-        kept = path.with_file_name(format!("{stem}-{attempt}"));
-    }
-    fs::rename(path, &kept).context("move aside", path)?;
-    Ok(kept)
 }
 
 /// Runs `call`; a panic becomes its message and is not printed. Panics of other threads still are.
