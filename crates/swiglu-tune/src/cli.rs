@@ -3,7 +3,7 @@
 use crate::gpu_subject::GpuLab;
 use crate::tune::{Lab, Summary, tune};
 use crate::workload::{self, Group};
-use crate::{bench, compile, doctor, inspect, records, report};
+use crate::{bench, compile, db, doctor, inspect, records, report};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -127,23 +127,13 @@ enum Command {
     /// Work with the tuning database.
     Db {
         #[command(subcommand)]
-        command: DbCommand,
+        command: db::DbCommand,
     },
     /// Say what is found, what is missing and how to mend it.
     Doctor {
         /// Print JSON.
         #[arg(long)]
         json: bool,
-    },
-}
-
-#[derive(Debug, Subcommand)]
-enum DbCommand {
-    /// Print the winners of one device as a table that `tuning-db/` can ship.
-    Export {
-        /// Class of the device, as `report` prints it [default: the only one there is].
-        #[arg(long)]
-        device: Option<String>,
     },
 }
 
@@ -159,7 +149,7 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
         Some(Command::List(args)) => inspect::list(args),
         Some(Command::Compile(args)) => compile::run(args, &options),
         Some(Command::Bench(args)) => bench::run(args, &options),
-        Some(Command::Db { command: DbCommand::Export { device } }) => records::export(device.as_deref(), &options),
+        Some(Command::Db { command }) => db::run(command, &options),
         Some(Command::Doctor { json }) => doctor::run(*json, &options),
     }
 }
@@ -176,6 +166,9 @@ fn run_tune(args: &TuneArgs, options: &Options) -> Result<ExitCode> {
     let groups = groups(args, &lab)?;
     let dir = records::db_dir(options)?;
     let mut db = TuningDb::open(&dir).context("opening the tuning database")?;
+    if let Some(whose) = records::foreign(&db.records()?, &lab.device().class) {
+        eprintln!("{}: {whose}; they stay, and this device is tuned from the start", dir.display());
+    }
     let whole_default = args.model.is_none() && args.shapes.is_none();
     let budget =
         args.budget.map_or(if whole_default { Duration::from_secs(600) } else { Duration::MAX }, Duration::from_secs);

@@ -4,6 +4,7 @@ mod bench;
 mod cli;
 mod compile;
 mod cpu_subject;
+mod db;
 mod device_memory;
 mod doctor;
 mod gpu_subject;
