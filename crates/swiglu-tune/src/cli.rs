@@ -111,11 +111,7 @@ struct TuneArgs {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Print what was tuned: problem, config, time, rate, share of the roofline.
-    Report {
-        /// Print `{"records": [...]}`.
-        #[arg(long)]
-        json: bool,
-    },
+    Report(report::ReportArgs),
     /// Print the CUDA source of one config, headers included.
     Render(inspect::RenderArgs),
     /// Compile kernels with NVRTC; needs no GPU. Exit code 1 if any fails.
@@ -144,7 +140,7 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
     }
     match &cli.command {
         None => run_tune(&cli.tune, &options),
-        Some(Command::Report { json }) => report::run(*json, &options),
+        Some(Command::Report(args)) => report::run(args, &options),
         Some(Command::Render(args)) => inspect::render(args),
         Some(Command::List(args)) => inspect::list(args),
         Some(Command::Compile(args)) => compile::run(args, &options),

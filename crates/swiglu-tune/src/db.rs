@@ -94,7 +94,9 @@ fn take(dir: &Path, records: Vec<Record>, origin: &Origin) -> Result<ExitCode> {
     let mut db = TuningDb::open(dir).context("opening the tuning database")?;
     let Taken { added, replaced, kept, refused } = db.take(records, origin)?;
     db.publish().context("publishing the snapshot")?;
-    println!("{added} added, {replaced} replaced, {kept} were no better than what is here, {refused} refused as illegal");
+    println!(
+        "{added} added, {replaced} replaced, {kept} were no better than what is here, {refused} refused as illegal"
+    );
     Ok(ExitCode::SUCCESS)
 }
 
