@@ -3,9 +3,11 @@
 use crate::gpu_subject::GpuLab;
 use crate::tune::{Lab, Summary, tune};
 use crate::workload::{self, Group};
-use crate::{bench, compile, db, doctor, inspect, records, report};
+use crate::{bench, compile, db, doctor, inspect, records, report, why};
 use anyhow::{Context, Result, bail};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
@@ -39,8 +41,20 @@ pub(crate) struct Cli {
     /// Log what is done to stderr.
     #[arg(long, short, global = true)]
     pub(crate) verbose: bool,
+    /// How the log is written.
+    #[arg(long, global = true, value_enum, default_value = "text", value_name = "FORMAT")]
+    pub(crate) log: LogFormat,
     #[command(flatten)]
     places: Places,
+}
+
+/// How the log is written to stderr.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// Lines to read.
+    Text,
+    /// One JSON object a line, errors included.
+    Json,
 }
 
 /// Where things are.
@@ -118,12 +132,25 @@ enum Command {
     Compile(compile::CompileArgs),
     /// Print the config space of a problem: kept and refused configs per rule.
     List(inspect::ListArgs),
+    /// Explain which config serves a problem, rung by rung, and what came second.
+    Why(why::WhyArgs),
     /// Time what the runtime would launch against a peer, interleaved.
     Bench(bench::BenchArgs),
     /// Work with the tuning database.
     Db {
         #[command(subcommand)]
         command: db::DbCommand,
+    },
+    /// Print the completions of a shell, to be put where it looks for them.
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+    /// Print the manual page, or write one of every subcommand.
+    Man {
+        /// Folder to write `swiglu-tune*.1` into.
+        #[arg(long)]
+        dir: Option<PathBuf>,
     },
     /// Say what is found, what is missing and how to mend it.
     Doctor {
@@ -144,9 +171,29 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
         Some(Command::Render(args)) => inspect::render(args),
         Some(Command::List(args)) => inspect::list(args),
         Some(Command::Compile(args)) => compile::run(args, &options),
+        Some(Command::Why(args)) => why::run(args, &options),
         Some(Command::Bench(args)) => bench::run(args, &options),
         Some(Command::Db { command }) => db::run(command, &options),
         Some(Command::Doctor { json }) => doctor::run(*json, &options),
+        Some(Command::Completions { shell }) => {
+            // Into memory first: a closed pipe is an error to tell, and clap_complete would panic.
+            let mut text = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "swiglu-tune", &mut text);
+            std::io::stdout().write_all(&text).context("writing the completions")?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Some(Command::Man { dir: None }) => {
+            clap_mangen::Man::new(Cli::command()).render(&mut std::io::stdout()).context("writing the manual page")?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Some(Command::Man { dir: Some(dir) }) => {
+            let named = || format!("writing manual pages to {}", dir.display());
+            std::fs::create_dir_all(dir)
+                .and_then(|()| clap_mangen::generate_to(Cli::command(), dir))
+                .with_context(named)?;
+            println!("{}", dir.display());
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }
 
@@ -241,7 +288,6 @@ fn groups(args: &TuneArgs, lab: &Lab) -> Result<Vec<Group>> {
 
 /// Ends the process as clap does for wrong usage.
 fn bail_usage(message: &str) -> ! {
-    use clap::CommandFactory;
     Cli::command().error(clap::error::ErrorKind::MissingRequiredArgument, message).exit()
 }
 

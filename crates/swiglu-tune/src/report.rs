@@ -9,14 +9,14 @@ mod svg;
 use crate::records;
 use anyhow::{Context, Result};
 use clap::Args;
-use data::{DeviceReport, Row};
+use data::{DeviceReport, Row, TIE};
 use roofline::Roofline;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use swiglu_runtime::Options;
 use swiglu_runtime::gpu::Gpu;
 
-use data::TIE;
+pub(crate) use data::{default_config, stale};
 
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ReportArgs {
