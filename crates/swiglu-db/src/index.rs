@@ -238,9 +238,13 @@ mod tests {
     use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
+    /// The panic hook is the whole process's.
+    static ONE_TEST_AT_A_TIME: Mutex<()> = Mutex::new(());
+
     #[test]
     fn only_panics_of_the_call_are_silenced_and_the_hook_comes_back() {
         static PRINTED: AtomicUsize = AtomicUsize::new(0);
+        let _alone = ONE_TEST_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let printed = || PRINTED.load(Ordering::SeqCst);
         let original = panic::take_hook();
         panic::set_hook(Box::new(|_| {
@@ -264,6 +268,7 @@ mod tests {
 
     #[test]
     fn a_panic_inside_a_call_of_sled_is_an_error_that_names_the_index() {
+        let _alone = ONE_TEST_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let dir = tempfile::tempdir().unwrap();
         let index = Index::open(dir.path(), &Entries::new()).unwrap();
         let error = index.fenced(|_| -> sled::Result<()> { std::panic::resume_unwind(Box::new("Uninitialized")) });

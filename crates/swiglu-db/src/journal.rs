@@ -56,7 +56,7 @@ pub enum Unreadable {
     #[error("damaged: {0}")]
     Damaged(String),
     /// Its checksum holds, but this version does not understand it.
-    #[error("whole, but of another version: {0}; update swiglu-tune")]
+    #[error("whole, but of another version of swiglu-tune: {0}; it is kept")]
     Unknown(String),
 }
 

@@ -9,7 +9,7 @@
 //! |---|---|---|
 //! | `journal.jsonl` | append + fsync | damaged lines are moved to `journal.damaged`, with a warning |
 //! | `index.sled/` | sled | moved aside and rebuilt from the journal |
-//! | `snapshot.tsv` | temporary file + rename | readers fall back to the shipped tables |
+//! | `snapshot.tsv` | temporary file + rename | readers take the journal, published again by the next tuner |
 //! | `tune.lock` | the running tuner | created again |
 
 pub mod error;

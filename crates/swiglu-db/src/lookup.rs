@@ -3,7 +3,8 @@
 //! Sizes are compared by the distance of their logarithms. An entry of another size is only an answer
 //! when its config is legal for the problem asked; else the next nearest is tried.
 
-use crate::record::{InvalidRecord, Record, TuningKey};
+use crate::journal;
+use crate::record::{InvalidRecord, Record, TuningKey, winners};
 use crate::shipped::{self, ShippedError};
 use crate::snapshot::{self, Entry, Snapshot, SnapshotError};
 use etcetera::BaseStrategy;
@@ -149,10 +150,22 @@ pub struct Explanation {
 
 impl TuningTable {
     /// The user's snapshot in `dir` over the shipped tables. A layer that cannot be used is left out and
-    /// the reason returned.
+    /// the reason returned; in place of a damaged snapshot the journal answers.
     pub fn load(dir: &Path) -> (Self, Vec<LayerError>) {
         let mut skipped = Vec::new();
-        let user = Snapshot::load(&dir.join(snapshot::FILE_NAME)).map_err(LayerError::from);
+        let user = Snapshot::load(&dir.join(snapshot::FILE_NAME)).map_err(LayerError::from).or_else(|error| {
+            let from_journal = matches!(error, LayerError::Snapshot(SnapshotError::Damaged { .. }))
+                .then(|| journal::read(&dir.join(journal::FILE_NAME)).ok())
+                .flatten()
+                .and_then(|contents| Snapshot::from_records(&winners(contents.current().cloned())).ok());
+            match from_journal {
+                Some(snapshot) => {
+                    skipped.push(error);
+                    Ok(snapshot)
+                }
+                None => Err(error),
+            }
+        });
         let mut layers = Vec::new();
         for (name, loaded) in [(Layer::User, user), (Layer::Shipped, shipped_layer(&mut skipped))] {
             match loaded {

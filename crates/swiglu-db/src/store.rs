@@ -182,12 +182,14 @@ impl TuningDb {
     }
 
     /// Whether this config was tried with this very source, whatever came of it: a run that continues
-    /// an earlier one skips it.
+    /// an earlier one skips it. A failure elsewhere may be that machine's: it is tried here too.
     ///
     /// # Errors
     /// sled failed.
     pub fn is_measured(&self, key: &TuningKey, config: &Config, source_digest: &str) -> Result<bool, DbError> {
-        Ok(self.record(key, config)?.is_some_and(|record| record.environment.source_digest == source_digest))
+        let told = |record: &Record| record.origin == Origin::Local || record.measurement().is_some();
+        let record = self.record(key, config)?.filter(told);
+        Ok(record.is_some_and(|record| record.environment.source_digest == source_digest))
     }
 
     /// The record with the lowest median; of equal ones the first in the order of configs.

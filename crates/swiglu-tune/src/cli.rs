@@ -1,11 +1,12 @@
 //! Arguments, and which module answers them. Results go to stdout, everything else to stderr.
 
 use crate::gpu_subject::GpuLab;
+use crate::log::{LogFormat, notice};
 use crate::tune::{Lab, Summary, tune};
 use crate::workload::{self, Group};
 use crate::{bench, compile, db, doctor, inspect, records, report, why};
 use anyhow::{Context, Result, bail};
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use std::io::Write;
 use std::path::PathBuf;
@@ -46,15 +47,6 @@ pub(crate) struct Cli {
     pub(crate) log: LogFormat,
     #[command(flatten)]
     places: Places,
-}
-
-/// How the log is written to stderr.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum LogFormat {
-    /// Lines to read.
-    Text,
-    /// One JSON object a line, errors included.
-    Json,
 }
 
 /// Where things are.
@@ -210,7 +202,7 @@ fn run_tune(args: &TuneArgs, options: &Options) -> Result<ExitCode> {
     let dir = records::db_dir(options)?;
     let mut db = TuningDb::open(&dir).context("opening the tuning database")?;
     if let Some(whose) = records::foreign(&db.records()?, &lab.device().class) {
-        eprintln!("{}: {whose}; they stay, and this device is tuned from the start", dir.display());
+        notice(format!("{}: {whose}; they stay, and this device is tuned from the start", dir.display()));
     }
     let whole_default = args.model.is_none() && args.shapes.is_none();
     let budget =
@@ -227,17 +219,19 @@ fn run_tune(args: &TuneArgs, options: &Options) -> Result<ExitCode> {
 
 fn tell(summary: &Summary, lab: &Lab, elapsed: Duration, stop: &AtomicBool) {
     let Summary { tuned, already, left, without_winner } = *summary;
-    eprintln!(
+    notice(format!(
         "{}: {tuned} problems tuned in {:.1} s, {already} were tuned before",
         lab.device().name,
         elapsed.as_secs_f64()
-    );
+    ));
     if left > 0 {
         let why = if stop.load(Ordering::Relaxed) { "interrupted" } else { "the budget is spent" };
-        eprintln!("{why}: {left} problems are left; run the same command again to go on");
+        notice(format!("{why}: {left} problems are left; run the same command again to go on"));
     }
     if without_winner > 0 {
-        eprintln!("{without_winner} problems have no working candidate; `swiglu-tune report --json` has the reasons");
+        notice(format!(
+            "{without_winner} problems have no working candidate; `swiglu-tune report --json` has the reasons"
+        ));
     }
 }
 
@@ -249,7 +243,7 @@ pub(crate) fn open_lab(choice: GpuChoice, options: &Options) -> Result<Lab> {
         GpuChoice::Auto => match Gpu::open(0) {
             Ok(gpu) => gpu,
             Err(why @ (GpuError::Missing(_) | GpuError::NoDevice { .. })) => {
-                eprintln!("no GPU: {why}. Tuning the CPU backend");
+                notice(format!("no GPU: {why}. Tuning the CPU backend"));
                 return Ok(Lab::Cpu);
             }
             Err(why) => return Err(why.into()),

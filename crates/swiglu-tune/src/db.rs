@@ -1,5 +1,6 @@
 //! `db`: the tuning database from outside. Text goes in and out in the format of `tuning-db/`.
 
+use crate::log::notice;
 use crate::records::{self, db_dir};
 use anyhow::{Context, Result, bail};
 use clap::Subcommand;
@@ -104,7 +105,11 @@ fn verify(dir: &Path) -> Result<ExitCode> {
     must_exist(dir)?;
     let findings = swiglu_db::verify(dir)?;
     findings.iter().for_each(|finding| println!("{finding}"));
-    eprintln!("{}: {}", dir.display(), if findings.is_empty() { "nothing is wrong" } else { "not as it should be" });
+    notice(format!(
+        "{}: {}",
+        dir.display(),
+        if findings.is_empty() { "nothing is wrong" } else { "not as it should be" }
+    ));
     Ok(if findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

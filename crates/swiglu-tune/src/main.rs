@@ -9,6 +9,7 @@ mod device_memory;
 mod doctor;
 mod gpu_subject;
 mod inspect;
+mod log;
 mod race;
 mod records;
 mod report;
@@ -17,25 +18,15 @@ mod why;
 mod workload;
 
 use clap::Parser;
-use cli::LogFormat;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
-    let level = if cli.verbose { "info" } else { "warn" };
-    let filter = tracing_subscriber::EnvFilter::builder().parse_lossy(format!("{level},sled=error"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match cli.log {
-        LogFormat::Text => log.without_time().init(),
-        LogFormat::Json => log.json().init(),
-    }
+    log::start(cli.log, cli.verbose);
     match cli::run(&cli) {
         Ok(code) => code,
         Err(error) => {
-            match cli.log {
-                LogFormat::Text => eprintln!("error: {error:#}"),
-                LogFormat::Json => tracing::error!("{error:#}"),
-            }
+            log::failure(&error);
             ExitCode::FAILURE
         }
     }

@@ -6,6 +6,7 @@ mod roofline;
 mod sheet;
 mod svg;
 
+use crate::log::notice;
 use crate::records;
 use anyhow::{Context, Result};
 use clap::Args;
@@ -52,7 +53,7 @@ pub(crate) fn run(args: &ReportArgs, options: &Options) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     if records.is_empty() {
-        eprintln!("nothing is tuned in {}; run `swiglu-tune --gpu auto`", records::db_dir(options)?.display());
+        notice(format!("nothing is tuned in {}; run `swiglu-tune --gpu auto`", records::db_dir(options)?.display()));
     }
     let here = Gpu::open(0).ok();
     let devices = data::devices(records, &data::peers(&args.bench)?, |device| {

@@ -71,7 +71,8 @@ fn failures_exit_with_1_and_say_what_to_do() {
     tune(&home).args(["--gpu", "cpu", "--dtype", "tf32"]).assert().code(1).stderr(contains("f32"));
     tune(&home).args(["render", "--arch", "sm_1"]).assert().code(1).stderr(contains("sm_90a"));
     tune(&home).args(["render", "--config", "{}"]).assert().code(1).stderr(contains("--config"));
-    let illegal = r#"{"family":"mma_sync","block_m":100,"block_n":64,"block_k":64,"stages":3,"warps_m":2,"warps_n":2,"access_bytes":16,"raster":"along_m","raster_group":8}"#;
+    let illegal = r#"{"family":"mma_sync","staging":"cp_async","block_m":100,"block_n":64,"block_k":64,"stages":3,"warps_m":2,
+        "warps_n":2,"access_bytes":16,"fast_silu":false,"raster":"along_m","raster_group":8}"#;
     tune(&home).args(["render", "--config", illegal]).assert().code(1).stderr(contains("fragments"));
     let file = home.path().join("a-file");
     std::fs::write(&file, "").unwrap();

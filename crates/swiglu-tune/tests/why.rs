@@ -89,5 +89,10 @@ fn the_log_is_json_when_asked_for() {
     let levels: Vec<&str> = lines.iter().map(|line| line["level"].as_str().unwrap()).collect();
     assert_eq!(levels, ["WARN", "ERROR"], "{text}");
     assert!(lines[1]["fields"]["message"].as_str().unwrap().contains("abacus") && lines[1]["timestamp"].is_string());
+    let shapes = home.shapes("[1]");
+    let output = home.command().args(["--log", "json", "--gpu", "cpu", "--shapes", &shapes]).output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    let last: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    assert!(last["fields"]["message"].as_str().unwrap().contains("1 were tuned before"), "{text}");
     home.tune(&["--log", "xml", "report"]).code(2);
 }

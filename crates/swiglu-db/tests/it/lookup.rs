@@ -152,6 +152,20 @@ fn a_bad_snapshot_is_left_out_with_its_reason() {
 }
 
 #[test]
+fn the_journal_answers_in_place_of_a_damaged_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut db = TuningDb::open(dir.path()).unwrap();
+    db.insert(&[series(0), series(1)]).unwrap();
+    db.publish().unwrap();
+    let path = dir.path().join(snapshot::FILE_NAME);
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, &text[..text.len() - 9]).unwrap();
+    let (table, skipped) = TuningTable::load(dir.path());
+    assert!(matches!(skipped[..], [LayerError::Snapshot(SnapshotError::Damaged { .. })]), "{skipped:?}");
+    assert_eq!(table.lookup(CLASS, &series(1).problem, target()).record, Some(series(1)));
+}
+
+#[test]
 fn the_default_directory_is_named_after_the_project() {
     assert!(default_dir().unwrap().ends_with("swiglu-tune"));
 }
@@ -162,7 +176,7 @@ fn an_explanation_ends_where_the_lookup_does() {
     let size = |noise: &mut Noise| (1 << noise.below(13), 512 * (1 + noise.below(4) as u32), 1024 << noise.below(3));
     for _ in 0..60 {
         let mut layer = || -> Vec<Record> {
-            let mut record = |_| {
+            let record = |_| {
                 let (m, n, k) = size(noise);
                 let class = if noise.below(4) == 0 { OTHER_CLASS } else { CLASS };
                 measured(class, Problem { alignment: 1 << (1 + noise.below(4)), ..problem(m, n, k) }, 1.0)

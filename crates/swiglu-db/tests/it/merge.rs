@@ -96,6 +96,17 @@ fn merging_twice_or_with_oneself_takes_nothing() {
 }
 
 #[test]
+fn a_failure_elsewhere_is_tried_here_and_a_measurement_is_not() {
+    let (failed, timed) = (failed("compile"), sampled(1, 5.0, 40, "a"));
+    let (_dir, mut db) = db(&[]);
+    db.take([failed.clone(), timed.clone()], &merge()).unwrap();
+    let is_measured = |db: &TuningDb, record: &Record| db.is_measured(&record.key(), &record.config, "a1b2").unwrap();
+    assert!(!is_measured(&db, &failed) && is_measured(&db, &timed));
+    db.insert(std::slice::from_ref(&failed)).unwrap();
+    assert!(is_measured(&db, &failed));
+}
+
+#[test]
 fn an_imported_table_says_where_it_is_from_and_exports_again() {
     let text = shipped::TABLES[0].1;
     let records = shipped::parse(std::path::Path::new("h200.toml"), text).unwrap();

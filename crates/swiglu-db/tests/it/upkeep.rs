@@ -80,14 +80,14 @@ fn a_line_of_a_later_version_is_named_and_kept() {
     let json = r#"{"device":{"class":"sm_90a-x","name":""},"family_of_tomorrow":1}"#;
     let line = format!("{{\"crc32\":\"{:08x}\",\"record\":{json}}}\n", crc32fast::hash(json.as_bytes()));
     fs::write(&path, fs::read_to_string(&path).unwrap() + &line + "torn").unwrap();
-    finds(dir.path(), &["line 22 is whole, but of another version", "line 23 is damaged"]);
+    finds(dir.path(), &["line 22 is whole, but of another version of swiglu-tune", "line 23 is damaged"]);
     let mut db = TuningDb::open(dir.path()).unwrap();
     db.insert(&[series(0)]).unwrap();
     assert_eq!(db.drop_superseded().unwrap(), 1);
     drop(db);
     assert!(fs::read_to_string(&path).unwrap().contains(&line));
     assert_eq!(fs::read_to_string(dir.path().join(journal::DAMAGED_NAME)).unwrap(), "torn\n");
-    finds(dir.path(), &["whole, but of another version"]);
+    finds(dir.path(), &["whole, but of another version of swiglu-tune"]);
 }
 
 #[test]
