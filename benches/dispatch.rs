@@ -34,6 +34,9 @@ fn costs(criterion: &mut Criterion) {
     criterion.bench_function("load a snapshot of 2000 records", |bencher| {
         bencher.iter(|| TuningTable::load(black_box(&folder)))
     });
+    criterion.bench_function("parse the shipped tables", |bencher| {
+        bencher.iter(|| TuningTable::load(black_box(std::path::Path::new("/nowhere"))))
+    });
     let options = Options { db: Some(folder.clone()), ..Options::default() };
     criterion.bench_function("start a runtime with 2000 records", |bencher| {
         bencher.iter(|| CpuRuntime::new(black_box(&options)))
