@@ -1,13 +1,13 @@
-//! What the host pays: loading a snapshot of 2,000 records, looking one up, rendering a source, choosing for an M.
+//! What the host pays: starting with 2,000 records, looking configs up, rendering a source, choosing for an M.
 #![allow(missing_docs, clippy::unwrap_used, reason = "criterion's macros; a bench fails by panicking")]
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use std::hint::black_box;
-use swiglu_db::{Device, Environment, Measurement, Outcome, Record, TuningDb, TuningTable};
+use swiglu_db::{Device, Environment, Measurement, Origin, Outcome, Record, TuningDb, TuningTable};
 use swiglu_kernels::families::{Target, default_config};
 use swiglu_kernels::{DType, Problem, WeightMajor, arch, render};
 use swiglu_runtime::cpu::CpuPlan;
-use swiglu_runtime::{ForwardSpec, GateOrder, WeightLayout};
+use swiglu_runtime::{CpuRuntime, ForwardSpec, GateOrder, Options, WeightLayout};
 
 fn costs(criterion: &mut Criterion) {
     let arch = arch::by_name("sm_90a").unwrap();
@@ -22,6 +22,7 @@ fn costs(criterion: &mut Criterion) {
                 config: default_config(&problem, arch).unwrap(),
                 outcome: Outcome::Measured(measurement),
                 environment: Environment::default(),
+                origin: Origin::Local,
             }
         })
         .collect();
@@ -33,10 +34,24 @@ fn costs(criterion: &mut Criterion) {
     criterion.bench_function("load a snapshot of 2000 records", |bencher| {
         bencher.iter(|| TuningTable::load(black_box(&folder)))
     });
+    criterion.bench_function("parse the shipped tables", |bencher| {
+        bencher.iter(|| TuningTable::load(black_box(std::path::Path::new("/nowhere"))))
+    });
+    let options = Options { db: Some(folder.clone()), ..Options::default() };
+    criterion.bench_function("start a runtime with 2000 records", |bencher| {
+        bencher.iter(|| CpuRuntime::new(black_box(&options)))
+    });
     let (table, _) = TuningTable::load(&folder);
     let problem = records[1000].problem;
     criterion.bench_function("look one problem up", |bencher| {
         bencher.iter(|| table.lookup("sm_90a-bench", black_box(&problem), Target::Gpu(arch)));
+    });
+    criterion.bench_function("find the configs of a tuned shape", |bencher| {
+        bencher.iter(|| table.anchors("sm_90a-bench", black_box(&problem), Target::Gpu(arch)));
+    });
+    let untuned = Problem { n: problem.n + 32, ..problem };
+    criterion.bench_function("find the configs of the nearest shape", |bencher| {
+        bencher.iter(|| table.anchors("sm_90a-bench", black_box(&untuned), Target::Gpu(arch)));
     });
     let config = default_config(&problem, arch).unwrap();
     criterion.bench_function("render a source", |bencher| {

@@ -40,16 +40,6 @@ impl<T> Context<T> for io::Result<T> {
     }
 }
 
-/// Makes names created, renamed or removed in `dir` durable.
-pub(crate) fn sync_dir(dir: &Path) -> Result<(), FileError> {
-    // Only Unix opens directories as files; elsewhere the rename itself has to do.
-    if cfg!(unix) {
-        let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
-        std::fs::File::open(dir).and_then(|dir| dir.sync_all()).context("sync", dir)?;
-    }
-    Ok(())
-}
-
 /// A file written by a later version of this project.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

@@ -5,6 +5,7 @@
 //! its contents are compared with the journal's at every open and its calls are fenced.
 
 use crate::error::{Context, FileError};
+use crate::files::move_aside;
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::fs;
@@ -65,7 +66,7 @@ impl Index {
             match open_equal(&path, entries)? {
                 Ok(db) => return Ok(Self { db, path }),
                 Err(reason) => {
-                    let kept = move_aside(&path)?;
+                    let kept = move_aside(&path, "corrupt")?;
                     tracing::warn!(%reason, kept = %kept.display(), "rebuilding the index from the journal");
                 }
             }
@@ -74,6 +75,22 @@ impl Index {
         let index = Self { db: fresh.map_err(|reason| IndexError { path: path.clone(), reason })?, path };
         index.write(entries)?;
         Ok(index)
+    }
+
+    /// How the index in `dir` differs from `entries`, in words, without setting it aside.
+    pub(crate) fn difference(dir: &Path, entries: &Entries) -> Result<Option<String>, OpenError> {
+        let path = dir.join(DIR_NAME);
+        if fs::symlink_metadata(&path).is_err() {
+            return Ok(Some("it is missing".into()));
+        }
+        remove_unfinished_snapshots(&path)?;
+        Ok(open_equal(&path, entries)?.err())
+    }
+
+    /// Moves the index in `dir` aside, if there is one, so that the next open builds it anew.
+    pub(crate) fn set_aside(dir: &Path) -> Result<Option<PathBuf>, FileError> {
+        let path = dir.join(DIR_NAME);
+        fs::symlink_metadata(&path).is_ok().then(|| move_aside(&path, "old")).transpose()
     }
 
     /// Inserts and flushes.
@@ -186,20 +203,6 @@ fn remove_unfinished_snapshots(path: &Path) -> Result<(), FileError> {
     Ok(())
 }
 
-/// Renames a bad index to `index.sled.corrupt-<time>`.
-fn move_aside(path: &Path) -> Result<PathBuf, FileError> {
-    let stem = format!("{DIR_NAME}.corrupt-{}", jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ"));
-    let mut kept = path.with_file_name(&stem);
-    for attempt in 2.. {
-        if fs::symlink_metadata(&kept).is_err() {
-            break;
-        }
-        kept = path.with_file_name(format!("{stem}-{attempt}"));
-    }
-    fs::rename(path, &kept).context("move aside", path)?;
-    Ok(kept)
-}
-
 /// Runs `call`; a panic becomes its message and is not printed. Panics of other threads still are.
 fn quietly<T>(call: impl FnOnce() -> T) -> Result<T, String> {
     static HOOK: Mutex<()> = Mutex::new(());
@@ -235,9 +238,13 @@ mod tests {
     use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
+    /// The panic hook is the whole process's.
+    static ONE_TEST_AT_A_TIME: Mutex<()> = Mutex::new(());
+
     #[test]
     fn only_panics_of_the_call_are_silenced_and_the_hook_comes_back() {
         static PRINTED: AtomicUsize = AtomicUsize::new(0);
+        let _alone = ONE_TEST_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let printed = || PRINTED.load(Ordering::SeqCst);
         let original = panic::take_hook();
         panic::set_hook(Box::new(|_| {
@@ -261,6 +268,7 @@ mod tests {
 
     #[test]
     fn a_panic_inside_a_call_of_sled_is_an_error_that_names_the_index() {
+        let _alone = ONE_TEST_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let dir = tempfile::tempdir().unwrap();
         let index = Index::open(dir.path(), &Entries::new()).unwrap();
         let error = index.fenced(|_| -> sled::Result<()> { std::panic::resume_unwind(Box::new("Uninitialized")) });

@@ -7,12 +7,13 @@
 //!
 //! | File in the directory | Written by | Lost or damaged |
 //! |---|---|---|
-//! | `journal.jsonl` | append + fsync | damaged lines are skipped, with a warning |
+//! | `journal.jsonl` | append + fsync | damaged lines are moved to `journal.damaged`, with a warning |
 //! | `index.sled/` | sled | moved aside and rebuilt from the journal |
-//! | `snapshot.tsv` | temporary file + rename | readers fall back to the shipped tables |
+//! | `snapshot.tsv` | temporary file + rename | readers take the journal, published again by the next tuner |
 //! | `tune.lock` | the running tuner | created again |
 
 pub mod error;
+mod files;
 mod index;
 pub mod journal;
 mod lock;
@@ -21,9 +22,11 @@ pub mod record;
 pub mod shipped;
 pub mod snapshot;
 pub mod store;
+mod verify;
 
 pub use error::{FileError, NewerSchema};
 pub use lock::{Holder, LockError};
-pub use lookup::{Lookup, Match, TuningTable, default_dir};
-pub use record::{Device, Environment, Measurement, Outcome, Record, TuningKey};
-pub use store::{DbError, TuningDb};
+pub use lookup::{Answer, Explanation, Layer, Lookup, Match, Rung, TuningTable, default_dir};
+pub use record::{Device, Environment, Measurement, Origin, Outcome, Record, TuningKey};
+pub use store::{DbError, Taken, TuningDb};
+pub use verify::{Finding, verify};

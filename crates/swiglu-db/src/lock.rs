@@ -45,7 +45,14 @@ pub enum LockError {
 /// Held as long as it lives; the system releases it however the process ends.
 #[derive(Debug)]
 pub(crate) struct Lock {
-    _file: File,
+    file: File,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closing alone would leave it to a child that was forked and has not reached its `exec`.
+        let _ = self.file.unlock();
+    }
 }
 
 impl Lock {
@@ -65,7 +72,7 @@ impl Lock {
         let holder = Holder { pid: std::process::id(), host: host(), since: now() };
         let text = serde_json::to_string(&holder).unwrap_or_default();
         file.set_len(0).and_then(|()| file.write_all(text.as_bytes())).context("write", path)?;
-        Ok(Self { _file: file })
+        Ok(Self { file })
     }
 }
 

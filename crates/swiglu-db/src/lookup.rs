@@ -3,7 +3,8 @@
 //! Sizes are compared by the distance of their logarithms. An entry of another size is only an answer
 //! when its config is legal for the problem asked; else the next nearest is tried.
 
-use crate::record::{InvalidRecord, Record, TuningKey};
+use crate::journal;
+use crate::record::{InvalidRecord, Record, TuningKey, winners};
 use crate::shipped::{self, ShippedError};
 use crate::snapshot::{self, Entry, Snapshot, SnapshotError};
 use etcetera::BaseStrategy;
@@ -82,27 +83,105 @@ pub fn default_dir() -> Result<PathBuf, NoHome> {
     Ok(etcetera::choose_base_strategy()?.data_dir().join("swiglu-tune"))
 }
 
+/// Where a table has an entry from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Layer {
+    /// The user's published snapshot.
+    User,
+    /// The tables compiled in.
+    Shipped,
+    /// One that the caller gave, by its number.
+    Given(usize),
+}
+
+impl fmt::Display for Layer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::User => f.pad("user"),
+            Self::Shipped => f.pad("shipped"),
+            Self::Given(number) => write!(f, "layer {number}"),
+        }
+    }
+}
+
 /// Everything that was tuned, in layers.
 #[derive(Debug, Default)]
 pub struct TuningTable {
     /// Of equally near entries, the one of the first layer wins.
-    layers: Vec<Snapshot>,
+    layers: Vec<(Layer, Snapshot)>,
+}
+
+/// A record that could serve, and from where.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    /// How near it is.
+    pub matched: Match,
+    /// Where it is from.
+    pub layer: Layer,
+    /// The record, whose config is legal for the problem asked.
+    pub record: Record,
+}
+
+/// What one layer has on one rung of the ladder.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rung {
+    /// The rung.
+    pub matched: Match,
+    /// The layer.
+    pub layer: Layer,
+    /// Entries so near.
+    pub entries: usize,
+    /// Entries passed over, nearer than the answer: illegal for the problem, or of another version.
+    pub passed_over: usize,
+    /// Why the nearest of those was.
+    pub reason: Option<String>,
+    /// The nearest entry that could serve.
+    pub nearest: Option<Record>,
+}
+
+/// How a lookup comes to its answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Explanation {
+    /// Every rung of every layer, best first.
+    pub rungs: Vec<Rung>,
+    /// What [`TuningTable::lookup`] returns; `None` when untuned.
+    pub serving: Option<Answer>,
+    /// What would serve in its place.
+    pub second: Option<Answer>,
 }
 
 impl TuningTable {
     /// The user's snapshot in `dir` over the shipped tables. A layer that cannot be used is left out and
-    /// the reason returned.
+    /// the reason returned; in place of a damaged snapshot the journal answers.
     pub fn load(dir: &Path) -> (Self, Vec<LayerError>) {
         let mut skipped = Vec::new();
-        let user = Snapshot::load(&dir.join(snapshot::FILE_NAME)).map_err(LayerError::from);
-        let layers = [user, shipped_layer(&mut skipped)];
-        let layers = layers.into_iter().filter_map(|layer| layer.map_err(|error| skipped.push(error)).ok()).collect();
+        let user = Snapshot::load(&dir.join(snapshot::FILE_NAME)).map_err(LayerError::from).or_else(|error| {
+            let from_journal = matches!(error, LayerError::Snapshot(SnapshotError::Damaged { .. }))
+                .then(|| journal::read(&dir.join(journal::FILE_NAME)).ok())
+                .flatten()
+                .and_then(|contents| Snapshot::from_records(&winners(contents.current().cloned())).ok());
+            match from_journal {
+                Some(snapshot) => {
+                    skipped.push(error);
+                    Ok(snapshot)
+                }
+                None => Err(error),
+            }
+        });
+        let mut layers = Vec::new();
+        for (name, loaded) in [(Layer::User, user), (Layer::Shipped, shipped_layer(&mut skipped))] {
+            match loaded {
+                Ok(layer) => layers.push((name, layer)),
+                Err(error) => skipped.push(error),
+            }
+        }
         (Self { layers }, skipped)
     }
 
     /// The layers given, highest first.
     pub fn from_layers(layers: Vec<Snapshot>) -> Self {
-        Self { layers }
+        Self { layers: layers.into_iter().enumerate().map(|(at, layer)| (Layer::Given(at + 1), layer)).collect() }
     }
 
     /// The nearest record whose config `target` can run `problem` with.
@@ -119,6 +198,25 @@ impl TuningTable {
             Some((record, matched)) => Lookup { record: Some(record), matched },
             None => Lookup { record: None, matched: Match::Untuned },
         }
+    }
+
+    /// How [`TuningTable::lookup`] comes to its answer, rung by rung, and what came second.
+    pub fn explain(&self, device_class: &str, problem: &Problem, target: Target) -> Explanation {
+        let asked = TuningKey { device_class: device_class.into(), problem: *problem };
+        let candidates = self.nearest_first(arch_of(device_class), &asked);
+        let mut rungs = Vec::new();
+        for matched in [Match::Exact, Match::NearestM, Match::NearestShape, Match::SameArch] {
+            for &(layer, _) in &self.layers {
+                let here = candidates.iter().filter(|entry| entry.rank.matched == matched && entry.layer == layer);
+                rungs.push(rung(matched, layer, here, problem, target));
+            }
+        }
+        let mut answers = candidates.iter().filter_map(|entry| {
+            let record = entry.legal_record(problem, target)?;
+            Some(Answer { matched: entry.rank.matched, layer: entry.layer, record })
+        });
+        let (serving, second) = (answers.next(), answers.next());
+        Explanation { rungs, serving, second }
     }
 
     /// The tuned M of the (N, K) of `problem`, ascending; without any, those of the nearest (N, K) that
@@ -163,8 +261,8 @@ impl TuningTable {
         let mut candidates: Vec<_> = self
             .layers
             .iter()
-            .flat_map(|layer| layer.get_range(prefix))
-            .filter_map(|entry| Candidate::new(entry, asked))
+            .flat_map(|(name, layer)| layer.get_range(prefix).map(|entry| (*name, entry)))
+            .filter_map(|(layer, entry)| Candidate::new(layer, entry, asked))
             .collect();
         // Stable: equally near entries stay in the order of layers and keys.
         candidates.sort_by_key(|candidate| candidate.rank);
@@ -194,13 +292,14 @@ impl Rank {
 
 struct Candidate<'a> {
     rank: Rank,
+    layer: Layer,
     key: TuningKey,
     entry: Entry<'a>,
 }
 
 impl<'a> Candidate<'a> {
     /// `None` when the entry is of another architecture, operation or format.
-    fn new(entry: Entry<'a>, asked: &TuningKey) -> Option<Self> {
+    fn new(layer: Layer, entry: Entry<'a>, asked: &TuningKey) -> Option<Self> {
         let key: TuningKey = entry.key.parse().ok()?;
         let (theirs, ours) = (&key.problem, &asked.problem);
         let same_kind = (theirs.op, theirs.activation, theirs.dtype, theirs.weight_major)
@@ -223,16 +322,44 @@ impl<'a> Candidate<'a> {
             shape: distance(theirs.n, ours.n) + distance(theirs.k, ours.k),
             m: distance(theirs.m, ours.m),
         };
-        Some(Self { rank, key, entry })
+        Some(Self { rank, layer, key, entry })
     }
 
     fn legal_record(&self, problem: &Problem, target: Target) -> Option<Record> {
-        let unreadable = |error: &serde_json::Error| {
-            tracing::debug!(key = self.entry.key, %error, "passed over a record of another version");
-        };
-        let record = self.entry.record().inspect_err(unreadable).ok()?;
-        record.config.check(problem, target).is_ok().then_some(record)
+        let unreadable = |reason: &String| tracing::debug!(key = self.entry.key, reason, "passed over a record");
+        self.record_or_reason(problem, target).inspect_err(unreadable).ok()
     }
+
+    fn record_or_reason(&self, problem: &Problem, target: Target) -> Result<Record, String> {
+        let record = self.entry.record().map_err(|error| format!("of another version: {error}"))?;
+        record.config.check(problem, target).map_err(|why| format!("not legal here: {why}"))?;
+        Ok(record)
+    }
+}
+
+/// Sums up the candidates of one rung, which come nearest first.
+fn rung<'a>(
+    matched: Match,
+    layer: Layer,
+    candidates: impl Iterator<Item = &'a Candidate<'a>>,
+    problem: &Problem,
+    target: Target,
+) -> Rung {
+    let mut rung = Rung { matched, layer, entries: 0, passed_over: 0, reason: None, nearest: None };
+    for candidate in candidates {
+        rung.entries += 1;
+        if rung.nearest.is_some() {
+            continue;
+        }
+        match candidate.record_or_reason(problem, target) {
+            Ok(record) => rung.nearest = Some(record),
+            Err(reason) => {
+                rung.passed_over += 1;
+                rung.reason.get_or_insert(reason);
+            }
+        }
+    }
+    rung
 }
 
 /// `|log2(a / b)|` in millionths, which order exactly.

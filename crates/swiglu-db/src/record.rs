@@ -4,7 +4,8 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
-use swiglu_kernels::{Config, Problem};
+use swiglu_kernels::families::Target;
+use swiglu_kernels::{Config, Problem, arch};
 
 /// The device a record holds for.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -14,6 +15,17 @@ pub struct Device {
     pub class: String,
     /// The product's name: a label, never a key.
     pub name: String,
+}
+
+impl Device {
+    /// What its class says kernels are legal for; `None` for a class this version does not know.
+    pub fn target(&self) -> Option<Target> {
+        let (first, rest) = self.class.split_once('-')?;
+        if first == "cpu" {
+            return Some(Target::Cpu { threads: rest.rsplit('-').next()?.parse().ok()? });
+        }
+        arch::by_name(first).ok().map(Target::Gpu)
+    }
 }
 
 /// What a tuned config is stored under.
@@ -126,6 +138,35 @@ pub struct Environment {
     pub date: String,
 }
 
+/// Where a record was before it came into its database.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Origin {
+    /// It was measured into it.
+    #[default]
+    Local,
+    /// In an exported table of this name.
+    Import(String),
+    /// In another database's folder of this name.
+    Merge(String),
+}
+
+impl Origin {
+    fn is_local(&self) -> bool {
+        *self == Self::Local
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Local => f.pad("measured here"),
+            Self::Import(name) => write!(f, "imported from {name}"),
+            Self::Merge(name) => write!(f, "merged from {name}"),
+        }
+    }
+}
+
 /// One candidate on one problem on one device: the unit that is stored.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
@@ -140,6 +181,9 @@ pub struct Record {
     pub outcome: Outcome,
     /// With which tools.
     pub environment: Environment,
+    /// Where it comes from.
+    #[serde(default, skip_serializing_if = "Origin::is_local")]
+    pub origin: Origin,
 }
 
 /// A record that no file could give back.
@@ -169,33 +213,67 @@ impl Record {
 
     /// One line of JSON: the only encoding that journal, index and snapshot use.
     pub(crate) fn to_json(&self) -> Result<String, InvalidRecord> {
-        let invalid = |reason: String| InvalidRecord { key: self.key().to_string(), reason };
+        self.check()?;
+        serde_json::to_string(self).map_err(|error| self.invalid(error.to_string()))
+    }
+
+    /// Whether a file could give the record back.
+    pub(crate) fn check(&self) -> Result<(), InvalidRecord> {
         let class = &self.device.class;
         if class.is_empty() || class.contains(|c: char| c == '|' || c.is_control()) {
-            return Err(invalid(format!("device class {class:?} is empty or holds `|` or a control character")));
+            return Err(self.invalid(format!("device class {class:?} is empty or holds `|` or a control character")));
         }
         // JSON has no NaN: it would be written as null and not be read again.
         if let Some(Measurement { median_us, p10_us, p90_us, samples: _, error }) = self.measurement()
             && ![median_us, p10_us, p90_us, error].into_iter().all(|number| number.is_finite())
         {
-            return Err(invalid("a time or error is not a finite number".into()));
+            return Err(self.invalid("a time or error is not a finite number".into()));
         }
-        serde_json::to_string(self).map_err(|error| invalid(error.to_string()))
+        Ok(())
+    }
+
+    fn invalid(&self, reason: String) -> InvalidRecord {
+        InvalidRecord { key: self.key().to_string(), reason }
+    }
+
+    /// Whether this record is to be trusted rather than `other`: a mismatch with the oracle before anything
+    /// else, for it must not serve; then a measurement rather than a failure; then more samples; then the
+    /// later date. Equals support neither.
+    pub fn is_better_supported_than(&self, other: &Self) -> bool {
+        self.support() > other.support()
+    }
+
+    fn support(&self) -> (u8, u32, &str) {
+        let (rank, samples) = match &self.outcome {
+            Outcome::Failed { stage, .. } if stage == "verify" => (2, 0),
+            Outcome::Measured(measurement) => (1, measurement.samples),
+            Outcome::Failed { .. } => (0, 0),
+        };
+        (rank, samples, &self.environment.date)
     }
 }
 
-/// The fastest record of every key, in the order of the keys. Equal medians: the first config in order.
+/// The record that serves each key, in the order of the keys: of one origin the fastest, since only times of
+/// one machine compare; between origins the better supported of those, and what was measured here when equal.
+/// Equal medians: the first config in order.
 pub fn winners(records: impl IntoIterator<Item = Record>) -> Vec<Record> {
-    let mut best: BTreeMap<String, (f64, Record)> = BTreeMap::new();
+    let mut fastest: BTreeMap<(String, Origin), (f64, Record)> = BTreeMap::new();
     for record in records {
         let Some(&Measurement { median_us, .. }) = record.measurement() else { continue };
-        let key = record.key().to_string();
-        let beaten = best.get(&key).is_some_and(|(best_us, best)| {
+        let group = (record.key().to_string(), record.origin.clone());
+        let beaten = fastest.get(&group).is_some_and(|(best_us, best)| {
             best_us.total_cmp(&median_us).then_with(|| best.config.cmp(&record.config)).is_le()
         });
         if !beaten {
-            best.insert(key, (median_us, record));
+            fastest.insert(group, (median_us, record));
         }
     }
-    best.into_values().map(|(_, record)| record).collect()
+    let mut winners: BTreeMap<String, Record> = BTreeMap::new();
+    // The origins of a key come in order, what was measured here first.
+    for ((key, _), (_, record)) in fastest {
+        if winners.get(&key).is_none_or(|winner| record.is_better_supported_than(winner)) {
+            winners.insert(key, record);
+        }
+    }
+    winners.into_values().collect()
 }

@@ -4,7 +4,7 @@
 //! what a measurement can tell, so that tuning again makes a small diff.
 
 use crate::error::NewerSchema;
-use crate::record::{Device, Environment, InvalidRecord, Measurement, Outcome, Record, winners};
+use crate::record::{Device, Environment, InvalidRecord, Measurement, Origin, Outcome, Record, winners};
 use serde::{Deserialize, Serialize};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -58,6 +58,8 @@ struct Row {
     config: Config,
     measurement: Measurement,
     environment: Environment,
+    #[serde(default)]
+    origin: Origin,
 }
 
 /// Reads one table; `path` is named in errors.
@@ -70,9 +72,9 @@ pub fn parse(path: &Path, text: &str) -> Result<Vec<Record>, ShippedError> {
     NewerSchema::check(path, schema, SCHEMA)?;
     let Table { device, record: rows } = toml::from_str(text).map_err(no_table)?;
     rows.into_iter()
-        .map(|Row { problem, config, measurement, environment }| {
+        .map(|Row { problem, config, measurement, environment, origin }| {
             let outcome = Outcome::Measured(measurement);
-            let record = Record { device: device.clone(), problem, config, outcome, environment };
+            let record = Record { device: device.clone(), problem, config, outcome, environment, origin };
             record.to_json()?;
             Ok(record)
         })
@@ -102,6 +104,9 @@ pub fn export(device: &Device, records: &[Record]) -> Result<String, ShippedErro
         for (name, value) in rows {
             // Writing to a `String` does not fail.
             let _ = writeln!(text, "{name} = {value}");
+        }
+        if record.origin != Origin::Local {
+            let _ = writeln!(text, "origin = {}", inline(&record.origin)?);
         }
     }
     Ok(text)

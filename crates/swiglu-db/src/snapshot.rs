@@ -5,12 +5,13 @@
 //! line per winner, `key<tab>record as JSON`, sorted by key. Loading checks and indexes the lines;
 //! a record is parsed when it is asked for.
 
-use crate::error::{Context, FileError, NewerSchema, sync_dir};
+use crate::error::{Context, FileError, NewerSchema};
+use crate::files::replace_file;
 use crate::record::{InvalidRecord, Record, TuningKey};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -162,22 +163,12 @@ impl Snapshot {
     }
 }
 
-/// Replaces the snapshot at `path`. Only the holder of the tuning lock calls this, so that one temporary
-/// name is enough; what a crash leaves there is overwritten next time.
+/// Replaces the snapshot at `path`.
 pub(crate) fn publish(path: &Path, winners: &[Record]) -> Result<(), SnapshotError> {
     let body = body(winners)?;
     let header = Header { schema: SCHEMA, count: body.lines().count(), crc32: checksum(&body) };
     let header = serde_json::to_string(&header).map_err(io::Error::from).context("encode the header of", path)?;
-    let temporary = path.with_extension("tsv.tmp");
-    File::create(&temporary)
-        .and_then(|mut file| {
-            file.write_all(format!("{header}\n{body}").as_bytes())?;
-            file.sync_all()
-        })
-        .context("write", &temporary)?;
-    fs::rename(&temporary, path).context("replace", path)?;
-    path.parent().map_or(Ok(()), sync_dir)?;
-    Ok(())
+    Ok(replace_file(path, format!("{header}\n{body}").as_bytes())?)
 }
 
 fn body(records: &[Record]) -> Result<String, InvalidRecord> {

@@ -7,8 +7,9 @@ use crate::error::{Context, FileError};
 use crate::index::{Entries, Index, OpenError};
 use crate::journal::{self, Journal, JournalError};
 use crate::lock::{Lock, LockError};
-use crate::record::{self, InvalidRecord, Record, TuningKey};
-use crate::snapshot::{self, SnapshotError};
+use crate::record::{self, InvalidRecord, Origin, Record, TuningKey};
+use crate::snapshot::{self, Snapshot, SnapshotError};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use swiglu_kernels::Config;
@@ -16,7 +17,7 @@ use swiglu_kernels::Config;
 pub use crate::index::IndexError;
 
 /// Name of the lock file in a tuning directory.
-const LOCK_NAME: &str = "tune.lock";
+pub(crate) const LOCK_NAME: &str = "tune.lock";
 
 /// Why the database could not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -66,13 +67,91 @@ impl TuningDb {
     ///
     /// # Errors
     /// Another tuner holds the directory, it cannot be written, or its journal has a newer schema.
-    /// Damage is no error: it is reported through `tracing` and repaired as far as the journal reaches.
+    /// Damage is no error: it is reported through `tracing` and repaired as far as journal and snapshot reach.
     pub fn open(dir: &Path) -> Result<Self, DbError> {
+        Self::open_with(dir, |_| Ok(()))
+    }
+
+    /// As [`TuningDb::open`], with index and snapshot made anew from the journal. The old index is moved to
+    /// the path returned.
+    ///
+    /// # Errors
+    /// As [`TuningDb::open`], or the snapshot cannot be written.
+    pub fn rebuild(dir: &Path) -> Result<(Self, Option<PathBuf>), DbError> {
+        let mut kept = None;
+        let db = Self::open_with(dir, |dir| {
+            kept = Index::set_aside(dir)?;
+            Ok(())
+        })?;
+        db.publish()?;
+        Ok((db, kept))
+    }
+
+    fn open_with(dir: &Path, before_index: impl FnOnce(&Path) -> Result<(), FileError>) -> Result<Self, DbError> {
         fs::create_dir_all(dir).context("create the directory", dir)?;
         let lock = Lock::take(&dir.join(LOCK_NAME))?;
-        let (journal, contents) = Journal::open(&dir.join(journal::FILE_NAME))?;
-        let index = Index::open(dir, &entries(&contents.records)?)?;
-        Ok(Self { index, journal, snapshot: dir.join(snapshot::FILE_NAME), _lock: lock })
+        let (mut journal, contents) = Journal::open(&dir.join(journal::FILE_NAME))?;
+        let snapshot = dir.join(snapshot::FILE_NAME);
+        let mut records = contents.records;
+        let lost = lost_by_journal(&records, &snapshot);
+        if !lost.is_empty() {
+            tracing::warn!(
+                records = lost.len(),
+                "the journal has lost records that the snapshot has; they are restored"
+            );
+            journal.append(&lost)?;
+            records.extend(lost);
+        }
+        before_index(dir)?;
+        let index = Index::open(dir, &entries(&records)?)?;
+        Ok(Self { index, journal, snapshot, _lock: lock })
+    }
+
+    /// Takes records of another database. Of one key and config the better supported record stays, see
+    /// [`Record::is_better_supported_than`], and of equals the one that is here; what is replaced stays in
+    /// the journal. A record that names no origin yet is given `origin`. Readers see it after
+    /// [`TuningDb::publish`].
+    ///
+    /// # Errors
+    /// A record cannot be encoded (then none is stored), or the disk or sled failed.
+    pub fn take(&mut self, records: impl IntoIterator<Item = Record>, origin: &Origin) -> Result<Taken, DbError> {
+        let mut taken = Taken::default();
+        let mut better: BTreeMap<(TuningKey, Config), Record> = BTreeMap::new();
+        for mut record in records {
+            if let Some(Err(why)) = record.device.target().map(|target| record.config.check(&record.problem, target)) {
+                tracing::warn!(key = %record.key(), config = %record.config, %why, "refused an illegal record");
+                taken.refused += 1;
+                continue;
+            }
+            if record.origin == Origin::Local {
+                record.origin = origin.clone();
+            }
+            let id = (record.key(), record.config);
+            let ours = match better.get(&id) {
+                Some(earlier) => Some(earlier.clone()),
+                None => self.record(&id.0, &id.1)?,
+            };
+            match ours {
+                Some(ours) if !record.is_better_supported_than(&ours) => {
+                    taken.kept += 1;
+                    continue;
+                }
+                Some(_) => taken.replaced += 1,
+                None => taken.added += 1,
+            }
+            better.insert(id, record);
+        }
+        self.insert(&better.into_values().collect::<Vec<_>>())?;
+        Ok(taken)
+    }
+
+    /// Drops from the journal the records that a later one of their key and config has replaced: they never
+    /// serve again. Returns how many those were.
+    ///
+    /// # Errors
+    /// The journal cannot be replaced; then the old one stands.
+    pub fn drop_superseded(&mut self) -> Result<usize, DbError> {
+        Ok(self.journal.drop_superseded()?)
     }
 
     /// Stores records; one that has the key and config of an earlier one takes its place. When this
@@ -103,12 +182,14 @@ impl TuningDb {
     }
 
     /// Whether this config was tried with this very source, whatever came of it: a run that continues
-    /// an earlier one skips it.
+    /// an earlier one skips it. A failure elsewhere may be that machine's: it is tried here too.
     ///
     /// # Errors
     /// sled failed.
     pub fn is_measured(&self, key: &TuningKey, config: &Config, source_digest: &str) -> Result<bool, DbError> {
-        Ok(self.record(key, config)?.is_some_and(|record| record.environment.source_digest == source_digest))
+        let told = |record: &Record| record.origin == Origin::Local || record.measurement().is_some();
+        let record = self.record(key, config)?.filter(told);
+        Ok(record.is_some_and(|record| record.environment.source_digest == source_digest))
     }
 
     /// The record with the lowest median; of equal ones the first in the order of configs.
@@ -140,6 +221,27 @@ impl TuningDb {
     }
 }
 
+/// What became of records of another database.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Taken {
+    /// Records of keys and configs that had none.
+    pub added: usize,
+    /// Records that took the place of a weaker one.
+    pub replaced: usize,
+    /// Records that were no better supported than the one that is here.
+    pub kept: usize,
+    /// Records whose config is not legal for their problem.
+    pub refused: usize,
+}
+
+/// Published records that no line of the journal has: it was cut off or lost the line.
+fn lost_by_journal(records: &[Record], snapshot: &Path) -> Vec<Record> {
+    let Ok(published) = Snapshot::load(snapshot) else { return Vec::new() };
+    let known: BTreeSet<_> = records.iter().map(|record| (record.key(), record.config)).collect();
+    let published = published.get_range("").filter_map(|entry| entry.record().ok());
+    published.filter(|record| !known.contains(&(record.key(), record.config)) && record.check().is_ok()).collect()
+}
+
 /// Sorts before every character of a key, so that one key's configs are neighbours.
 const SEPARATOR: char = '\0';
 
@@ -147,7 +249,7 @@ fn index_key(key: &TuningKey, config: &Config) -> String {
     format!("{key}{SEPARATOR}{config}")
 }
 
-fn entries(records: &[Record]) -> Result<Entries, InvalidRecord> {
+pub(crate) fn entries(records: &[Record]) -> Result<Entries, InvalidRecord> {
     records
         .iter()
         .map(|record| Ok((index_key(&record.key(), &record.config).into_bytes(), record.to_json()?.into_bytes())))

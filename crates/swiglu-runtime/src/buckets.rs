@@ -43,6 +43,11 @@ impl BucketTable {
     }
 }
 
+/// Of the tuned values of M, ascending, the one whose kernel a prepared plan launches for `m`.
+pub fn serving_anchor(anchors: &[u32], m: u32) -> Option<u32> {
+    anchors.get(BucketTable::new(anchors).anchor(m)).copied()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -62,5 +67,6 @@ mod tests {
         let table = BucketTable::new(&[1, 16, 256, 4096]);
         let served = [1, 3, 5, 16, 60, 80, 256, 1000, 2000, 1 << 30].map(|m| table.anchor(m));
         assert_eq!(served, [0, 0, 1, 1, 1, 2, 2, 2, 3, 3]);
+        assert_eq!((serving_anchor(&[1, 16, 256, 4096], 60), serving_anchor(&[], 60)), (Some(16), None));
     }
 }

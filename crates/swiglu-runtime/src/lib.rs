@@ -19,6 +19,7 @@ pub mod plan;
 pub mod runtime;
 mod tensor_map;
 
+pub use buckets::serving_anchor;
 pub use cudarc;
 pub use launch::RawForward;
 pub use operands::{ArgumentError, Element, Forward, ForwardSpec, Matrix, Preactivations, Weights};

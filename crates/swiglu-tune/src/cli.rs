@@ -1,11 +1,14 @@
 //! Arguments, and which module answers them. Results go to stdout, everything else to stderr.
 
 use crate::gpu_subject::GpuLab;
+use crate::log::{LogFormat, notice};
 use crate::tune::{Lab, Summary, tune};
 use crate::workload::{self, Group};
-use crate::{bench, compile, doctor, inspect, records, report};
+use crate::{bench, compile, db, doctor, inspect, records, report, why};
 use anyhow::{Context, Result, bail};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
@@ -39,6 +42,9 @@ pub(crate) struct Cli {
     /// Log what is done to stderr.
     #[arg(long, short, global = true)]
     pub(crate) verbose: bool,
+    /// How the log is written.
+    #[arg(long, global = true, value_enum, default_value = "text", value_name = "FORMAT")]
+    pub(crate) log: LogFormat,
     #[command(flatten)]
     places: Places,
 }
@@ -114,39 +120,38 @@ struct TuneArgs {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Print what was tuned: problem, config, time, rate, share of the roofline.
-    Report {
-        /// Print `{"records": [...]}`.
-        #[arg(long)]
-        json: bool,
-    },
+    Report(report::ReportArgs),
     /// Print the CUDA source of one config, headers included.
     Render(inspect::RenderArgs),
     /// Compile kernels with NVRTC; needs no GPU. Exit code 1 if any fails.
     Compile(compile::CompileArgs),
     /// Print the config space of a problem: kept and refused configs per rule.
     List(inspect::ListArgs),
+    /// Explain which config serves a problem, rung by rung, and what came second.
+    Why(why::WhyArgs),
     /// Time what the runtime would launch against a peer, interleaved.
     Bench(bench::BenchArgs),
     /// Work with the tuning database.
     Db {
         #[command(subcommand)]
-        command: DbCommand,
+        command: db::DbCommand,
+    },
+    /// Print the completions of a shell, to be put where it looks for them.
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+    /// Print the manual page, or write one of every subcommand.
+    Man {
+        /// Folder to write `swiglu-tune*.1` into.
+        #[arg(long)]
+        dir: Option<PathBuf>,
     },
     /// Say what is found, what is missing and how to mend it.
     Doctor {
         /// Print JSON.
         #[arg(long)]
         json: bool,
-    },
-}
-
-#[derive(Debug, Subcommand)]
-enum DbCommand {
-    /// Print the winners of one device as a table that `tuning-db/` can ship.
-    Export {
-        /// Class of the device, as `report` prints it [default: the only one there is].
-        #[arg(long)]
-        device: Option<String>,
     },
 }
 
@@ -157,13 +162,33 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
     }
     match &cli.command {
         None => run_tune(&cli.tune, &options),
-        Some(Command::Report { json }) => report::run(*json, &options),
+        Some(Command::Report(args)) => report::run(args, &options),
         Some(Command::Render(args)) => inspect::render(args),
         Some(Command::List(args)) => inspect::list(args),
         Some(Command::Compile(args)) => compile::run(args, &options),
+        Some(Command::Why(args)) => why::run(args, &options),
         Some(Command::Bench(args)) => bench::run(args, &options),
-        Some(Command::Db { command: DbCommand::Export { device } }) => records::export(device.as_deref(), &options),
+        Some(Command::Db { command }) => db::run(command, &options),
         Some(Command::Doctor { json }) => doctor::run(*json, &options),
+        Some(Command::Completions { shell }) => {
+            // Into memory first: a closed pipe is an error to tell, and clap_complete would panic.
+            let mut text = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "swiglu-tune", &mut text);
+            std::io::stdout().write_all(&text).context("writing the completions")?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Some(Command::Man { dir: None }) => {
+            clap_mangen::Man::new(Cli::command()).render(&mut std::io::stdout()).context("writing the manual page")?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Some(Command::Man { dir: Some(dir) }) => {
+            let named = || format!("writing manual pages to {}", dir.display());
+            std::fs::create_dir_all(dir)
+                .and_then(|()| clap_mangen::generate_to(Cli::command(), dir))
+                .with_context(named)?;
+            println!("{}", dir.display());
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }
 
@@ -179,6 +204,9 @@ fn run_tune(args: &TuneArgs, options: &Options) -> Result<ExitCode> {
     let groups = groups(args, &lab)?;
     let dir = records::db_dir(options)?;
     let mut db = TuningDb::open(&dir).context("opening the tuning database")?;
+    if let Some(whose) = records::foreign(&db.records()?, &lab.device().class) {
+        notice(format!("{}: {whose}; they stay, and this device is tuned from the start", dir.display()));
+    }
     let whole_default = args.model.is_none() && args.shapes.is_none();
     let budget =
         args.budget.map_or(if whole_default { Duration::from_secs(600) } else { Duration::MAX }, Duration::from_secs);
@@ -194,17 +222,19 @@ fn run_tune(args: &TuneArgs, options: &Options) -> Result<ExitCode> {
 
 fn tell(summary: &Summary, lab: &Lab, elapsed: Duration, stop: &AtomicBool) {
     let Summary { tuned, already, left, without_winner } = *summary;
-    eprintln!(
+    notice(format!(
         "{}: {tuned} problems tuned in {:.1} s, {already} were tuned before",
         lab.device().name,
         elapsed.as_secs_f64()
-    );
+    ));
     if left > 0 {
         let why = if stop.load(Ordering::Relaxed) { "interrupted" } else { "the budget is spent" };
-        eprintln!("{why}: {left} problems are left; run the same command again to go on");
+        notice(format!("{why}: {left} problems are left; run the same command again to go on"));
     }
     if without_winner > 0 {
-        eprintln!("{without_winner} problems have no working candidate; `swiglu-tune report --json` has the reasons");
+        notice(format!(
+            "{without_winner} problems have no working candidate; `swiglu-tune report --json` has the reasons"
+        ));
     }
 }
 
@@ -216,7 +246,7 @@ pub(crate) fn open_lab(choice: GpuChoice, options: &Options) -> Result<Lab> {
         GpuChoice::Auto => match Gpu::open(0) {
             Ok(gpu) => gpu,
             Err(why @ (GpuError::Missing(_) | GpuError::NoDevice { .. })) => {
-                eprintln!("no GPU: {why}. Tuning the CPU backend");
+                notice(format!("no GPU: {why}. Tuning the CPU backend"));
                 return Ok(Lab::Cpu);
             }
             Err(why) => return Err(why.into()),
@@ -256,7 +286,6 @@ fn groups(args: &TuneArgs, lab: &Lab) -> Result<Vec<Group>> {
 
 /// Ends the process as clap does for wrong usage.
 fn bail_usage(message: &str) -> ! {
-    use clap::CommandFactory;
     Cli::command().error(clap::error::ErrorKind::MissingRequiredArgument, message).exit()
 }
 

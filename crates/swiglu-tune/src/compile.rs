@@ -1,5 +1,6 @@
 //! `compile`: kernels through NVRTC for any architecture, without a GPU.
 
+use crate::log::notice;
 use anyhow::Result;
 use clap::Args;
 use rand::rngs::SmallRng;
@@ -77,15 +78,18 @@ pub(crate) fn run(args: &CompileArgs, options: &Options) -> Result<ExitCode> {
                 entry.spilled += usize::from(cubin.resources.objection().is_some());
                 entry.most_registers = entry.most_registers.max(cubin.resources.registers);
                 if let Some(objection) = cubin.resources.objection() {
-                    eprintln!(
+                    notice(format!(
                         "{} {} {}: {}: {objection}",
                         job.arch, job.problem.dtype, job.problem.weight_major, job.config
-                    );
+                    ));
                 }
             }
             Err(error) => {
                 entry.failed += 1;
-                eprintln!("{} {} {}: {}: {error}", job.arch, job.problem.dtype, job.problem.weight_major, job.config);
+                notice(format!(
+                    "{} {} {}: {}: {error}",
+                    job.arch, job.problem.dtype, job.problem.weight_major, job.config
+                ));
             }
         }
     }

@@ -77,7 +77,10 @@ pub(crate) fn driver_version() -> Option<String> {
 }
 
 fn database(options: &Options) -> Result<String, String> {
-    let count = |options| Ok((records::read(options)?.len(), records::db_dir(options)?));
-    let (count, dir) = count(options).map_err(|error: anyhow::Error| format!("{error:#}"))?;
-    Ok(format!("{count} records in {}", dir.display()))
+    let records = || Ok((records::read(options)?, records::db_dir(options)?));
+    let (records, dir) = records().map_err(|error: anyhow::Error| format!("{error:#}"))?;
+    // Without a GPU the CPU is what would be tuned.
+    let class = Gpu::open(0).map_or_else(|_| swiglu_runtime::cpu::device().class, |gpu| gpu.device.class);
+    let whose = records::foreign(&records, &class).map(|whose| format!("; {whose}, so `swiglu-tune --gpu auto` pays"));
+    Ok(format!("{} records in {}{}", records.len(), dir.display(), whose.unwrap_or_default()))
 }

@@ -4,14 +4,17 @@ mod bench;
 mod cli;
 mod compile;
 mod cpu_subject;
+mod db;
 mod device_memory;
 mod doctor;
 mod gpu_subject;
 mod inspect;
+mod log;
 mod race;
 mod records;
 mod report;
 mod tune;
+mod why;
 mod workload;
 
 use clap::Parser;
@@ -19,13 +22,11 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
-    let level = if cli.verbose { "info" } else { "warn" };
-    let filter = tracing_subscriber::EnvFilter::builder().parse_lossy(format!("{level},sled=error"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    log::start(cli.log, cli.verbose);
     match cli::run(&cli) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            log::failure(&error);
             ExitCode::FAILURE
         }
     }

@@ -1,10 +1,9 @@
 //! Records as any process may read them: from the journal, without the writer's lock.
 
-use anyhow::{Context, Result, bail};
-use std::collections::BTreeMap;
+use anyhow::{Context, Result};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::process::ExitCode;
-use swiglu_db::{Device, Record, journal, record, shipped};
+use swiglu_db::{Record, journal};
 use swiglu_runtime::Options;
 
 /// The tuning database's folder.
@@ -24,18 +23,12 @@ pub(crate) fn read(options: &Options) -> Result<Vec<Record>> {
     Ok(latest.into_values().collect())
 }
 
-/// Prints the winners of one device in the format of `tuning-db/`.
-pub(crate) fn export(class: Option<&str>, options: &Options) -> Result<ExitCode> {
-    let mut devices: BTreeMap<Device, Vec<Record>> = BTreeMap::new();
-    for record in record::winners(read(options)?) {
-        devices.entry(record.device.clone()).or_default().push(record);
-    }
-    devices.retain(|device, _| class.is_none_or(|class| class == device.class));
-    let mut devices = devices.into_iter();
-    match (devices.next(), devices.next()) {
-        (Some((device, records)), None) => print!("{}", shipped::export(&device, &records)?),
-        (None, _) => bail!("nothing is tuned for {}", class.unwrap_or("any device")),
-        (Some(_), Some(_)) => bail!("several devices are tuned; choose one with --device CLASS"),
-    }
-    Ok(ExitCode::SUCCESS)
+/// Says, where a database has records and none is of this device, whose they are.
+pub(crate) fn foreign(records: &[Record], class: &str) -> Option<String> {
+    let others: BTreeSet<&str> = records.iter().map(|record| record.device.name.as_str()).collect();
+    let has_ours = records.iter().any(|record| record.device.class == class);
+    (!has_ours && !others.is_empty()).then(|| {
+        let others = others.into_iter().collect::<Vec<_>>().join(", ");
+        format!("its records are of other devices ({others}), none is of this one ({class})")
+    })
 }

@@ -1,98 +1,189 @@
-//! `report`: what was tuned, as a table or as JSON.
+//! `report`: what was tuned, as a table, JSON, CSV, Markdown or a page.
 
+mod data;
+mod html;
+mod roofline;
+mod sheet;
+mod svg;
+
+use crate::log::notice;
 use crate::records;
-use anyhow::Result;
+use anyhow::{Context, Result};
+use clap::Args;
+use data::{DeviceReport, Row, TIE};
+use roofline::Roofline;
+use std::path::PathBuf;
 use std::process::ExitCode;
-use swiglu_db::{Record, record};
 use swiglu_runtime::Options;
 use swiglu_runtime::gpu::Gpu;
 
-/// Ceilings of the device that records were made on, when it is this one.
-struct Roofline {
-    class: String,
-    bytes_per_second: f64,
+pub(crate) use data::{default_config, stale};
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ReportArgs {
+    /// Print `{"records": [...]}`, every record.
+    #[arg(long, group = "format")]
+    json: bool,
+    /// Print every record as CSV; `serves` says which ones programs are given.
+    #[arg(long, group = "format")]
+    csv: bool,
+    /// Print Markdown: the winners and what is to be said of them.
+    #[arg(long, group = "format")]
+    markdown: bool,
+    /// Write one self-contained page with plots.
+    #[arg(long, group = "format", value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Results of `bench --json`, for the peer's times; may be given several times.
+    #[arg(long, value_name = "FILE.json")]
+    bench: Vec<PathBuf>,
+    /// Arithmetic peak for the roofline, where the GPU is not in this machine.
+    #[arg(long, value_name = "TFLOP/s")]
+    peak_tflops: Option<f64>,
 }
 
-/// Prints the winners (table) or every record (JSON).
-pub(crate) fn run(json: bool, options: &Options) -> Result<ExitCode> {
+/// Prints the winners (table, Markdown, page) or every record (JSON, CSV).
+pub(crate) fn run(args: &ReportArgs, options: &Options) -> Result<ExitCode> {
     let records = records::read(options)?;
-    if json {
+    if args.json {
         println!("{}", serde_json::to_string_pretty(&serde_json::json!({ "records": records }))?);
         return Ok(ExitCode::SUCCESS);
     }
-    let winners = record::winners(records);
-    if winners.is_empty() {
-        eprintln!("nothing is tuned in {}; run `swiglu-tune --gpu auto`", records::db_dir(options)?.display());
+    if args.csv {
+        print!("{}", sheet::csv(&records)?);
         return Ok(ExitCode::SUCCESS);
     }
-    let roofline =
-        Gpu::open(0).ok().map(|gpu| Roofline { class: gpu.device.class.clone(), bytes_per_second: gpu.peak_bandwidth });
-    print_table(&winners, roofline.as_ref());
+    if records.is_empty() {
+        notice(format!("nothing is tuned in {}; run `swiglu-tune --gpu auto`", records::db_dir(options)?.display()));
+    }
+    let here = Gpu::open(0).ok();
+    let devices = data::devices(records, &data::peers(&args.bench)?, |device| {
+        Roofline::of(device, here.as_ref(), args.peak_tflops)
+    });
+    if let Some(path) = &args.html {
+        std::fs::write(path, html::page(&devices)?).with_context(|| format!("writing {}", path.display()))?;
+        println!("{}", path.display());
+    } else if args.markdown {
+        print!("{}", markdown(&devices));
+    } else {
+        for device in devices.iter().filter(|device| !device.rows.is_empty()) {
+            println!("{}\n{}\n", heading(device), table(device));
+        }
+    }
     Ok(ExitCode::SUCCESS)
 }
 
-fn print_table(winners: &[Record], roofline: Option<&Roofline>) {
-    let mut devices: Vec<&str> = winners.iter().map(|record| record.device.name.as_str()).collect();
-    devices.dedup();
-    for device in devices {
-        let of_device: Vec<&Record> = winners.iter().filter(|record| record.device.name == device).collect();
-        if let Some(first) = of_device.first() {
-            let environment = &first.environment;
-            println!(
-                "{device} ({}), driver {}, NVRTC {}, {}",
-                first.device.class,
-                or_dash(&environment.driver),
-                or_dash(&environment.nvrtc),
-                environment.date
-            );
-        }
-        let mut table = comfy_table::Table::new();
-        table.load_style(comfy_table::presets::ASCII_MARKDOWN);
-        table.set_header([
-            "op",
-            "dtype",
-            "weights",
-            "M",
-            "N",
-            "K",
-            "config",
-            "median us",
-            "p10-p90",
-            "TFLOP/s",
-            "GB/s",
-            "of roofline",
-            "error",
-        ]);
-        for record in of_device {
-            table.add_row(row(record, roofline));
-        }
-        println!("{table}\n");
-    }
+fn heading(device: &DeviceReport) -> String {
+    let environment = device.rows.first().map(|row| row.winner.environment.clone()).unwrap_or_default();
+    format!(
+        "{} ({}), driver {}, NVRTC {}, {}",
+        device.device.name,
+        device.device.class,
+        or_dash(&environment.driver),
+        or_dash(&environment.nvrtc),
+        or_dash(&environment.date)
+    )
 }
 
-fn row(record: &Record, roofline: Option<&Roofline>) -> Vec<String> {
-    let problem = &record.problem;
-    let Some(measured) = record.measurement() else { return Vec::new() };
-    let seconds = measured.median_us * 1e-6;
-    // Decode is bound by bytes, prefill by arithmetic; both rates are shown, the bytes' ceiling is known.
-    let share = roofline
-        .filter(|roofline| roofline.class == record.device.class)
-        .map(|roofline| format!("{:.0} % of bytes", 100.0 * problem.bytes() / seconds / roofline.bytes_per_second));
-    vec![
+const COLUMNS: [&str; 17] = [
+    "op",
+    "dtype",
+    "weights",
+    "M",
+    "N",
+    "K",
+    "config",
+    "median us",
+    "p10-p90",
+    "TFLOP/s",
+    "GB/s",
+    "of roofline",
+    "default/ours",
+    "peer/ours",
+    "ties",
+    "stale",
+    "error",
+];
+
+fn table(device: &DeviceReport) -> comfy_table::Table {
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::ASCII_MARKDOWN);
+    table.set_header(COLUMNS);
+    for row in &device.rows {
+        table.add_row(cells(row, &device.roofline));
+    }
+    table
+}
+
+/// What a row shows, in the order of [`COLUMNS`].
+fn cells(row: &Row, roofline: &Roofline) -> [String; 17] {
+    let problem = row.problem();
+    let (p10_us, p90_us, error) =
+        row.winner.measurement().map_or((0.0, 0.0, 0.0), |measured| (measured.p10_us, measured.p90_us, measured.error));
+    let share = roofline.bound(problem).map(|(us, by)| format!("{:.0} % of {by}", 100.0 * us / row.median_us));
+    [
         problem.op.to_string(),
         problem.dtype.to_string(),
         problem.weight_major.to_string(),
         problem.m.to_string(),
         problem.n.to_string(),
         problem.k.to_string(),
-        record.config.to_string(),
-        format!("{:.1}", measured.median_us),
-        format!("{:.1}-{:.1}", measured.p10_us, measured.p90_us),
-        format!("{:.1}", problem.flops() / seconds * 1e-12),
-        format!("{:.0}", problem.bytes() / seconds * 1e-9),
+        row.winner.config.to_string(),
+        format!("{:.1}", row.median_us),
+        format!("{p10_us:.1}-{p90_us:.1}"),
+        format!("{:.1}", row.tflops()),
+        format!("{:.0}", row.gigabytes_per_second()),
         share.unwrap_or_else(|| "-".into()),
-        format!("{:.1e}", measured.error),
+        ratio(row.over_default()),
+        ratio(row.peer.map(|peer| peer.over_gemm_and_gate)),
+        row.ties().to_string(),
+        if row.stale.is_some() { "yes" } else { "no" }.into(),
+        format!("{error:.1e}"),
     ]
+}
+
+fn ratio(ratio: Option<f64>) -> String {
+    ratio.map_or_else(|| "-".into(), |ratio| format!("{ratio:.3}"))
+}
+
+/// The figures of one device in words, those that flatter nobody included.
+fn facts(device: &DeviceReport) -> Vec<(&'static str, String)> {
+    let summary = device.summary();
+    let of = |count: usize| format!("{count} of {}", summary.problems);
+    vec![
+        ("Problems tuned", summary.problems.to_string()),
+        ("Problems without a working candidate", device.without_winner.len().to_string()),
+        ("Candidates with a time", summary.candidates.to_string()),
+        ("Candidates without", summary.failed.to_string()),
+        ("Untuned default over ours, geometric mean", ratio(summary.over_default)),
+        ("Default not measured", of(summary.without_default)),
+        (
+            "Tuning gained less than 1 %",
+            format!("{} of {}", summary.not_helped, summary.problems - summary.without_default),
+        ),
+        ("cuBLASLt's GEMM alone over ours", ratio(summary.over_gemm)),
+        ("cuBLASLt's GEMM and gate over ours", ratio(summary.over_gemm_and_gate)),
+        ("cuBLASLt's GEMM and gate are faster", of(summary.lost_to_peer)),
+        ("Another config within 1 % of the winner", of(summary.tied)),
+        ("Stale", of(summary.stale)),
+    ]
+}
+
+fn markdown(devices: &[DeviceReport]) -> String {
+    let mut text = String::from("# What was tuned\n");
+    for device in devices {
+        text += &format!("\n## {}\n\n{}\n\n", plain(&device.device.name), plain(&heading(device)));
+        for (what, value) in facts(device) {
+            text += &format!("- {what}: {value}\n");
+        }
+        text += &format!("\n{}\n", table(device));
+    }
+    text
+}
+
+/// On one line, without what Markdown or HTML would read.
+fn plain(text: &str) -> String {
+    let one_line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    one_line.replace('\\', "\\\\").replace('|', "\\|").replace('`', "\\`").replace('<', "&lt;").replace('#', "\\#")
 }
 
 fn or_dash(text: &str) -> &str {

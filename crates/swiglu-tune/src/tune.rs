@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use swiglu_db::{Device, Environment, Outcome, Record, TuningDb, TuningKey};
+use swiglu_db::{Device, Environment, Origin, Outcome, Record, TuningDb, TuningKey};
 use swiglu_kernels::families::{Target, candidates};
 use swiglu_kernels::render::{self, SharedSource};
 use swiglu_kernels::{Config, Problem};
@@ -223,6 +223,7 @@ fn tune_on_gpu(
             config,
             outcome,
             environment: environment(&config),
+            origin: Origin::Local,
         })
         .collect()
 }
@@ -242,6 +243,7 @@ fn tune_on_cpu(problem: Problem, missing: &[Config], stop: &AtomicBool) -> Vec<R
             config,
             outcome,
             environment: environment.clone(),
+            origin: Origin::Local,
         })
         .collect()
 }

@@ -214,7 +214,8 @@ fn ctrl_c_keeps_what_is_finished_and_a_second_tuner_is_told_who_holds_the_lock()
     let home = TempDir::new().unwrap();
     let child = start(&home);
     wait_for_records(&home);
-    tune(&home).args(["--gpu", "cpu", "--model", "tiny"]).assert().code(1).stderr(contains(child.id().to_string()));
+    let holder = contains(format!("is held by pid {} on ", child.id())).and(contains(" since 2"));
+    tune(&home).args(["--gpu", "cpu", "--model", "tiny"]).assert().code(1).stderr(holder);
     let interrupted = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     assert!(interrupted.success());
     let output = child.wait_with_output().unwrap();

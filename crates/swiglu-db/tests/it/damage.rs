@@ -1,10 +1,12 @@
-//! Damage to the sled directory: the journal makes it good.
+//! Damage to any file of the store: what is whole comes back, and no answer is wrong.
 
 use crate::fixture::{Noise, series, sorted};
 use crate::store::moved_aside;
 use std::fs;
 use std::path::{Path, PathBuf};
-use swiglu_db::{Record, TuningDb};
+use swiglu_db::record::winners;
+use swiglu_db::snapshot::Snapshot;
+use swiglu_db::{Record, TuningDb, verify};
 use tempfile::TempDir;
 
 const COUNT: u32 = 40;
@@ -68,6 +70,70 @@ fn flipped_bits_in_the_index_cost_no_record() {
 fn a_truncated_index_costs_no_record() {
     let rebuilt = rebuilt_after(20, |noise, bytes| bytes.truncate(noise.below(bytes.len())));
     assert!(rebuilt >= 5, "only {rebuilt} of 20 truncations did any harm");
+}
+
+/// Every file of the store but the lock, whose text means nothing.
+fn store_files(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut all = files(dir);
+    all.retain(|(path, _)| !path.ends_with("tune.lock"));
+    all.extend(files(&dir.join("index.sled")));
+    all.retain(|(_, bytes)| !bytes.is_empty());
+    all
+}
+
+/// Damages one file of a fresh store `rounds` times and holds readers and the writer to what is whole.
+fn hold_the_store_to_its_word(rounds: u64, damage: impl Fn(&mut Noise, &mut Vec<u8>)) {
+    let first = filled();
+    TuningDb::open(first.path()).unwrap().publish().unwrap();
+    let pristine = store_files(first.path());
+    let published = sorted(winners(expected()));
+    for seed in 0..rounds {
+        let noise = &mut Noise(1000 + seed);
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("index.sled")).unwrap();
+        let victim = noise.below(pristine.len());
+        let mut hits_journal = false;
+        for (i, (path, bytes)) in pristine.iter().enumerate() {
+            let name = path.strip_prefix(first.path()).unwrap();
+            let mut bytes = bytes.clone();
+            if i == victim {
+                damage(noise, &mut bytes);
+                hits_journal = name == Path::new("journal.jsonl");
+            }
+            fs::write(dir.path().join(name), bytes).unwrap();
+        }
+        // A reader takes the snapshot as it was published, or not at all.
+        if let Ok(snapshot) = Snapshot::load(&dir.path().join("snapshot.tsv")) {
+            let records: Vec<_> = snapshot.get_range("").map(|entry| entry.record().unwrap()).collect();
+            assert_eq!(records, published, "seed {seed}");
+        }
+        verify(dir.path()).unwrap();
+        let db = TuningDb::open(dir.path()).unwrap();
+        let records = db.records().unwrap();
+        if hits_journal {
+            // A failure is in the journal alone; winners come back from the snapshot.
+            assert!(records.iter().all(|record| expected().contains(record)), "seed {seed}");
+            assert_eq!(db.winners().unwrap(), published, "seed {seed}");
+        } else {
+            assert_eq!(records, expected(), "seed {seed}");
+        }
+        db.publish().unwrap();
+        drop(db);
+        assert_eq!(verify(dir.path()).unwrap().len(), 0, "seed {seed}");
+    }
+}
+
+#[test]
+fn a_flipped_bit_anywhere_costs_no_winner_and_makes_no_wrong_answer() {
+    hold_the_store_to_its_word(150, |noise, bytes| {
+        let at = noise.below(bytes.len());
+        bytes[at] ^= 1 << noise.below(8);
+    });
+}
+
+#[test]
+fn a_truncation_anywhere_costs_no_winner_and_makes_no_wrong_answer() {
+    hold_the_store_to_its_word(50, |noise, bytes| bytes.truncate(noise.below(bytes.len())));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Records to store, and reproducible noise.
 
-use swiglu_db::{Device, Environment, Measurement, Outcome, Record};
+use swiglu_db::{Device, Environment, Measurement, Origin, Outcome, Record};
 use swiglu_kernels::arch;
 use swiglu_kernels::families::{Config, Target, default_config};
 use swiglu_kernels::problem::{DType, Problem, WeightMajor};
@@ -35,6 +35,7 @@ pub(crate) fn measured(class: &str, problem: Problem, median_us: f64) -> Record 
             registers: 168,
             date: "2026-11-21T01:15:44Z".into(),
         },
+        origin: Origin::Local,
     }
 }
 

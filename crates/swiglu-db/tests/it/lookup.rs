@@ -1,8 +1,8 @@
 //! The ladder, rung by rung.
 
-use crate::fixture::{CLASS, failed, measured, problem, series, target};
+use crate::fixture::{CLASS, Noise, failed, measured, problem, series, target};
 use std::fs;
-use swiglu_db::lookup::{LayerError, default_dir};
+use swiglu_db::lookup::{LayerError, Rung, default_dir};
 use swiglu_db::snapshot::{self, Snapshot, SnapshotError};
 use swiglu_db::{Match, Record, TuningDb, TuningTable};
 use swiglu_kernels::arch;
@@ -152,6 +152,61 @@ fn a_bad_snapshot_is_left_out_with_its_reason() {
 }
 
 #[test]
+fn the_journal_answers_in_place_of_a_damaged_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut db = TuningDb::open(dir.path()).unwrap();
+    db.insert(&[series(0), series(1)]).unwrap();
+    db.publish().unwrap();
+    let path = dir.path().join(snapshot::FILE_NAME);
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, &text[..text.len() - 9]).unwrap();
+    let (table, skipped) = TuningTable::load(dir.path());
+    assert!(matches!(skipped[..], [LayerError::Snapshot(SnapshotError::Damaged { .. })]), "{skipped:?}");
+    assert_eq!(table.lookup(CLASS, &series(1).problem, target()).record, Some(series(1)));
+}
+
+#[test]
 fn the_default_directory_is_named_after_the_project() {
     assert!(default_dir().unwrap().ends_with("swiglu-tune"));
+}
+
+#[test]
+fn an_explanation_ends_where_the_lookup_does() {
+    let noise = &mut Noise(4);
+    let size = |noise: &mut Noise| (1 << noise.below(13), 512 * (1 + noise.below(4) as u32), 1024 << noise.below(3));
+    for _ in 0..60 {
+        let mut layer = || -> Vec<Record> {
+            let record = |_| {
+                let (m, n, k) = size(noise);
+                let class = if noise.below(4) == 0 { OTHER_CLASS } else { CLASS };
+                measured(class, Problem { alignment: 1 << (1 + noise.below(4)), ..problem(m, n, k) }, 1.0)
+            };
+            (0..12).map(record).collect()
+        };
+        let (user, shipped) = (layer(), layer());
+        let table = table(&[&user, &shipped]);
+        let (m, n, k) = size(noise);
+        let asked = problem(m, n, k);
+        let (found, explained) = (table.lookup(CLASS, &asked, target()), table.explain(CLASS, &asked, target()));
+        assert_eq!(explained.serving.as_ref().map(|answer| &answer.record), found.record.as_ref());
+        assert_eq!(explained.serving.as_ref().map_or(Match::Untuned, |answer| answer.matched), found.matched);
+        assert_eq!(explained.rungs.len(), 8);
+        if let Some(serving) = &explained.serving {
+            let same = |rung: &&Rung| (rung.matched, rung.layer) == (serving.matched, serving.layer);
+            assert_eq!(explained.rungs.iter().find(same).unwrap().nearest.as_ref(), Some(&serving.record));
+            assert!(explained.second.is_none_or(|second| second.matched >= serving.matched));
+        }
+    }
+}
+
+#[test]
+fn a_rung_says_how_many_it_passed_over_and_why() {
+    let asked = problem(64, 1023, 4096);
+    let wide = Record { problem: Problem { alignment: 16, ..asked }, ..at(64, 1024, 4096) };
+    let legal = measured(CLASS, problem(64, 511, 4096), 1.0);
+    let explained = table(&[&[wide, legal.clone()]]).explain(CLASS, &asked, target());
+    let near_m = &explained.rungs[1];
+    assert_eq!((near_m.matched, near_m.entries, near_m.passed_over), (Match::NearestM, 1, 1));
+    assert!(near_m.reason.as_ref().unwrap().starts_with("not legal here: operands are aligned"), "{near_m:?}");
+    assert_eq!((explained.serving.unwrap().record, explained.second), (legal, None));
 }

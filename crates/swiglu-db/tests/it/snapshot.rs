@@ -3,6 +3,8 @@
 use crate::fixture::{CLASS, measured, problem, series, sorted};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use swiglu_db::record::winners;
 use swiglu_db::snapshot::{self, Snapshot, SnapshotError};
 use swiglu_db::{Record, TuningDb, TuningKey};
@@ -89,4 +91,31 @@ fn a_newer_schema_is_refused() {
     fs::write(&path, text).unwrap();
     let error = Snapshot::load(&path).unwrap_err();
     assert!(matches!(&error, SnapshotError::NewerSchema(newer) if newer.found == 7), "{error}");
+}
+
+#[test]
+fn eight_readers_never_meet_an_error_while_a_writer_publishes() {
+    let (dir, path) = published(&[series(0)]);
+    let done = AtomicBool::new(false);
+    let loads: Vec<usize> = thread::scope(|scope| {
+        let reader = || {
+            let (mut loads, mut length) = (0, 0);
+            while !done.load(Ordering::Relaxed) || loads == 0 {
+                let snapshot = Snapshot::load(&path).unwrap();
+                assert!(snapshot.len() >= length, "a snapshot went back in time");
+                assert_eq!(all(&snapshot).len(), snapshot.len());
+                (loads, length) = (loads + 1, snapshot.len());
+            }
+            loads
+        };
+        let readers: Vec<_> = (0..8).map(|_| scope.spawn(reader)).collect();
+        let mut db = TuningDb::open(dir.path()).unwrap();
+        for i in 1..60 {
+            db.insert(&[series(i)]).unwrap();
+            db.publish().unwrap();
+        }
+        done.store(true, Ordering::Relaxed);
+        readers.into_iter().map(|reader| reader.join().unwrap()).collect()
+    });
+    assert_eq!(loads.len(), 8);
 }

@@ -115,6 +115,42 @@ fn a_record_that_cannot_be_stored_changes_nothing() {
     assert_eq!(db.records().unwrap(), []);
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn a_directory_that_cannot_be_written_is_named_with_the_remedy() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o555)).unwrap();
+    // Not even root creates files below /sys.
+    for dir in [dir.path().join("db"), "/sys/swiglu-tune".into()] {
+        match TuningDb::open(&dir) {
+            Ok(_) => assert!(dir != std::path::Path::new("/sys/swiglu-tune")),
+            Err(error) => {
+                let text = error.to_string();
+                assert!(text.contains(dir.to_str().unwrap()) && text.contains("check its owner and mode"), "{text}");
+            }
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_keeps_the_published_snapshot_and_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut db = TuningDb::open(dir.path()).unwrap();
+    db.insert(&[series(0)]).unwrap();
+    db.publish().unwrap();
+    std::os::unix::fs::symlink("/dev/full", dir.path().join("snapshot.tsv.tmp")).unwrap();
+    db.insert(&[series(1)]).unwrap();
+    let error = db.publish().unwrap_err().to_string();
+    assert!(error.contains("snapshot.tsv.tmp") && error.contains("free some space"), "{error}");
+    let published = swiglu_db::snapshot::Snapshot::load(&dir.path().join("snapshot.tsv")).unwrap();
+    assert_eq!(published.len(), 1);
+    std::os::unix::fs::symlink("/dev/full", dir.path().join("journal.jsonl.tmp")).unwrap();
+    assert!(db.drop_superseded().unwrap_err().to_string().contains("free some space"));
+    assert_eq!(db.records().unwrap(), sorted([series(0), series(1)]));
+}
+
 /// How many damaged indexes are kept.
 pub(crate) fn moved_aside(dir: &std::path::Path) -> usize {
     let names = fs::read_dir(dir).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());

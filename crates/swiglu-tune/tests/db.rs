@@ -1,0 +1,112 @@
+//! `swiglu-tune db` as a user meets it.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod home;
+
+use home::{Home, SHIPPED};
+use predicates::prelude::*;
+use predicates::str::contains;
+use std::fs;
+
+#[test]
+fn a_table_is_imported_served_exported_and_verified() {
+    let home = Home::new();
+    home.tune(&["db", "verify"]).code(1).stderr(contains("there is no tuning database").and(contains("--gpu auto")));
+    assert!(!home.db().exists(), "a mistyped folder became a database");
+    home.tune(&["db", "import", SHIPPED]).success().stdout(contains("84 added, 0 replaced"));
+    home.tune(&["db", "import", SHIPPED]).success().stdout(contains("0 added, 0 replaced, 84 were no better"));
+    home.tune(&["db", "verify"]).success().stdout("").stderr(contains("nothing is wrong"));
+    let origin = r#"origin = { import = "nvidia-h200.toml" }"#;
+    let exported = home.tune(&["db", "export"]).success().stdout(contains(origin));
+    let text = String::from_utf8(exported.get_output().stdout.clone()).unwrap();
+    let shipped = fs::read_to_string(SHIPPED).unwrap();
+    assert_eq!(text.replace(&format!("{origin}\n"), ""), shipped, "text in, text out");
+}
+
+#[test]
+fn what_cannot_be_imported_or_merged_is_named() {
+    let home = Home::new();
+    home.tune(&["db", "import", "/nowhere/a.toml"]).code(1).stderr(contains("/nowhere/a.toml"));
+    home.tune(&["db", "merge", "/nowhere"]).code(1).stderr(contains("name the folder of a tuning database"));
+    let newer = home.write("newer.toml", "schema = 9\n");
+    home.tune(&["db", "import", &newer]).code(1).stderr(contains("has schema 9").and(contains("update swiglu-tune")));
+    let garbage = home.write("garbage.toml", "\u{0}\u{1}");
+    home.tune(&["db", "import", &garbage]).code(1).stderr(contains("is no tuning table"));
+    let table = fs::read_to_string(SHIPPED).unwrap().replacen("stages = 6", "stages = 600", 1);
+    let illegal = home.write("illegal.toml", &table);
+    home.tune(&["db", "import", &illegal]).success().stdout(contains("83 added").and(contains("1 refused as illegal")));
+}
+
+#[test]
+fn another_database_is_merged_and_says_so() {
+    let (ours, theirs) = (Home::new(), Home::new());
+    ours.tune_cpu("[1, 2]");
+    theirs.tune_cpu("[2, 3]");
+    let other = theirs.db().display().to_string();
+    let before = fs::read_to_string(theirs.db().join("journal.jsonl")).unwrap();
+    ours.tune(&["db", "merge", &other]).success().stdout(contains("added"));
+    assert_eq!(fs::read_to_string(theirs.db().join("journal.jsonl")).unwrap(), before, "the other one is only read");
+    ours.tune(&["report", "--json"]).success().stdout(contains(r#""merge": "db""#));
+    ours.tune(&["db", "verify"]).success();
+    // What another machine of this kind has measured is not measured again.
+    let again = ours.tune_cpu("[1, 2, 3]");
+    again.success().stderr(contains("0 problems tuned").and(contains("3 were tuned before")));
+}
+
+#[test]
+fn damage_is_told_line_by_line_and_mended() {
+    let home = Home::new();
+    home.tune_cpu("[1, 2]");
+    let journal = home.db().join("journal.jsonl");
+    let text = fs::read_to_string(&journal).unwrap();
+    fs::write(&journal, text.replacen("measured", "neasured", 1)).unwrap();
+    home.tune(&["db", "verify"])
+        .code(1)
+        .stdout(contains("journal.jsonl: line 2 is damaged").and(contains("index.sled: ")));
+    home.tune(&["db", "rebuild"]).success().stdout(contains("the old index is ")).stderr(contains("moved out"));
+    home.tune(&["db", "verify"]).success();
+    assert!(fs::read_to_string(home.db().join("journal.damaged")).unwrap().contains("neasured"));
+    home.tune(&["db", "gc"]).success().stdout(contains("0 superseded records dropped"));
+}
+
+#[test]
+fn a_newer_journal_is_left_alone_by_every_command() {
+    let home = Home::new();
+    home.tune_cpu("[1]");
+    let header = r#"{"schema":2}"#;
+    let newer = format!("{{\"crc32\":\"{:08x}\",\"header\":{header}}}\n", crc32fast::hash(header.as_bytes()));
+    let journal = home.db().join("journal.jsonl");
+    fs::write(&journal, &newer).unwrap();
+    let other = home.db().display().to_string();
+    for command in [&["db", "verify"][..], &["db", "rebuild"], &["db", "gc"], &["db", "import", SHIPPED], &["report"]] {
+        home.tune(command).code(1).stderr(contains("has schema 2, this version reads up to 1; update swiglu-tune"));
+    }
+    Home::new().tune(&["db", "merge", &other]).code(1).stderr(contains("has schema 2"));
+    assert_eq!(fs::read_to_string(&journal).unwrap(), newer);
+}
+
+#[test]
+fn a_database_of_another_gpu_is_kept_and_named() {
+    let home = Home::new();
+    home.tune(&["db", "import", SHIPPED]).success();
+    let whose = contains("its records are of other devices (NVIDIA H200), none is of this one (cpu-");
+    home.tune_cpu("[1]").success().stderr(whose);
+    home.tune(&["db", "export"]).code(1).stderr(contains("several devices are tuned; choose one with --device CLASS"));
+    home.tune(&["report"]).success().stdout(contains("NVIDIA H200").and(contains("cpu ")));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_and_a_read_only_home_are_said_in_one_sentence() {
+    let home = Home::new();
+    fs::create_dir_all(home.db()).unwrap();
+    std::os::unix::fs::symlink("/dev/full", home.db().join("journal.jsonl.tmp")).unwrap();
+    let shapes = home.shapes("[1]");
+    home.tune(&["--gpu", "cpu", "--shapes", &shapes])
+        .code(1)
+        .stderr(contains("No space left on device").and(contains("free some space and run again")));
+    // Not even root creates files below /sys.
+    home.tune(&["--gpu", "cpu", "--shapes", &shapes, "--db", "/sys/swiglu-tune"])
+        .code(1)
+        .stderr(contains("cannot create the directory `/sys/swiglu-tune`").and(contains("check its owner and mode")));
+}
