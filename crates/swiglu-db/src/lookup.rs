@@ -196,6 +196,11 @@ impl TuningTable {
         });
         match nearest {
             Some((record, matched)) => Lookup { record: Some(record), matched },
+            None if problem.op.saves_preactivations() => {
+                let plain = self.lookup(device_class, &problem.with_op(Op::Forward), target);
+                let matched = if plain.record.is_some() { Match::OtherOp } else { Match::Untuned };
+                Lookup { matched, ..plain }
+            }
             None => Lookup { record: None, matched: Match::Untuned },
         }
     }

@@ -79,6 +79,7 @@ fn nearest(rung: &Rung, asked: &Problem) -> String {
         let Problem { m, n, k, alignment, .. } = record.problem;
         match rung.matched {
             Match::Exact | Match::Untuned => record.config.to_string(),
+            Match::OtherOp => format!("{}, M {m}: {}", record.problem.op, record.config),
             Match::NearestM if alignment == asked.alignment => format!("M {m}: {}", record.config),
             Match::NearestM => format!("M {m}, aligned to {alignment}: {}", record.config),
             Match::NearestShape => format!("M {m}, N {n}, K {k}: {}", record.config),

@@ -7,7 +7,7 @@ use swiglu_db::snapshot::{self, Snapshot, SnapshotError};
 use swiglu_db::{Match, Record, TuningDb, TuningTable};
 use swiglu_kernels::arch;
 use swiglu_kernels::families::{Config, Target, candidates};
-use swiglu_kernels::problem::{DType, Problem, WeightMajor};
+use swiglu_kernels::problem::{DType, Op, Problem, WeightMajor};
 
 const OTHER_CLASS: &str = "sm_90a-sm114-l2_50m-smem227k-bus5120";
 
@@ -46,6 +46,19 @@ fn each_rung_is_taken_when_those_above_are_empty() {
         known.push(record);
         assert_eq!(find(&table(&[&known]), &asked), (Some(expected), matched));
     }
+}
+
+#[test]
+fn the_plain_forward_answers_for_the_op_that_saves_until_that_is_tuned() {
+    let saving = problem(64, 1024, 4096).with_op(Op::ForwardSave);
+    let plain = at(64, 1024, 4096);
+    let of_plain = table(&[std::slice::from_ref(&plain)]);
+    assert_eq!(find(&of_plain, &saving), (Some(plain.problem), Match::OtherOp));
+    let anchors = of_plain.anchors(CLASS, &saving, target());
+    assert_eq!(anchors, [(64, plain.clone(), Match::OtherOp)]);
+    let of_both = table(&[&[plain, measured(CLASS, saving, 1.0)]]);
+    assert_eq!(find(&of_both, &saving), (Some(saving), Match::Exact));
+    assert_eq!(find(&table(&[&[]]), &saving), (None, Match::Untuned));
 }
 
 #[test]
