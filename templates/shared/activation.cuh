@@ -1,24 +1,8 @@
 // The non-linearity on the gate, in fp32. Equal to `oracle::activate` up to rounding.
 
+#include "shared/ptx/special.cuh"
+
 enum class Activation { silu };
-
-__device__ __forceinline__ float ex2_approx(float value) {
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
-    return result;
-}
-
-__device__ __forceinline__ float rcp_approx(float value) {
-    float result;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
-    return result;
-}
-
-__device__ __forceinline__ float tanh_approx(float value) {
-    float result;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(result) : "f"(value));
-    return result;
-}
 
 // kFast: one special-function instruction instead of two, at an absolute error of about |gate| * 2^-12: enough for bf16
 // results only.

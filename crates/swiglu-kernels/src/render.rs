@@ -75,13 +75,15 @@ const TEMPLATES: [(&str, &str); 6] = [
     template!("support/kernels.cu.tera"),
 ];
 
-const HEADERS: [(&str, &str); 16] = [
+const HEADERS: [(&str, &str); 18] = [
     template!("shared/types.cuh"),
     template!("shared/activation.cuh"),
     template!("shared/params.cuh"),
     template!("shared/raster.cuh"),
     template!("shared/ring.cuh"),
     template!("mma_sync/fragments.cuh"),
+    template!("shared/ptx/convert.cuh"),
+    template!("shared/ptx/special.cuh"),
     template!("shared/ptx/smem.cuh"),
     template!("shared/ptx/grid.cuh"),
     template!("shared/ptx/relaxed.cuh"),

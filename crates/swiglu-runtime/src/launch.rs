@@ -7,9 +7,9 @@ use crate::gpu::Kernel;
 use crate::tensor_map;
 use cudarc::driver::{DriverError, sys};
 use std::ffi::c_void;
-use swiglu_kernels::Config;
-use swiglu_kernels::families::{Raster, Staging};
+use swiglu_kernels::families::{LaunchShape, Raster, Staging};
 use swiglu_kernels::problem::{MAX_ACCESS_BYTES, alignment_of};
+use swiglu_kernels::{Config, Problem};
 
 /// Addresses and strides of one forward launch, without types. Strides are in elements.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -67,7 +67,7 @@ impl RawForward {
 /// `Params` of `templates/shared/params.cuh`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
-struct KernelParams {
+pub(crate) struct KernelParams {
     x: u64,
     gate: u64,
     up: u64,
@@ -89,44 +89,51 @@ struct KernelParams {
     raster_group: i32,
 }
 
+impl KernelParams {
+    pub(crate) fn new(problem: &Problem, shape: &LaunchShape, args: &RawForward) -> Option<Self> {
+        let int = |value: u32| i32::try_from(value).ok();
+        Some(Self {
+            x: args.x,
+            gate: args.gate,
+            up: args.up,
+            gate_bias: args.gate_bias,
+            up_bias: args.up_bias,
+            z: args.z,
+            saved_gate: args.saved_gate,
+            saved_up: args.saved_up,
+            x_stride: args.x_stride,
+            gate_stride: args.gate_stride,
+            up_stride: args.up_stride,
+            z_stride: args.z_stride,
+            saved_gate_stride: args.saved_gate_stride,
+            saved_up_stride: args.saved_up_stride,
+            m: int(args.m)?,
+            n: int(problem.n)?,
+            k: int(problem.k)?,
+            raster_along_n: i32::from(shape.raster == Raster::AlongN),
+            raster_group: int(shape.raster_group)?,
+        })
+    }
+}
+
 /// Launches `kernel` on `stream`; `m` and `n` are positive.
 ///
 /// # Safety
 /// Every address is of device memory of the kernel's GPU that holds its whole matrix in the kernel's number
-/// format and stays allocated until the launch has finished; z overlaps no other operand; addresses and strides
+/// format and stays allocated until the launch has finished; the outputs overlap no other operand; addresses and strides
 /// are multiples of the config's `access_bytes`; `stream` is live and of the kernel's context.
 pub unsafe fn forward(kernel: &Kernel, stream: sys::CUstream, args: &RawForward) -> Result<(), DriverError> {
     let Kernel { shape, problem, .. } = kernel;
-    let int = |value: u32| i32::try_from(value).map_err(|_| invalid());
-    let mut params = KernelParams {
-        x: args.x,
-        gate: args.gate,
-        up: args.up,
-        gate_bias: args.gate_bias,
-        up_bias: args.up_bias,
-        z: args.z,
-        saved_gate: args.saved_gate,
-        saved_up: args.saved_up,
-        x_stride: args.x_stride,
-        gate_stride: args.gate_stride,
-        up_stride: args.up_stride,
-        z_stride: args.z_stride,
-        saved_gate_stride: args.saved_gate_stride,
-        saved_up_stride: args.saved_up_stride,
-        m: int(args.m)?,
-        n: int(problem.n)?,
-        k: int(problem.k)?,
-        raster_along_n: i32::from(shape.raster == Raster::AlongN),
-        raster_group: int(shape.raster_group)?,
-    };
+    let mut params = KernelParams::new(problem, shape, args).ok_or_else(invalid)?;
     let params = (&raw mut params).cast::<c_void>();
     let pointer = |map: &mut sys::CUtensorMap| std::ptr::from_mut(map).cast::<c_void>();
     match &kernel.config {
         Config::WgmmaTma(config) => {
-            let mut maps = tensor_map::of_wgmma_tma(config, problem, args)?;
+            let mut maps = tensor_map::encode(&tensor_map::of_wgmma_tma(config, problem, args), problem.dtype)?;
             let [x, gate, up, z] = maps.each_mut().map(pointer);
             if problem.op.saves_preactivations() {
-                let mut saved = tensor_map::of_preactivations(config, problem, args)?;
+                let saved = tensor_map::of_preactivations(config, problem, args);
+                let mut saved = tensor_map::encode(&saved, problem.dtype)?;
                 let saved = saved.as_mut_ptr().cast::<c_void>();
                 // SAFETY: the kernel takes four tensor maps, an array of two and a `Params` by value, all alive here;
                 // addresses by contract.
@@ -137,7 +144,7 @@ pub unsafe fn forward(kernel: &Kernel, stream: sys::CUstream, args: &RawForward)
             }
         }
         Config::MmaSync(config) if config.staging == Staging::Tma => {
-            let mut maps = tensor_map::of_mma_sync(config, problem, args)?;
+            let mut maps = tensor_map::encode(&tensor_map::of_mma_sync(config, problem, args), problem.dtype)?;
             let [x, gate, up] = maps.each_mut().map(pointer);
             // SAFETY: the kernel takes three tensor maps and a `Params` by value, all alive here; addresses by contract.
             unsafe { launch(kernel, stream, args.m, &mut [x, gate, up, params]) }

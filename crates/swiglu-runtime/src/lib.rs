@@ -9,6 +9,8 @@ mod buckets;
 pub mod cpu;
 pub mod cubin_cache;
 pub mod cublaslt;
+#[cfg(test)]
+mod emulation;
 pub mod gpu;
 pub mod launch;
 pub mod library;

@@ -12,46 +12,48 @@ use swiglu_kernels::problem::MAX_ACCESS_BYTES;
 use swiglu_kernels::{DType, Problem, WeightMajor};
 
 /// A row-major matrix and the box of it that one copy moves.
-struct Matrix {
-    address: u64,
-    rows: u32,
-    cols: u32,
-    row_stride: i64,
-    box_rows: u32,
-    box_cols: u32,
-    swizzled: bool,
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BoxedMatrix {
+    pub(crate) address: u64,
+    pub(crate) rows: u32,
+    pub(crate) cols: u32,
+    pub(crate) row_stride: i64,
+    pub(crate) box_rows: u32,
+    pub(crate) box_cols: u32,
+    pub(crate) swizzled: bool,
+}
+
+impl BoxedMatrix {
+    /// Bytes of the swizzle: a swizzled box is as wide as that.
+    pub(crate) fn swizzle_bytes(&self, dtype: DType) -> u32 {
+        match self.box_cols * dtype.bytes() {
+            width @ (32 | 64 | 128) if self.swizzled => width,
+            _ => 0,
+        }
+    }
 }
 
 /// x, gate, up and z for `templates/wgmma_tma/kernel.cu.tera`.
-pub(crate) fn of_wgmma_tma(
-    config: &WgmmaTmaConfig,
-    problem: &Problem,
-    args: &RawForward,
-) -> Result<[sys::CUtensorMap; 4], DriverError> {
+pub(crate) fn of_wgmma_tma(config: &WgmmaTmaConfig, problem: &Problem, args: &RawForward) -> [BoxedMatrix; 4] {
     let tile = InputBoxes {
         x_rows: config.block_m / config.cluster_n,
         block_n: config.block_n,
         block_k: config.block_k,
         weight_cols: config.weight_cols(),
     };
-    let z = output(config, problem, args.m, args.z, args.z_stride);
-    let [x, gate, up] = tile.encode(problem, args)?;
-    Ok([x, gate, up, encode_one(&z, problem.dtype)?])
+    let [x, gate, up] = tile.of(problem, args);
+    [x, gate, up, output(config, problem, args.m, args.z, args.z_stride)]
 }
 
 /// Both pre-activations for the same template.
-pub(crate) fn of_preactivations(
-    config: &WgmmaTmaConfig,
-    problem: &Problem,
-    args: &RawForward,
-) -> Result<[sys::CUtensorMap; 2], DriverError> {
-    let encode = |address, row_stride| encode_one(&output(config, problem, args.m, address, row_stride), problem.dtype);
-    Ok([encode(args.saved_gate, args.saved_gate_stride)?, encode(args.saved_up, args.saved_up_stride)?])
+pub(crate) fn of_preactivations(config: &WgmmaTmaConfig, problem: &Problem, args: &RawForward) -> [BoxedMatrix; 2] {
+    [(args.saved_gate, args.saved_gate_stride), (args.saved_up, args.saved_up_stride)]
+        .map(|(address, row_stride)| output(config, problem, args.m, address, row_stride))
 }
 
 /// An `[m, n]` output and its store box.
-fn output(config: &WgmmaTmaConfig, problem: &Problem, m: u32, address: u64, row_stride: i64) -> Matrix {
-    Matrix {
+fn output(config: &WgmmaTmaConfig, problem: &Problem, m: u32, address: u64, row_stride: i64) -> BoxedMatrix {
+    BoxedMatrix {
         address,
         rows: m,
         cols: problem.n,
@@ -63,18 +65,14 @@ fn output(config: &WgmmaTmaConfig, problem: &Problem, m: u32, address: u64, row_
 }
 
 /// x, gate and up for `templates/mma_sync/tma.cu.tera`.
-pub(crate) fn of_mma_sync(
-    config: &MmaSyncConfig,
-    problem: &Problem,
-    args: &RawForward,
-) -> Result<[sys::CUtensorMap; 3], DriverError> {
+pub(crate) fn of_mma_sync(config: &MmaSyncConfig, problem: &Problem, args: &RawForward) -> [BoxedMatrix; 3] {
     let tile = InputBoxes {
         x_rows: config.block_m,
         block_n: config.block_n,
         block_k: config.block_k,
         weight_cols: config.weight_cols(problem.dtype),
     };
-    tile.encode(problem, args)
+    tile.of(problem, args)
 }
 
 /// The boxes in which a tile of the operands comes.
@@ -87,15 +85,15 @@ struct InputBoxes {
 }
 
 impl InputBoxes {
-    fn encode(&self, problem: &Problem, args: &RawForward) -> Result<[sys::CUtensorMap; 3], DriverError> {
-        let &Problem { dtype, weight_major, n, k, .. } = problem;
+    fn of(&self, problem: &Problem, args: &RawForward) -> [BoxedMatrix; 3] {
+        let &Problem { weight_major, n, k, .. } = problem;
         let (rows, cols, box_rows, box_cols) = match weight_major {
             WeightMajor::K => (n, k, self.block_n, self.block_k),
             WeightMajor::N => (k, n, self.block_k, self.weight_cols),
         };
         let weights =
-            |address, row_stride| Matrix { address, rows, cols, row_stride, box_rows, box_cols, swizzled: true };
-        let x = Matrix {
+            |address, row_stride| BoxedMatrix { address, rows, cols, row_stride, box_rows, box_cols, swizzled: true };
+        let x = BoxedMatrix {
             address: args.x,
             rows: args.m,
             cols: k,
@@ -104,25 +102,33 @@ impl InputBoxes {
             box_cols: self.block_k,
             swizzled: true,
         };
-        Ok([
-            encode_one(&x, dtype)?,
-            encode_one(&weights(args.gate, args.gate_stride), dtype)?,
-            encode_one(&weights(args.up, args.up_stride), dtype)?,
-        ])
+        [x, weights(args.gate, args.gate_stride), weights(args.up, args.up_stride)]
     }
 }
 
-fn encode_one(matrix: &Matrix, dtype: DType) -> Result<sys::CUtensorMap, DriverError> {
+/// The maps of `matrices`, as the driver makes them.
+pub(crate) fn encode<const COUNT: usize>(
+    matrices: &[BoxedMatrix; COUNT],
+    dtype: DType,
+) -> Result<[sys::CUtensorMap; COUNT], DriverError> {
+    let mut maps = [MaybeUninit::<sys::CUtensorMap>::uninit(); COUNT];
+    for (matrix, map) in matrices.iter().zip(&mut maps) {
+        encode_one(matrix, dtype, map)?;
+    }
+    // SAFETY: every call has succeeded, so every map is written.
+    Ok(maps.map(|map| unsafe { map.assume_init() }))
+}
+
+fn encode_one(matrix: &BoxedMatrix, dtype: DType, map: &mut MaybeUninit<sys::CUtensorMap>) -> Result<(), DriverError> {
     let kind = match dtype {
         DType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         DType::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         DType::F32 | DType::Tf32 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
     };
-    // A swizzled box is as wide as its swizzle.
-    let swizzle = match (matrix.swizzled, matrix.box_cols * dtype.bytes()) {
-        (true, 128) => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-        (true, 64) => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
-        (true, 32) => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_32B,
+    let swizzle = match matrix.swizzle_bytes(dtype) {
+        128 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+        64 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+        32 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_32B,
         _ => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
     };
     let sizes = [u64::from(matrix.cols), u64::from(matrix.rows)];
@@ -134,7 +140,6 @@ fn encode_one(matrix: &Matrix, dtype: DType) -> Result<sys::CUtensorMap, DriverE
     let strides = [row_bytes];
     let box_sizes = [matrix.box_cols, matrix.box_rows];
     let element_strides = [1u32, 1];
-    let mut map = MaybeUninit::<sys::CUtensorMap>::uninit();
     // SAFETY: the arrays hold as many numbers as a map of rank 2 reads, `map` has room for one; the address is
     // recorded, not read.
     let status = unsafe {
@@ -153,7 +158,5 @@ fn encode_one(matrix: &Matrix, dtype: DType) -> Result<sys::CUtensorMap, DriverE
             sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
     };
-    status.result()?;
-    // SAFETY: the call has succeeded, so the map is written.
-    Ok(unsafe { map.assume_init() })
+    status.result()
 }

@@ -1,0 +1,39 @@
+// In place of shared/ptx/wgmma.cuh, and of the product that stands in the kernel's template. Products are done at once.
+inline void wgmma_fence() {}
+inline void wgmma_commit() {}
+template <int kPending> void wgmma_wait() {}
+inline void wgmma_fence_operand(float&) {}
+
+// Address and distance in units of 16 bytes, as on the machine, but with the CTA's bits.
+template <int kSpanBytes> u64 wgmma_descriptor(u32 address, u32 leading_bytes) {
+    return u64(address >> 4) | u64(leading_bytes >> 4) << 32 | u64(kSpanBytes == 128 ? 1 : 2) << 62;
+}
+
+template <DType kType> double wgmma_number(u32 address) {
+    u16 bits;
+    std::memcpy(&bits, machine::shared(address), 2);
+    return kType == DType::bf16 ? __uint_as_float(u32(bits) << 16) : float_of_f16(bits);
+}
+
+// d[64 x 2 kColumns] += a[64x16] b[16 x 2 kColumns]; each thread computes its own accumulators.
+template <DType kType, bool kNMajor, int kAccumulators>
+void wgmma_product(float (&d)[kAccumulators], u64 a, u64 b, bool accumulate) {
+    const int thread = machine::current->index.x % 128;
+    const u32 a_address = u32(a) << 4, b_address = u32(b) << 4, leading = u32(b >> 32 << 4) & 0x3ffff;
+    const int b_span = b >> 62 == 1 ? 128 : 64;
+    double row[2][16];
+    for (int half = 0; half < 2; ++half) {
+        const int m = thread / 32 * 16 + thread % 32 / 4 + half * 8;
+        for (int k = 0; k < 16; ++k) row[half][k] = wgmma_number<kType>(swizzled(a_address + m * 128 + k * 2, 128));
+    }
+    const auto b_number = [&](int n, int k) {
+        const u32 offset = kNMajor ? n / (b_span / 2) * leading + k * b_span + n % (b_span / 2) * 2 : n * 128 + k * 2;
+        return wgmma_number<kType>(swizzled(b_address + offset, b_span));
+    };
+    for (int i = 0; i < kAccumulators; ++i) {
+        const int n = i / 4 * 8 + thread % 4 * 2 + i % 2;
+        double sum = accumulate ? d[i] : 0.0f;
+        for (int k = 0; k < 16; ++k) sum += row[i / 2 % 2][k] * b_number(n, k);
+        d[i] = float(sum);
+    }
+}
