@@ -226,7 +226,8 @@ impl TuningTable {
 
     /// The tuned M of the (N, K) of `problem`, ascending; without any, those of the nearest (N, K) that
     /// has legal configs. Each config is legal for `problem` at that M. The M of `problem` is not used.
-    /// What is saved beside z hardly matters, so the plain forward's answers serve where the op itself was not tuned.
+    /// What is saved beside z hardly matters: the plain forward's answers serve where the op itself was not tuned for the
+    /// (N, K).
     pub fn anchors(&self, device_class: &str, problem: &Problem, target: Target) -> Vec<(u32, Record, Match)> {
         let asked = TuningKey { device_class: device_class.into(), problem: *problem };
         let prefixes = [asked.kind_prefix(), arch_of(device_class).into()];
@@ -234,14 +235,18 @@ impl TuningTable {
             .iter()
             .map(|prefix| self.anchors_under(prefix, &asked, target))
             .find(|anchors| !anchors.is_empty());
-        match found {
-            Some(anchors) => anchors,
-            None if problem.op.saves_preactivations() => {
-                let plain = self.anchors(device_class, &problem.with_op(Op::Forward), target).into_iter();
-                plain.map(|(m, record, _)| (m, record, Match::OtherOp)).collect()
-            }
-            None => Vec::new(),
+        let own = found.unwrap_or_default();
+        let of_shape = |anchors: &[(u32, Record, Match)]| {
+            anchors.iter().any(|(_, _, matched)| matches!(matched, Match::Exact | Match::NearestM | Match::OtherOp))
+        };
+        if !problem.op.saves_preactivations() || of_shape(&own) {
+            return own;
         }
+        let plain = self.anchors(device_class, &problem.with_op(Op::Forward), target);
+        if !own.is_empty() && !of_shape(&plain) {
+            return own;
+        }
+        plain.into_iter().map(|(m, record, _)| (m, record, Match::OtherOp)).collect()
     }
 
     fn anchors_under(&self, prefix: &str, asked: &TuningKey, target: Target) -> Vec<(u32, Record, Match)> {

@@ -53,10 +53,17 @@ pub fn preactivations(operands: &Forward<'_>) -> Vec<(f64, f64)> {
 
 /// `‖out − reference‖ / ‖reference‖` over the finite part.
 ///
-/// Infinite where the two disagree on which elements are NaN, `+inf` or `-inf`; 0 for two zero vectors.
+/// Infinite where the two disagree on which elements are NaN, `+inf` or `-inf`, or on how many there are; 0 for two zero
+/// vectors.
 pub fn relative_error(out: impl IntoIterator<Item = f64>, reference: impl IntoIterator<Item = f64>) -> f64 {
     let (mut difference, mut norm) = (0.0, 0.0);
-    for (out, reference) in out.into_iter().zip(reference) {
+    let (mut out, mut reference) = (out.into_iter(), reference.into_iter());
+    loop {
+        let (out, reference) = match (out.next(), reference.next()) {
+            (Some(out), Some(reference)) => (out, reference),
+            (None, None) => break,
+            _ => return f64::INFINITY,
+        };
         if reference.is_finite() && out.is_finite() {
             difference += (out - reference) * (out - reference);
             norm += reference * reference;
@@ -112,5 +119,7 @@ mod tests {
         assert_eq!(relative_error([f64::NAN], [1.0]), f64::INFINITY);
         assert_eq!(relative_error([f64::INFINITY], [f64::NEG_INFINITY]), f64::INFINITY);
         assert_eq!(relative_error([1.0], [0.0]), f64::INFINITY);
+        assert_eq!(relative_error([1.0], [1.0, 2.0]), f64::INFINITY);
+        assert_eq!(relative_error([1.0], []), f64::INFINITY);
     }
 }

@@ -3,7 +3,9 @@
 
 use proptest::prelude::*;
 use swiglu_kernels::arch::{self, ARCHES};
-use swiglu_kernels::families::{self, Family, MmaSyncConfig, Raster, SimtConfig, Staging, Target};
+use swiglu_kernels::families::{
+    self, Family, MmaDirectConfig, MmaSyncConfig, Raster, Schedule, SimtConfig, Staging, Target, WgmmaTmaConfig,
+};
 use swiglu_kernels::{Config, DType, Problem, WeightMajor, render};
 
 fn problems() -> impl Iterator<Item = Problem> {
@@ -98,6 +100,8 @@ proptest! {
         let [a, b, c, d, e, f, g, h] = values[..] else { panic!("eight values") };
         let configs = [
             Config::MmaSync(MmaSyncConfig { staging, block_m: a, block_n: b, block_k: c, stages: d, warps_m: e, warps_n: f, access_bytes: g, fast_silu: tma, raster: Raster::AlongM, raster_group: h }),
+            Config::MmaDirect(MmaDirectConfig { block_m: a, block_n: b, warps: c, loads: d, fast_silu: tma }),
+            Config::WgmmaTma(WgmmaTmaConfig { block_m: a, block_n: b, block_k: c, stages: d, consumers: e, schedule: if tma { Schedule::Pingpong } else { Schedule::Cooperative }, cluster_m: f, cluster_n: g, store_cols: h, store_buffers: e, fast_silu: tma, raster: Raster::AlongM, raster_group: d }),
             Config::Simt(SimtConfig { block_m: a, block_n: b, block_k: c, thread_m: d, thread_n: e, stages: f, access_bytes: g, raster: Raster::AlongN, raster_group: h }),
         ];
         for arch in &ARCHES {

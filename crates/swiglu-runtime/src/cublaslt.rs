@@ -7,6 +7,7 @@ use crate::library::{self, MissingLibrary};
 use cudarc::cublaslt::{result, result::CublasError, sys};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DriverError};
 use std::ffi::c_void;
+use std::path::PathBuf;
 use std::sync::Arc;
 use swiglu_kernels::{DType, WeightMajor};
 
@@ -22,6 +23,9 @@ pub enum CublasLtError {
     /// cuBLASLt is not installed.
     #[error(transparent)]
     Missing(#[from] MissingLibrary),
+    /// It is loaded, but the CUDA bindings cannot find it again.
+    #[error("`{}` is loaded, but not under a name that these CUDA bindings know", .0.display())]
+    UnknownName(PathBuf),
     /// cuBLASLt refused.
     #[error("cuBLASLt failed to {act}: {error:?}")]
     Library {
@@ -59,7 +63,11 @@ impl CublasLt {
     /// # Errors
     /// [`CublasLtError::Missing`] where it is not installed.
     pub fn new(stream: &Arc<CudaStream>) -> Result<Self, CublasLtError> {
-        library::cublaslt()?;
+        let path = library::cublaslt()?;
+        // SAFETY: only opens what is loaded already, or the loader's own.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(CublasLtError::UnknownName(path));
+        }
         let handle = result::create_handle().map_err(failed("start"))?;
         let workspace = stream.alloc_zeros::<u8>(WORKSPACE_BYTES).map_err(CublasLtError::Memory)?;
         Ok(Self { handle, workspace, stream: Arc::clone(stream) })

@@ -72,7 +72,10 @@ pub struct Gpu {
 /// [`GpuError::Missing`] without a driver.
 pub fn count() -> Result<usize, GpuError> {
     library::driver()?;
-    cudarc::driver::result::init().map_err(failed("start"))?;
+    match cudarc::driver::result::init() {
+        Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return Ok(0),
+        started => started.map_err(failed("start"))?,
+    }
     let count = CudaContext::device_count().map_err(failed("count GPUs"))?;
     Ok(usize::try_from(count).unwrap_or(0))
 }

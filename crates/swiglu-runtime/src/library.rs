@@ -5,7 +5,7 @@
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// A library that is not there, and what to do about it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -49,19 +49,27 @@ pub fn driver() -> Result<(), MissingLibrary> {
 }
 
 /// Loads NVRTC and tells where it was found. Looked in, in this order: `explicit` (a file or a folder), an
-/// installed toolkit, the pip wheels of the active Python, `target/nvrtc` of the working folder, the loader path.
+/// installed toolkit, the pip wheels of the active Python, the loader path.
 /// The builtins library of the same folder is loaded first, because the wheel's libnvrtc does not find it itself.
 ///
 /// # Errors
-/// [`MissingLibrary`] when there is none; an `explicit` place without one is an error, not a reason to go on.
+/// [`MissingLibrary`] when there is none; an `explicit` place without one is an error, not a reason to go on. Once one is
+/// loaded, `explicit` has no effect: a process has one NVRTC.
 pub fn nvrtc(explicit: Option<&Path>) -> Result<PathBuf, MissingLibrary> {
-    static FOUND: OnceLock<Result<PathBuf, MissingLibrary>> = OnceLock::new();
-    FOUND.get_or_init(|| find_nvrtc(explicit)).clone()
+    static FOUND: Mutex<Option<PathBuf>> = Mutex::new(None);
+    let mut found = FOUND.lock().unwrap_or_else(PoisonError::into_inner);
+    // Once loaded it stays; what was not found may be installed since, or asked for elsewhere.
+    if let Some(path) = found.as_ref() {
+        return Ok(path.clone());
+    }
+    let path = find_nvrtc(explicit)?;
+    *found = Some(path.clone());
+    Ok(path)
 }
 
 fn find_nvrtc(explicit: Option<&Path>) -> Result<PathBuf, MissingLibrary> {
     let folders = match explicit {
-        Some(path) if path.is_file() => return load_nvrtc(path).ok_or_else(|| missing_nvrtc(&[path.to_path_buf()])),
+        Some(path) if path.is_file() => return load_nvrtc(path).ok_or_else(|| missing_nvrtc(explicit, &[])),
         Some(folder) => wheel_folders(folder),
         None => library_folders(),
     };
@@ -70,7 +78,7 @@ fn find_nvrtc(explicit: Option<&Path>) -> Result<PathBuf, MissingLibrary> {
     let by_name =
         || ["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"].map(Path::new).into_iter().find(|name| load(name));
     let found = found.or_else(|| explicit.is_none().then(by_name).flatten().map(Path::to_path_buf));
-    found.ok_or_else(|| missing_nvrtc(&folders))
+    found.ok_or_else(|| missing_nvrtc(explicit, &folders))
 }
 
 /// Loads cuBLASLt, which is optional, and tells where it was found: a toolkit, the pip wheels, the loader path.
@@ -92,11 +100,14 @@ pub fn cublaslt() -> Result<PathBuf, MissingLibrary> {
     })
 }
 
-fn missing_nvrtc(folders: &[PathBuf]) -> MissingLibrary {
-    let listed: Vec<_> = folders.iter().map(|folder| folder.display().to_string()).collect();
+fn missing_nvrtc(explicit: Option<&Path>, folders: &[PathBuf]) -> MissingLibrary {
+    let listed = folders.iter().map(|folder| folder.display().to_string());
     MissingLibrary {
         library: "NVRTC (libnvrtc.so)",
-        looked_in: if listed.is_empty() { "loader path".into() } else { format!("{}, loader path", listed.join(", ")) },
+        looked_in: match explicit {
+            Some(place) => format!("{}, as was asked", place.display()),
+            None => listed.chain(["loader path".to_owned()]).collect::<Vec<_>>().join(", "),
+        },
         fix: "run `pip install nvidia-cuda-nvrtc`, or set SWIGLU_NVRTC to libnvrtc or its folder",
     }
 }
@@ -133,7 +144,6 @@ fn library_folders() -> Vec<PathBuf> {
     let toolkits = toolkits.chain([PathBuf::from("/usr/local/cuda")]);
     let mut folders: Vec<PathBuf> = toolkits.flat_map(|root| [root.join("lib64"), root.join("lib")]).collect();
     folders.extend(variable("VIRTUAL_ENV").iter().flat_map(|root| site_packages(root)));
-    folders.extend(wheel_folders(Path::new("target/nvrtc")));
     folders.extend(python_site_packages().iter().flat_map(|site| wheel_folders(site)));
     folders.retain(|folder| folder.is_dir());
     folders
@@ -168,6 +178,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let error = find_nvrtc(Some(folder.path())).unwrap_err();
         assert!(error.to_string().contains("pip install nvidia-cuda-nvrtc"), "{error}");
+        let nowhere = find_nvrtc(Some(Path::new("/nowhere"))).unwrap_err().to_string();
+        assert!(nowhere.contains("/nowhere") && !nowhere.contains("loader path"), "{nowhere}");
         let file = folder.path().join("libnvrtc.so.13");
         std::fs::write(&file, "not a library").unwrap();
         assert!(find_nvrtc(Some(&file)).is_err());

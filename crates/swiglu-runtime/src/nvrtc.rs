@@ -106,10 +106,21 @@ impl Nvrtc {
     /// [`CompileError::Missing`] with what to install.
     pub fn load(explicit: Option<&Path>) -> Result<Self, CompileError> {
         let path = library::nvrtc(explicit)?;
+        // SAFETY: only opens what is loaded already, or the loader's own.
+        if !unsafe { sys::is_culib_present() } {
+            let reason = format!("`{}` is loaded, but not under a name that these CUDA bindings know", path.display());
+            return Err(CompileError::Nvrtc { act: "be called", reason });
+        }
         let failed = |act| move |error: result::NvrtcError| CompileError::Nvrtc { act, reason: format!("{error:?}") };
         let (mut major, mut minor, mut count) = (0, 0, 0);
         // SAFETY: both pointers are to live integers.
         unsafe { sys::nvrtcVersion(&raw mut major, &raw mut minor) }.result().map_err(failed("tell its version"))?;
+        // The bindings look for it by name, and another one may be nearer.
+        if asked_major(&path).is_some_and(|asked| asked != major) {
+            let reason =
+                format!("version {major}.{minor} is in the way of `{}`; take it off the loader path", path.display());
+            return Err(CompileError::Nvrtc { act: "be called", reason });
+        }
         // SAFETY: the pointer is to a live integer.
         unsafe { sys::nvrtcGetNumSupportedArchs(&raw mut count) }.result().map_err(failed("list architectures"))?;
         let mut supported = vec![0; usize::try_from(count).unwrap_or(0)];
@@ -160,6 +171,12 @@ impl Nvrtc {
         let image = program.cubin().map_err(failed("return the CUBIN"))?;
         Ok(Cubin { image, resources: parse_log(&log, source.entry) })
     }
+}
+
+/// The major version that a file's name tells: 13 of `libnvrtc.so.13`.
+fn asked_major(path: &Path) -> Option<i32> {
+    let name = path.file_name()?.to_str()?;
+    name.split_once(".so.")?.1.split('.').next()?.parse().ok()
 }
 
 /// A program handle, destroyed on drop.

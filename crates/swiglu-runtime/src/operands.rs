@@ -28,6 +28,9 @@ impl ForwardSpec {
     }
 }
 
+/// Rows of x: whole tiles of them are still counted in 32 bits.
+pub(crate) const MAX_ROWS: usize = i32::MAX as usize - 1024;
+
 /// An argument that does not fit the plan. Nothing was launched.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("argument `{argument}`: {reason}")]
@@ -44,8 +47,16 @@ impl ArgumentError {
     }
 }
 
-/// A Rust type that a [`DType`] is stored as.
-pub trait Element: Copy + Send + Sync + 'static {
+mod sealed {
+    /// Keeps other types out: their sizes would not be those that slices are checked with.
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for half::f16 {}
+    impl Sealed for half::bf16 {}
+}
+
+/// A Rust type that a [`DType`] is stored as: `f32`, `f16` or `bf16`.
+pub trait Element: sealed::Sealed + Copy + Send + Sync + 'static {
     /// Whether elements of this type are what `dtype` stores.
     fn stores(dtype: DType) -> bool;
     /// Exact widening.
@@ -216,8 +227,8 @@ impl<S, O> Forward<S, O> {
     ) -> Result<WeightOffsets, ArgumentError> {
         let (n, k) = (spec.n as usize, spec.k as usize);
         let m = self.x.rows;
-        if u32::try_from(m).is_err() || i32::try_from(m).is_err() {
-            return Err(ArgumentError::new("x", format!("has {m} rows, at most {} are supported", i32::MAX)));
+        if m > MAX_ROWS {
+            return Err(ArgumentError::new("x", format!("has {m} rows, at most {MAX_ROWS} are supported")));
         }
         self.x.check("x", m, k, len(&self.x.data))?;
         self.z.check("z", m, n, len_out(&self.z.data))?;

@@ -4,7 +4,7 @@
 use crate::buckets::BucketTable;
 use crate::gpu::{Gpu, Kernel};
 use crate::launch::{self, RawForward};
-use crate::operands::{ArgumentError, Element, Forward, ForwardSpec, Preactivations, Weights};
+use crate::operands::{ArgumentError, Element, Forward, ForwardSpec, MAX_ROWS, Preactivations, Weights};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, DriverError, sys};
 use swiglu_db::Match;
 use swiglu_kernels::Config;
@@ -16,6 +16,9 @@ pub enum LaunchError {
     /// An argument does not fit the plan.
     #[error(transparent)]
     Argument(#[from] ArgumentError),
+    /// The plan's context could not be made current on this thread.
+    #[error("the plan's CUDA context cannot be made current: {0}")]
+    Context(DriverError),
     /// The driver refused the launch, or an earlier one failed.
     #[error("the CUDA driver refused the launch of `{config}`: {error}")]
     Driver {
@@ -103,6 +106,7 @@ impl Plan {
         if m == 0 || self.spec.n == 0 {
             return Ok(());
         }
+        self.gpu.context.bind_to_thread().map_err(LaunchError::Context)?;
         let stride = |elements: usize| i64::try_from(elements).unwrap_or(i64::MAX);
         let element_bytes = std::mem::size_of::<T>() as u64;
         let (x, _x) = forward.x.data.device_ptr(stream);
@@ -146,7 +150,7 @@ impl Plan {
             saved_up,
             saved_up_stride: stride(saved_up_stride),
         };
-        // SAFETY: `check` has held every matrix to its slice, the borrows keep the slices alive and z apart,
+        // SAFETY: `check` has held every matrix to its slice, the borrows keep the slices alive and the outputs apart,
         // `check_device` has held them to this plan's GPU; cudarc orders their release after this stream's work.
         unsafe { self.launch_raw(stream.cu_stream(), &raw) }
     }
@@ -164,6 +168,9 @@ impl Plan {
     pub unsafe fn launch_raw(&self, stream: sys::CUstream, args: &RawForward) -> Result<(), LaunchError> {
         if args.m == 0 || self.spec.n == 0 {
             return Ok(());
+        }
+        if args.m as usize > MAX_ROWS {
+            return Err(ArgumentError::new("m", format!("is {}, at most {MAX_ROWS} are supported", args.m)).into());
         }
         for (argument, address) in [("saved_gate", args.saved_gate), ("saved_up", args.saved_up)] {
             if self.spec.save_preactivations && address == 0 {

@@ -18,6 +18,9 @@ use swiglu_kernels::problem::Problem;
 use swiglu_kernels::render::{self, RenderError, SharedSource};
 use swiglu_kernels::{Config, Rejected};
 
+/// The values of M that have a default config of their own where nothing was tuned.
+pub const UNTUNED_ANCHORS: [u32; 5] = [1, 16, 64, 512, 4096];
+
 /// Why a plan could not be prepared.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -35,12 +38,14 @@ pub enum PrepareError {
     #[error("no kernel runs this problem: {0}")]
     Unsupported(#[from] Rejected),
     /// A size is out of range.
-    #[error("argument `{argument}` is {value}, at most {} is supported", i32::MAX)]
+    #[error("argument `{argument}` is {value}, at most {most} is supported")]
     TooLarge {
         /// `n` or `k`.
         argument: &'static str,
         /// Its value.
         value: u32,
+        /// The largest that is supported.
+        most: u32,
     },
     /// The CPU plan was refused.
     #[error(transparent)]
@@ -97,15 +102,22 @@ impl Runtime {
         let choice =
             |(anchor, record, matched): (u32, Record, Match)| Choice { anchor, config: record.config, matched };
         let tuned: Vec<Choice> = tuned.into_iter().map(choice).collect();
-        let choices = if tuned.is_empty() { self.defaults(spec)? } else { tuned };
+        if !tuned.is_empty() {
+            match self.kernels_of(spec, &tuned) {
+                Ok(kernels) => return self.assemble(spec, tuned, &kernels),
+                Err(error) => tracing::warn!(%error, "no tuned config can be used"),
+            }
+        }
+        let defaults = self.defaults(spec)?;
+        let kernels = self.kernels_of(spec, &defaults)?;
+        self.assemble(spec, defaults, &kernels)
+    }
+
+    fn kernels_of(&self, spec: &ForwardSpec, choices: &[Choice]) -> Result<BTreeMap<Config, Kernel>, PrepareError> {
         let mut configs: Vec<Config> = choices.iter().map(|choice| choice.config).collect();
         configs.sort_unstable();
         configs.dedup();
-        let kernels = self.kernels(&spec.problem(1), &configs).unwrap_or_else(|error| {
-            tracing::warn!(%error, "no tuned config can be used");
-            BTreeMap::new()
-        });
-        self.assemble(spec, choices, &kernels)
+        self.kernels(&spec.problem(1), &configs)
     }
 
     /// As [`Runtime::prepare`], with one config for every M: for tests and for measuring.
@@ -162,12 +174,11 @@ impl Runtime {
 
     /// Untuned: the default config of a few sizes of M.
     fn defaults(&self, spec: &ForwardSpec) -> Result<Vec<Choice>, PrepareError> {
-        let anchors = [1, 16, 64, 512, 4096];
         let choice = |anchor| {
             let config = default_config(&spec.problem(anchor), self.gpu.arch)?;
             Ok(Choice { anchor, config, matched: Match::Untuned })
         };
-        anchors.into_iter().map(choice).collect()
+        UNTUNED_ANCHORS.into_iter().map(choice).collect()
     }
 
     fn kernel(&self, problem: &Problem, config: Config) -> Result<Kernel, PrepareError> {
@@ -195,9 +206,10 @@ pub fn load_table(options: &Options) -> TuningTable {
 
 fn check_sizes(spec: &ForwardSpec) -> Result<(), PrepareError> {
     for (argument, value) in [("n", spec.n), ("k", spec.k)] {
-        // A packed weight has 2N columns, and kernels index with 32-bit integers.
-        if value > i32::MAX as u32 / 2 {
-            return Err(PrepareError::TooLarge { argument, value });
+        // A packed weight has 2N columns, and kernels count the bytes of a row in 32 bits.
+        let most = i32::MAX as u32 / 2 / spec.dtype.bytes();
+        if value > most {
+            return Err(PrepareError::TooLarge { argument, value, most });
         }
     }
     Ok(())

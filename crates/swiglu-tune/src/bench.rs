@@ -9,12 +9,13 @@ use clap::{Args, ValueEnum};
 use rand::seq::SliceRandom;
 use serde::Serialize;
 use std::process::ExitCode;
-use swiglu_db::TuningTable;
+use swiglu_db::{Match, TuningTable};
 use swiglu_kernels::families::{self, Family, Target};
 use swiglu_kernels::{Config, DType, Op, Problem, WeightLayout, render};
 use swiglu_runtime::cublaslt::{CublasLt, Gemm};
 use swiglu_runtime::gpu::Gpu;
-use swiglu_runtime::{Options, runtime};
+use swiglu_runtime::runtime::UNTUNED_ANCHORS;
+use swiglu_runtime::{Options, runtime, serving_anchor};
 
 /// What to time against.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -139,17 +140,26 @@ fn config_for(
             None => (families::default_of(family, problem, lab.gpu.arch)?, "default".into()),
         });
     }
-    let found = table.lookup(&lab.gpu.device.class, problem, target);
-    let source = format!("{:?}", found.matched);
-    Ok(match found.record {
-        Some(record) => (record.config, source),
-        None => (families::default_config(problem, lab.gpu.arch)?, source),
+    // What a prepared plan launches for this M.
+    let anchors = table.anchors(&lab.gpu.device.class, problem, target);
+    let tuned: Vec<u32> = anchors.iter().map(|(m, _, _)| *m).collect();
+    let serving = serving_anchor(&tuned, problem.m);
+    let found = anchors.into_iter().find(|(m, _, _)| Some(*m) == serving);
+    Ok(match found {
+        Some((m, record, matched)) => (record.config, format!("{matched}, M {m}")),
+        None => {
+            let m = serving_anchor(&UNTUNED_ANCHORS, problem.m).unwrap_or(problem.m);
+            (families::default_config(&problem.with_m(m), lab.gpu.arch)?, Match::Untuned.to_string())
+        }
     })
 }
 
 fn bench(lab: &GpuLab, problem: Problem, config: Config, source: String, rounds: usize) -> Result<Row> {
     if !problem.n.is_multiple_of(8) {
         bail!("n is {}; the peer's gate kernel takes multiples of 8", problem.n);
+    }
+    if problem.m > u32::from(u16::MAX) {
+        bail!("m is {}; the peer's gate kernel takes at most {}", problem.m, u16::MAX);
     }
     let sources = render::shared_sources(&problem, &[config], lab.gpu.arch)?;
     let compiled = lab.compile(&problem, &sources, || ());

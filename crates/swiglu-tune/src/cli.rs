@@ -117,6 +117,23 @@ struct TuneArgs {
     quiet: bool,
 }
 
+impl TuneArgs {
+    /// An option that was given, by its name.
+    fn given(&self) -> Option<&'static str> {
+        let Self { gpu, model, shapes, op: _, dtype, layout: _, budget, quiet } = self;
+        [
+            ("--gpu", gpu.is_some()),
+            ("--model", model.is_some()),
+            ("--shapes", shapes.is_some()),
+            ("--dtype", !dtype.is_empty()),
+            ("--budget", budget.is_some()),
+            ("--quiet", *quiet),
+        ]
+        .into_iter()
+        .find_map(|(name, given)| given.then_some(name))
+    }
+}
+
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Print what was tuned: problem, config, time, rate, share of the roofline.
@@ -157,8 +174,8 @@ enum Command {
 
 pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
     let options = cli.places.options();
-    if cli.command.is_some() && cli.tune.gpu.is_some() {
-        bail_usage("--gpu tunes; it goes without a subcommand");
+    if let Some(option) = cli.command.as_ref().and_then(|_| cli.tune.given()) {
+        bail_usage(&format!("{option} tunes; before a subcommand it has no effect, give it after or leave it out"));
     }
     match &cli.command {
         None => run_tune(&cli.tune, &options),

@@ -52,6 +52,11 @@ impl GpuLab {
         Ok(Self { gpu, nvrtc, cache, stream })
     }
 
+    /// Whether an earlier fault has made the context useless, as an illegal address does.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.stream.synchronize().is_err()
+    }
+
     /// Compiles every source on all cores; configs that differ in launch parameters only share one image.
     pub(crate) fn compile(
         &self,
@@ -120,7 +125,7 @@ impl Arena {
             .map_err(|error| Failure::new("compile", error))?;
         let bytes = problem.dtype.bytes();
         let (m, n, k) = (problem.m as usize, problem.n as usize, problem.k as usize);
-        let sizes = [m * k, 2 * n * k, m * n].map(|elements| (elements * bytes as usize).next_multiple_of(16));
+        let sizes = [m * k, 2 * n * k, m * n].map(|elements| elements * bytes as usize);
         let saves = problem.op.saves_preactivations();
         let count = (L2_FACTOR * lab.gpu.l2_bytes / sizes.iter().sum::<usize>().max(1) + 1).clamp(2, 256);
         let mut sets = Vec::with_capacity(count);
@@ -384,6 +389,10 @@ impl Subject for GpuSubject<'_> {
         let verified = self.arena.verify(self.lab, kernel, &self.reference, &self.stopwatch)?;
         self.once.insert(*config, verified.once_us);
         Ok(verified.error)
+    }
+
+    fn is_lost(&mut self) -> bool {
+        self.lab.is_lost()
     }
 
     fn settle(&mut self, config: &Config) {

@@ -21,6 +21,8 @@ use clap::Parser;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    // `swiglu-tune report | head` ends quietly, as other commands do.
+    sigpipe::reset();
     let cli = cli::Cli::parse();
     log::start(cli.log, cli.verbose);
     match cli::run(&cli) {

@@ -13,6 +13,10 @@ pub(crate) trait Subject {
     fn settle(&mut self, _config: &Config) {}
     /// One sample of the time of a launch of each config, in microseconds, one after the other without a pause.
     fn sample(&mut self, configs: &[Config]) -> Vec<Result<f64, Failure>>;
+    /// Whether the device no longer works, so that a failure says nothing of a candidate. Asked after one.
+    fn is_lost(&mut self) -> bool {
+        false
+    }
 }
 
 /// Why a candidate is out.
@@ -53,18 +57,30 @@ const ROUNDS: [Round; 4] = [
     Round { samples: 40, within: 1.06, most: 8 },
 ];
 
-/// Races `candidates`; the outcome of each, in their order. Stops early, with what is known, when `stop` is set.
+/// Races `candidates`; the outcome of each, in their order. What a race that `stop` or a lost device ended has not failed
+/// is `interrupted`: a later run races it again, all against all.
 pub(crate) fn race(subject: &mut dyn Subject, candidates: &[Config], stop: &AtomicBool) -> Vec<(Config, Outcome)> {
     let mut entries: Vec<Entry> = candidates.iter().map(|&config| Entry::new(config)).collect();
+    let mut lost = false;
     for entry in &mut entries {
         if stop.load(Ordering::Relaxed) {
             entry.failure = Some(Failure::new("interrupted", "stopped before it was verified"));
             continue;
         }
+        if lost {
+            entry.failure = Some(Failure::new("interrupted", "an earlier candidate took the device down"));
+            continue;
+        }
         match subject.verify(&entry.config) {
             Ok(error) => entry.error = error,
-            Err(failure) => entry.failure = Some(failure),
+            Err(failure) => {
+                entry.failure = Some(failure);
+                lost = subject.is_lost();
+            }
         }
+    }
+    if lost {
+        return interrupted(entries);
     }
     for (index, round) in ROUNDS.into_iter().enumerate() {
         drop_slow(&mut entries, &round);
@@ -73,13 +89,17 @@ pub(crate) fn race(subject: &mut dyn Subject, candidates: &[Config], stop: &Atom
         }
         for _ in 0..round.samples {
             if stop.load(Ordering::Relaxed) {
-                return outcomes(entries);
+                return interrupted(entries);
             }
             let mut racing: Vec<&mut Entry> = entries.iter_mut().filter(|entry| entry.racing()).collect();
             // Clocks lag behind power, so that every candidate shall have every predecessor.
             racing.shuffle(&mut rand::rng());
             let configs: Vec<Config> = racing.iter().map(|entry| entry.config).collect();
-            for (entry, sample) in racing.iter_mut().zip(subject.sample(&configs)) {
+            let samples = subject.sample(&configs);
+            if samples.iter().any(Result::is_err) && subject.is_lost() {
+                return interrupted(entries);
+            }
+            for (entry, sample) in racing.iter_mut().zip(samples) {
                 match sample {
                     Ok(time) => entry.samples.push(time),
                     Err(failure) => entry.failure = Some(failure),
@@ -88,6 +108,14 @@ pub(crate) fn race(subject: &mut dyn Subject, candidates: &[Config], stop: &Atom
         }
     }
     level(&mut entries);
+    outcomes(entries)
+}
+
+/// Times of a race that was not run to its end do not compare.
+fn interrupted(mut entries: Vec<Entry>) -> Vec<(Config, Outcome)> {
+    for entry in entries.iter_mut().filter(|entry| entry.failure.is_none()) {
+        entry.failure = Some(Failure::new("interrupted", "stopped before the race was over"));
+    }
     outcomes(entries)
 }
 
@@ -157,11 +185,10 @@ fn outcomes(entries: Vec<Entry>) -> Vec<(Config, Outcome)> {
     let winner = entries.iter().filter(|entry| entry.racing()).map(Entry::median).fold(f64::INFINITY, f64::min);
     let outcome = |entry: Entry| match entry.failure {
         Some(failure) => (entry.config, failure.into()),
-        None if entry.samples.is_empty() => {
-            (entry.config, Failure::new("interrupted", "stopped before it was timed").into())
-        }
         None => {
-            let scale = entry.dropped.map_or(1.0, |ratio| winner * ratio / entry.median());
+            // All finalists may have failed in the last round.
+            let ratio = entry.dropped.filter(|_| winner.is_finite());
+            let scale = ratio.map_or(1.0, |ratio| winner * ratio / entry.median());
             let measurement = Measurement {
                 median_us: scale * entry.median(),
                 p10_us: scale * quantile(&entry.samples, 0.1),
@@ -260,6 +287,63 @@ mod tests {
         let configs = [Config::Cpu(CpuConfig { block_m: 32, block_n: 64, threads: 1 })];
         let results = race(&mut subject, &configs, &AtomicBool::new(true));
         assert!(matches!(&results[0].1, Outcome::Failed { stage, .. } if stage == "interrupted"));
+    }
+
+    /// Stops the race, or loses the device, after so many calls of `sample`.
+    struct Ending<'a> {
+        fake: Fake,
+        samples_left: usize,
+        stop: Option<&'a AtomicBool>,
+        lost: bool,
+    }
+
+    impl Subject for Ending<'_> {
+        fn verify(&mut self, config: &Config) -> Result<f64, Failure> {
+            self.fake.verify(config)
+        }
+        fn sample(&mut self, configs: &[Config]) -> Vec<Result<f64, Failure>> {
+            self.samples_left = self.samples_left.saturating_sub(1);
+            if self.samples_left > 0 {
+                return self.fake.sample(configs);
+            }
+            match self.stop {
+                Some(stop) => stop.store(true, Ordering::Relaxed),
+                None => self.lost = true,
+            }
+            configs.iter().map(|_| Err(Failure::new("launch", "lost"))).collect()
+        }
+        fn is_lost(&mut self) -> bool {
+            self.lost
+        }
+    }
+
+    #[test]
+    fn whenever_a_race_ends_early_no_time_of_it_is_stored() {
+        for samples_left in [1, 2, 4, 12, 13, 40] {
+            for by_signal in [true, false] {
+                let stop = AtomicBool::new(false);
+                let signal = by_signal.then_some(&stop);
+                let mut subject = Ending { fake: fake(), samples_left, stop: signal, lost: false };
+                let configs = subject.fake.configs.clone();
+                for (config, outcome) in race(&mut subject, &configs, &stop) {
+                    assert!(matches!(&outcome, Outcome::Failed { .. }), "{config}: {outcome:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn after_a_candidate_has_taken_the_device_down_no_other_is_blamed() {
+        let mut subject = Ending { fake: fake(), samples_left: 1, stop: None, lost: true };
+        let configs = subject.fake.configs.clone();
+        let outcomes = race(&mut subject, &configs, &AtomicBool::new(false));
+        let stages = outcomes.iter().map(|(_, outcome)| match outcome {
+            Outcome::Failed { stage, .. } => stage.as_str(),
+            Outcome::Measured(_) => "measured",
+        });
+        let stages: Vec<_> = stages.collect();
+        assert_eq!(stages[..2], ["interrupted", "verify"]);
+        assert!(stages[2..].iter().all(|stage| *stage == "interrupted"), "{stages:?}");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use crate::cpu_subject::CpuSubject;
 use crate::gpu_subject::{Compiled, GpuLab, GpuSubject};
 use crate::race::{Failure, race};
 use crate::workload::Group;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -84,6 +84,10 @@ pub(crate) fn tune(
                 continue;
             }
             let key = TuningKey { device_class: lab.device().class, problem };
+            if let Some(best) = db.best(&key)? {
+                // Whatever it was at smaller M, here it has won.
+                slow.remove(&best.config);
+            }
             let missing = space.missing(db, &key)?;
             if missing.is_empty() {
                 summary.already += 1;
@@ -92,11 +96,24 @@ pub(crate) fn tune(
                     Lab::Gpu(gpu) => {
                         let compiled =
                             compiled.get_or_insert_with(|| compile(gpu, &problem, &space.sources, &progress));
-                        tune_on_gpu(gpu, compiled, problem, &missing, &slow, stop)
+                        match tune_on_gpu(gpu, compiled, problem, &missing, &slow, stop) {
+                            Ok(records) => records,
+                            // Memory that others hold, say: nothing a candidate has done.
+                            Err(failure) => {
+                                tracing::error!(%problem.m, %problem.n, %problem.k, reason = failure.reason, "cannot tune");
+                                Vec::new()
+                            }
+                        }
                     }
                     Lab::Cpu => tune_on_cpu(problem, &missing, stop),
                 };
                 db.insert(&records).context("storing measurements")?;
+                if let Lab::Gpu(gpu) = lab
+                    && gpu.is_lost()
+                {
+                    db.publish().context("publishing the snapshot")?;
+                    bail!("a kernel took the GPU's context down; run the same command again to go on without it");
+                }
                 if stop.load(Ordering::Relaxed) {
                     summary.left += 1;
                 } else {
@@ -158,7 +175,10 @@ impl Space {
                 missing.push(*config);
             }
         }
-        if let Some(best) = db.best(key)?.filter(|best| !missing.is_empty() && !missing.contains(&best.config)) {
+        let is_candidate = |config: &Config| self.candidates.iter().any(|(candidate, _)| candidate == config);
+        if let Some(best) = db.best(key)?.filter(|best| !missing.is_empty() && !missing.contains(&best.config))
+            && is_candidate(&best.config)
+        {
             missing.push(best.config);
         }
         Ok(missing)
@@ -189,16 +209,14 @@ fn tune_on_gpu(
     missing: &[Config],
     slow: &BTreeMap<Config, f64>,
     stop: &AtomicBool,
-) -> Vec<Record> {
+) -> Result<Vec<Record>, Failure> {
     let (hopeless, hopeful): (Vec<Config>, Vec<Config>) = missing.iter().partition(|config| slow.contains_key(config));
     // The families with the highest rates first: what they reach prunes the others.
     let mut hopeful = hopeful;
     hopeful.sort_by_key(|config| std::cmp::Reverse(config.family()));
     let begun = Instant::now();
-    let outcomes = match GpuSubject::new(lab, compiled, problem, rand::random()) {
-        Ok(mut subject) => race(&mut subject, &hopeful, stop),
-        Err(failure) => hopeful.iter().map(|&config| (config, failure.clone().into())).collect(),
-    };
+    let mut subject = GpuSubject::new(lab, compiled, problem, rand::random())?;
+    let outcomes = race(&mut subject, &hopeful, stop);
     tracing::info!(m = problem.m, n = problem.n, k = problem.k, raced = hopeful.len(), elapsed = ?begun.elapsed(), "raced");
     let pruned = hopeless.into_iter().map(|config| {
         let reason = format!("{:.1}x the best at a smaller m", slow.get(&config).copied().unwrap_or(f64::NAN));
@@ -216,16 +234,15 @@ fn tune_on_gpu(
             date: date.clone(),
         }
     };
-    finished(outcomes.into_iter().chain(pruned))
-        .map(|(config, outcome)| Record {
-            device: lab.gpu.device.clone(),
-            problem,
-            config,
-            outcome,
-            environment: environment(&config),
-            origin: Origin::Local,
-        })
-        .collect()
+    let records = finished(outcomes.into_iter().chain(pruned)).map(|(config, outcome)| Record {
+        device: lab.gpu.device.clone(),
+        problem,
+        config,
+        outcome,
+        environment: environment(&config),
+        origin: Origin::Local,
+    });
+    Ok(records.collect())
 }
 
 fn tune_on_cpu(problem: Problem, missing: &[Config], stop: &AtomicBool) -> Vec<Record> {

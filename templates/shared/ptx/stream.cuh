@@ -8,11 +8,13 @@ struct StreamPolicy {
     }
 };
 
-// Sixteen bytes.
+// Sixteen bytes. Not through the read-only path: that asks for memory nobody writes while the kernel lives, and with
+// dependent launch it lives before its predecessor has ended.
 __device__ __forceinline__ void load_stream(u32 (&out)[4], const void* gmem, const StreamPolicy& policy) {
-    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "l"(gmem), "l"(policy.bits));
+                 : "l"(gmem), "l"(policy.bits)
+                 : "memory");
 }
 
 // Brings the line into L2, where every write goes too: allowed before grid_dependency_wait.

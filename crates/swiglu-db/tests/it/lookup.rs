@@ -59,6 +59,11 @@ fn the_plain_forward_answers_for_the_op_that_saves_until_that_is_tuned() {
     let of_both = table(&[&[plain, measured(CLASS, saving, 1.0)]]);
     assert_eq!(find(&of_both, &saving), (Some(saving), Match::Exact));
     assert_eq!(find(&table(&[&[]]), &saving), (None, Match::Untuned));
+    // Its own record of another shape is further away than the plain forward's of this one.
+    let far = measured(CLASS, problem(64, 512, 512).with_op(Op::ForwardSave), 1.0);
+    let near = at(64, 1024, 4096);
+    let anchors = table(&[&[far, near.clone()]]).anchors(CLASS, &saving, target());
+    assert_eq!(anchors, [(64, near, Match::OtherOp)]);
 }
 
 #[test]

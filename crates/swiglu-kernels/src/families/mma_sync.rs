@@ -128,6 +128,19 @@ impl MmaSyncConfig {
             || format!("block_n {block_n} of {bytes} bytes"),
         )?;
         ensure(
+            problem.weight_major == WeightMajor::K || bytes == 2 || row_bytes[1] >= 128,
+            "an N row of words is at least 128 bytes",
+            || format!("block_n {block_n} of {bytes} bytes"),
+        )?;
+        ensure(
+            staging == Staging::Tma || {
+                let weight_row = if problem.weight_major == WeightMajor::K { row_bytes[0] } else { row_bytes[1] };
+                [row_bytes[0], weight_row].iter().all(|row| self.threads().is_multiple_of(row / access_bytes.max(1)))
+            },
+            "a pass over a tile is whole rows",
+            || format!("{} threads, rows of {row_bytes:?} bytes, access_bytes {access_bytes}", self.threads()),
+        )?;
+        ensure(
             block_m.is_multiple_of(16 * warps_m) && block_n.is_multiple_of(8 * warps_n),
             "a warp holds whole 16x8 fragments",
             || format!("{block_m}x{block_n} by {warps_m}x{warps_n} warps"),
