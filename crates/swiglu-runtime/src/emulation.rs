@@ -192,11 +192,8 @@ impl<T: Element> Case<T> {
         .map(|matrix| Map::new(matrix, problem.dtype))
         .collect();
         let params = KernelParams::new(problem, &shape, &args).unwrap();
-        // The fifth argument of wgmma_tma is an array of both saved maps, or an empty class.
-        let mut arguments: Vec<*const c_void> = maps.iter().take(4).map(|map| std::ptr::from_ref(map).cast()).collect();
-        if matches!(config, Config::WgmmaTma(_)) {
-            arguments.push(maps.get(4).map_or(std::ptr::null(), |map| std::ptr::from_ref(map).cast()));
-        }
+        // Both saved maps are one argument, an array.
+        let mut arguments: Vec<*const c_void> = maps.iter().take(5).map(|map| std::ptr::from_ref(map).cast()).collect();
         arguments.push((&raw const params).cast());
         let tiles = problem.m.div_ceil(shape.block_m) * problem.n.div_ceil(shape.block_n);
         // Fewer than there are tiles, so that persistent kernels walk.

@@ -139,8 +139,8 @@ pub unsafe fn forward(kernel: &Kernel, stream: sys::CUstream, args: &RawForward)
                 // addresses by contract.
                 unsafe { launch(kernel, stream, args.m, &mut [x, gate, up, z, saved, params]) }
             } else {
-                // SAFETY: as above, but that the kernel takes an empty class in the array's place, whose byte it never reads.
-                unsafe { launch(kernel, stream, args.m, &mut [x, gate, up, z, params, params]) }
+                // SAFETY: the kernel takes four tensor maps and a `Params` by value, all alive here; addresses by contract.
+                unsafe { launch(kernel, stream, args.m, &mut [x, gate, up, z, params]) }
             }
         }
         Config::MmaSync(config) if config.staging == Staging::Tma => {

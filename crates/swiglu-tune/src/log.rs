@@ -2,6 +2,7 @@
 
 use clap::ValueEnum;
 use std::fmt::Display;
+use std::io::IsTerminal;
 use std::sync::OnceLock;
 use tracing_subscriber::EnvFilter;
 
@@ -21,6 +22,7 @@ pub(crate) fn start(format: LogFormat, verbose: bool) {
     let level = if verbose { "info" } else { "warn" };
     let filter = EnvFilter::builder().parse_lossy(format!("{level},notice=info,sled=error"));
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = log.with_ansi(std::io::stderr().is_terminal());
     match FORMAT.get_or_init(|| format) {
         LogFormat::Text => log.without_time().init(),
         LogFormat::Json => log.json().init(),
