@@ -204,10 +204,16 @@ template <Output kOutput> __device__ __noinline__ float plain_element(const Para
     return output_of<kOutput>(gate_acc, up_acc);
 }
 
+template <Output kOutput> __device__ __forceinline__ Element* output_row(const Params& p, int row) {
+    if constexpr (kOutput == Output::z) return static_cast<Element*>(p.z) + row * p.z_stride;
+    else if constexpr (kOutput == Output::gate) return static_cast<Element*>(p.saved_gate) + row * p.saved_gate_stride;
+    else return static_cast<Element*>(p.saved_up) + row * p.saved_up_stride;
+}
+
 // Stores 16 rows of this warp's part of one output; `row`, `column` is their corner in z, `strip` the warp's own staging
 // memory.
 template <Output kOutput>
-__device__ __forceinline__ void store_strip(const Params& p, Element* out, i64 stride, const float (&gate_acc)[kFragmentsN][4],
+__device__ __forceinline__ void store_strip(const Params& p, const float (&gate_acc)[kFragmentsN][4],
                                             const float (&up_acc)[kFragmentsN][4], char* strip, int row, int column) {
     constexpr int kAccess = kAccessBytes / kElementBytes;
     constexpr int kAccessesPerRow = kStripColumns / kAccess;
@@ -240,7 +246,7 @@ __device__ __forceinline__ void store_strip(const Params& p, Element* out, i64 s
                 if (value != value) values[e] = from_float<Element>(plain_element<kOutput>(p, out_row, column + at + e));
             }
         }
-        Element* target = out + out_row * stride + column + at;
+        Element* target = output_row<kOutput>(p, out_row) + column + at;
         if (column + at + kAccess <= p.n) {
             *reinterpret_cast<Vector<Element, kAccess>*>(target) = *reinterpret_cast<const Vector<Element, kAccess>*>(staged);
         } else {
@@ -254,15 +260,12 @@ __device__ __forceinline__ void store_strip(const Params& p, Element* out, i64 s
 __device__ __forceinline__ void store_tile(const Params& p, Accumulators& gate_acc, Accumulators& up_acc, char* strip, int row,
                                            int column) {
     if (p.gate_bias || p.up_bias) add_bias(p, gate_acc, up_acc, column);
-    auto* z = static_cast<Element*>(p.z);
-    auto* saved_gate = static_cast<Element*>(p.saved_gate);
-    auto* saved_up = static_cast<Element*>(p.saved_up);
 #pragma unroll
     for (int i = 0; i < kFragmentsM; ++i) {
-        store_strip<Output::z>(p, z, p.z_stride, gate_acc[i], up_acc[i], strip, row + i * 16, column);
+        store_strip<Output::z>(p, gate_acc[i], up_acc[i], strip, row + i * 16, column);
         if constexpr (kOp == Op::forward_save) {
-            store_strip<Output::gate>(p, saved_gate, p.saved_gate_stride, gate_acc[i], up_acc[i], strip, row + i * 16, column);
-            store_strip<Output::up>(p, saved_up, p.saved_up_stride, gate_acc[i], up_acc[i], strip, row + i * 16, column);
+            store_strip<Output::gate>(p, gate_acc[i], up_acc[i], strip, row + i * 16, column);
+            store_strip<Output::up>(p, gate_acc[i], up_acc[i], strip, row + i * 16, column);
         }
     }
 }
