@@ -241,6 +241,13 @@ pub fn default_of(family: Family, problem: &Problem, arch: &'static ArchSpec) ->
     Err(rejected)
 }
 
+/// Products of sizes up to `most` do not overflow, and none divides by zero.
+pub(crate) fn check_sizes(sizes: &[u32], most: u32) -> Result<(), Rejected> {
+    ensure(sizes.iter().all(|&size| (1..=most).contains(&size)), "sizes are positive and small", || {
+        format!("{sizes:?}")
+    })
+}
+
 /// Rules every GPU family shares: access width, threads, shared memory.
 pub(crate) fn check_block(shape: &LaunchShape, problem: &Problem, arch: &ArchSpec) -> Result<(), Rejected> {
     ensure(problem.alignment.is_multiple_of(shape.access_bytes), "operands are aligned to access_bytes", || {

@@ -28,7 +28,21 @@ pub fn activate(activation: Activation, value: f64) -> f64 {
 
 /// `z[M,N] = act(x·Wgᵀ + bg) ⊙ (x·Wuᵀ + bu)`, row by row.
 pub fn forward(activation: Activation, operands: &Forward<'_>) -> Vec<f64> {
-    preactivations(operands).into_iter().map(|(gate, up)| activate(activation, gate) * up).collect()
+    gated(activation, &preactivations(operands))
+}
+
+/// `act(gate) ⊙ up` of [`preactivations`].
+pub fn gated(activation: Activation, sums: &[(f64, f64)]) -> Vec<f64> {
+    sums.iter().map(|&(gate, up)| activate(activation, gate) * up).collect()
+}
+
+/// [`preactivations`] of rows of `n` as one matrix `[M, 2N]`: the gate's columns, then the up ones.
+pub fn packed(sums: &[(f64, f64)], n: usize) -> Vec<f64> {
+    let row = |row: &[(f64, f64)]| {
+        let (gate, up): (Vec<f64>, Vec<f64>) = row.iter().copied().unzip();
+        [gate, up].concat()
+    };
+    sums.chunks(n.max(1)).flat_map(row).collect()
 }
 
 /// `x·Wgᵀ + bg` and `x·Wuᵀ + bu` of every element of z, row by row.
@@ -109,6 +123,15 @@ mod tests {
     fn without_k_only_the_biases_remain() {
         let operands = Forward { x: &[], gate: &[], up: &[], gate_bias: Some(&[1.0]), up_bias: Some(&[2.0]), k: 0 };
         assert_eq!(forward(Activation::Silu, &operands), [2.0 * activate(Activation::Silu, 1.0)]);
+    }
+
+    #[test]
+    fn packed_rows_hold_the_gate_first() {
+        assert_eq!(
+            packed(&[(1.0, 2.0), (3.0, 4.0), (5.0, 6.0), (7.0, 8.0)], 2),
+            [1.0, 3.0, 2.0, 4.0, 5.0, 7.0, 6.0, 8.0]
+        );
+        assert!(packed(&[], 0).is_empty());
     }
 
     #[test]

@@ -25,6 +25,11 @@ impl Op {
             Self::ForwardSave => true,
         }
     }
+
+    /// How many `[M, N]` matrices a launch stores: z, and what is saved beside it.
+    pub const fn outputs(self) -> u32 {
+        if self.saves_preactivations() { 3 } else { 1 }
+    }
 }
 
 /// The non-linearity on the gate.
@@ -146,8 +151,7 @@ impl Problem {
     /// Bytes that must move at least once: x, both weights, z and what is saved.
     pub fn bytes(&self) -> f64 {
         let (m, n, k) = (f64::from(self.m), f64::from(self.n), f64::from(self.k));
-        let outputs = if self.op.saves_preactivations() { 3.0 } else { 1.0 };
-        (m * k + 2.0 * n * k + outputs * m * n) * f64::from(self.dtype.bytes())
+        (m * k + 2.0 * n * k + f64::from(self.op.outputs()) * m * n) * f64::from(self.dtype.bytes())
     }
 }
 

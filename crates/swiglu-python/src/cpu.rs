@@ -25,23 +25,24 @@ fn launch_as<T: Element>(plan: &CpuPlan, call: &Call) -> Result<(), Failure> {
     let spec = plan.spec();
     let (m, n, k) = (size("x", call.m)?, spec.n as usize, spec.k as usize);
     let (rows, cols) = spec.layout.shape(n, k);
+    let operands = &call.operands;
     let bias = |argument, address| match address {
         0 => Ok(None),
         address => matrix::<T>(argument, address, 1, n, 0).map(|matrix| Some(matrix.data)),
     };
     let forward = Forward {
-        x: matrix("x", call.x, m, k, call.x_stride)?,
+        x: matrix("x", operands.x, m, k, operands.x_stride)?,
         weights: Weights::Separate {
-            gate: matrix("gate", call.gate, rows, cols, call.gate_stride)?,
-            up: matrix("up", call.up, rows, cols, call.up_stride)?,
+            gate: matrix("gate", operands.gate, rows, cols, operands.gate_stride)?,
+            up: matrix("up", operands.up, rows, cols, operands.up_stride)?,
         },
-        gate_bias: bias("gate_bias", call.gate_bias)?,
-        up_bias: bias("up_bias", call.up_bias)?,
-        z: matrix_mut::<T>("z", call.z, m, n, call.z_stride)?,
+        gate_bias: bias("gate_bias", operands.gate_bias)?,
+        up_bias: bias("up_bias", operands.up_bias)?,
+        z: matrix_mut::<T>("z", operands.z, m, n, operands.z_stride)?,
         preactivations: if spec.save_preactivations {
             Some(Preactivations::Separate {
-                gate: matrix_mut::<T>("saved_gate", call.saved_gate, m, n, call.saved_gate_stride)?,
-                up: matrix_mut::<T>("saved_up", call.saved_up, m, n, call.saved_up_stride)?,
+                gate: matrix_mut::<T>("saved_gate", operands.saved_gate, m, n, operands.saved_gate_stride)?,
+                up: matrix_mut::<T>("saved_up", operands.saved_up, m, n, operands.saved_up_stride)?,
             })
         } else {
             None

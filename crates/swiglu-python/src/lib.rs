@@ -15,7 +15,7 @@ use pyo3::prelude::*;
 use std::fmt::Display;
 use std::path::PathBuf;
 use swiglu_kernels::WeightMajor;
-use swiglu_runtime::{DType, ForwardSpec, GateOrder, WeightLayout};
+use swiglu_runtime::{DType, ForwardSpec, GateOrder, RawForward, WeightLayout};
 
 /// Tells where NVRTC lies unless `SWIGLU_NVRTC` says so; without effect once a GPU plan was prepared.
 #[pyfunction]
@@ -60,9 +60,7 @@ fn forward(
 ) -> PyResult<bool> {
     let save_preactivations = saved_gate != 0 || saved_up != 0;
     let key = key(device, dtype, layout, n, k, save_preactivations)?;
-    let call = Call {
-        stream,
-        m,
+    let operands = RawForward {
         x,
         x_stride,
         gate,
@@ -77,7 +75,9 @@ fn forward(
         saved_gate_stride,
         saved_up,
         saved_up_stride,
+        ..RawForward::default()
     };
+    let call = Call { stream, m, operands };
     if let Some(plan) = plans::get(&key) {
         return run(py, &plan, &call).map(|()| false);
     }
@@ -116,9 +116,7 @@ impl NativePlan {
         z: u64,
         z_stride: i64,
     ) -> PyResult<()> {
-        let call = Call {
-            stream,
-            m,
+        let operands = RawForward {
             x,
             x_stride,
             gate,
@@ -129,11 +127,9 @@ impl NativePlan {
             up_bias,
             z,
             z_stride,
-            saved_gate: 0,
-            saved_gate_stride: 0,
-            saved_up: 0,
-            saved_up_stride: 0,
+            ..RawForward::default()
         };
+        let call = Call { stream, m, operands };
         run(py, &self.0, &call)
     }
 

@@ -191,7 +191,7 @@ impl<T: Element> Case<T> {
         .iter()
         .map(|matrix| Map::new(matrix, problem.dtype))
         .collect();
-        let params = KernelParams::new(problem, &shape, &args).unwrap();
+        let params = KernelParams::new(problem, shape.raster, shape.raster_group, &args).unwrap();
         // Both saved maps are one argument, an array.
         let mut arguments: Vec<*const c_void> = maps.iter().take(5).map(|map| std::ptr::from_ref(map).cast()).collect();
         arguments.push((&raw const params).cast());
@@ -206,15 +206,11 @@ impl<T: Element> Case<T> {
         }
 
         let sums = self.sums();
-        let z = |&(gate, up): &(f64, f64)| oracle::activate(Activation::Silu, gate) * up;
-        let references = [
-            sums.iter().map(z).collect(),
-            sums.iter().map(|sum| sum.0).collect(),
-            sums.iter().map(|sum| sum.1).collect(),
-        ];
-        let written = if saves { 3 } else { 1 };
-        for ((output, reference), name) in outputs.iter().zip(&references).zip(["z", "gate", "up"]).take(written) {
-            let reference: &Vec<f64> = reference;
+        let (gate, up): (Vec<f64>, Vec<f64>) = sums.iter().copied().unzip();
+        let references = [oracle::gated(Activation::Silu, &sums), gate, up];
+        for ((output, reference), name) in
+            outputs.iter().zip(&references).zip(["z", "gate", "up"]).take(problem.op.outputs() as usize)
+        {
             let inside = (0..output.len()).filter(|i| i % (n + GAP) < n).map(|i| f64::from(output[i].to_f32()));
             let error = oracle::relative_error(inside, reference.iter().copied());
             if error.is_nan() || error > problem.dtype.tolerance() {

@@ -5,9 +5,9 @@
 
 use crate::gpu::Kernel;
 use crate::tensor_map;
-use cudarc::driver::{DriverError, sys};
+use cudarc::driver::{DeviceRepr, DriverError, sys};
 use std::ffi::c_void;
-use swiglu_kernels::families::{LaunchShape, Raster, Staging};
+use swiglu_kernels::families::{Raster, Staging};
 use swiglu_kernels::problem::{MAX_ACCESS_BYTES, alignment_of};
 use swiglu_kernels::{Config, Problem};
 
@@ -64,10 +64,10 @@ impl RawForward {
     }
 }
 
-/// `Params` of `templates/shared/params.cuh`.
+/// `Params` of `templates/shared/params.cuh`, as every forward kernel and the tuner's oracle take them.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct KernelParams {
+pub struct KernelParams {
     x: u64,
     gate: u64,
     up: u64,
@@ -90,7 +90,8 @@ pub(crate) struct KernelParams {
 }
 
 impl KernelParams {
-    pub(crate) fn new(problem: &Problem, shape: &LaunchShape, args: &RawForward) -> Option<Self> {
+    /// `None` when a size does not fit in 32 bits with a sign.
+    pub fn new(problem: &Problem, raster: Raster, raster_group: u32, args: &RawForward) -> Option<Self> {
         let int = |value: u32| i32::try_from(value).ok();
         Some(Self {
             x: args.x,
@@ -110,11 +111,14 @@ impl KernelParams {
             m: int(args.m)?,
             n: int(problem.n)?,
             k: int(problem.k)?,
-            raster_along_n: i32::from(shape.raster == Raster::AlongN),
-            raster_group: int(shape.raster_group)?,
+            raster_along_n: i32::from(raster == Raster::AlongN),
+            raster_group: int(raster_group)?,
         })
     }
 }
+
+// SAFETY: plain integers in C layout.
+unsafe impl DeviceRepr for KernelParams {}
 
 /// Launches `kernel` on `stream`; `m` and `n` are positive.
 ///
@@ -124,7 +128,8 @@ impl KernelParams {
 /// are multiples of the config's `access_bytes`; `stream` is live and of the kernel's context.
 pub unsafe fn forward(kernel: &Kernel, stream: sys::CUstream, args: &RawForward) -> Result<(), DriverError> {
     let Kernel { shape, problem, .. } = kernel;
-    let mut params = KernelParams::new(problem, shape, args).ok_or_else(invalid)?;
+    let params = KernelParams::new(problem, shape.raster, shape.raster_group, args);
+    let mut params = params.ok_or_else(invalid)?;
     let params = (&raw mut params).cast::<c_void>();
     let pointer = |map: &mut sys::CUtensorMap| std::ptr::from_mut(map).cast::<c_void>();
     match &kernel.config {

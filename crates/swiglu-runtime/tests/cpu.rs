@@ -76,7 +76,7 @@ impl<T: Element> Case<T> {
     }
 
     fn reference(&self) -> Vec<f64> {
-        self.sums().into_iter().map(|(gate, up)| oracle::activate(Activation::Silu, gate) * up).collect()
+        oracle::gated(Activation::Silu, &self.sums())
     }
 
     fn sums(&self) -> Vec<(f64, f64)> {
@@ -116,11 +116,7 @@ impl<T: Element> Case<T> {
         let n = self.spec.n as usize;
         self.check_output(&z, n, &self.reference());
         if self.spec.save_preactivations {
-            let sums = self.sums();
-            let row = |row: &[(f64, f64)]| {
-                [row.iter().map(|sum| sum.0).collect(), row.iter().map(|sum| sum.1).collect::<Vec<_>>()].concat()
-            };
-            self.check_output(&saved, 2 * n, &sums.chunks(n).flat_map(row).collect::<Vec<f64>>());
+            self.check_output(&saved, 2 * n, &oracle::packed(&self.sums(), n));
         } else {
             assert!(saved.iter().all(|value| value.to_f32().is_nan()));
         }

@@ -110,8 +110,7 @@ impl<T: Element + DeviceRepr> Case<T> {
 
     /// Some rows of the reference, where all would take the CPU too long.
     fn reference_rows(&self, rows: &[usize]) -> Vec<f64> {
-        let sums = self.sums_of_rows(rows).into_iter();
-        sums.map(|(gate, up)| oracle::activate(Activation::Silu, gate) * up).collect()
+        oracle::gated(Activation::Silu, &self.sums_of_rows(rows))
     }
 
     fn sums_of_rows(&self, rows: &[usize]) -> Vec<(f64, f64)> {
@@ -177,11 +176,7 @@ impl<T: Element + DeviceRepr> Case<T> {
         self.check_output(&z, n, &self.reference(), what);
         if self.spec.save_preactivations {
             let sums = self.sums_of_rows(&(0..self.m).collect::<Vec<_>>());
-            let row = |row: &[(f64, f64)]| {
-                let (gate, up): (Vec<f64>, Vec<f64>) = row.iter().copied().unzip();
-                [gate, up].concat()
-            };
-            self.check_output(&saved, 2 * n, &sums.chunks(n.max(1)).flat_map(row).collect::<Vec<f64>>(), what);
+            self.check_output(&saved, 2 * n, &oracle::packed(&sums, n), what);
         }
     }
 

@@ -3,6 +3,7 @@
 use crate::cli::open_gpu_lab;
 use crate::gpu_subject::{Arena, GpuLab, Stopwatch, TimedGraph};
 use crate::race::{Failure, quantile};
+use crate::report::geometric_mean;
 use crate::{records, workload};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
@@ -141,10 +142,7 @@ fn config_for(
         });
     }
     // What a prepared plan launches for this M.
-    let anchors = table.anchors(&lab.gpu.device.class, problem, target);
-    let tuned: Vec<u32> = anchors.iter().map(|(m, _, _)| *m).collect();
-    let serving = serving_anchor(&tuned, problem.m);
-    let found = anchors.into_iter().find(|(m, _, _)| Some(*m) == serving);
+    let found = records::serving(table, &lab.gpu.device.class, problem, target);
     Ok(match found {
         Some((m, record, matched)) => (record.config, format!("{matched}, M {m}")),
         None => {
@@ -302,8 +300,8 @@ fn print_table(rows: &[Row]) {
         ]);
     }
     println!("{table}");
-    let geomean =
-        |ratio: fn(&Row) -> f64| (rows.iter().map(|row| ratio(row).ln()).sum::<f64>() / rows.len().max(1) as f64).exp();
+    // Of no row it is that of no ratio.
+    let geomean = |ratio: fn(&Row) -> f64| geometric_mean(rows.iter().map(ratio)).unwrap_or(1.0);
     println!(
         "geometric mean: {:.3} of the GEMM alone, {:.3} of GEMM + gate",
         geomean(|row| row.over_gemm),

@@ -73,12 +73,9 @@ impl<T: Element> Typed<T> {
         let operands =
             oracle::Forward { x: &chosen, gate: &gate_wide, up: &up_wide, gate_bias: None, up_bias: None, k };
         let saves = problem.op.saves_preactivations();
-        let sums = if saves { oracle::preactivations(&operands) } else { Vec::new() };
-        let halves = |row: &[(f64, f64)]| {
-            let (gate, up): (Vec<f64>, Vec<f64>) = row.iter().copied().unzip();
-            [gate, up].concat()
-        };
-        let saved = sums.chunks(n).flat_map(halves).collect();
+        let sums = oracle::preactivations(&operands);
+        let z = oracle::gated(problem.activation, &sums);
+        let saved = if saves { oracle::packed(&sums, n) } else { Vec::new() };
         let poison = T::from_f32(f32::NAN);
         Self {
             problem,
@@ -87,7 +84,7 @@ impl<T: Element> Typed<T> {
             up,
             z: vec![poison; m * n],
             preactivations: if saves { vec![poison; m * 2 * n] } else { Vec::new() },
-            references: [oracle::forward(problem.activation, &operands), saved],
+            references: [z, saved],
             plans: BTreeMap::new(),
         }
     }

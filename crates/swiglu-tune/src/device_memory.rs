@@ -4,9 +4,11 @@
 use crate::race::Failure;
 use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, CudaView, DevicePtr, LaunchConfig, PushKernelArg};
 use std::sync::Arc;
+use swiglu_kernels::families::Raster;
 use swiglu_kernels::{Problem, render};
 use swiglu_runtime::cubin_cache::CubinCache;
 use swiglu_runtime::gpu::{Gpu, GpuError};
+use swiglu_runtime::launch::KernelParams;
 use swiglu_runtime::nvrtc::Nvrtc;
 use swiglu_runtime::{PrepareError, RawForward};
 
@@ -15,18 +17,6 @@ const GUARD_BYTES: usize = 4096;
 const GUARD_PATTERN: u16 = 0xa5a5;
 /// NaN in bf16, fp16 and, twice, in fp32: an element that was not written cannot pass.
 const POISON_PATTERN: u16 = 0x7fff;
-
-/// `Params` of `templates/shared/params.cuh`, as the oracle takes them.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct OracleParams {
-    pointers: [u64; 8],
-    strides: [i64; 6],
-    sizes: [i32; 5],
-}
-
-// SAFETY: plain integers in C layout.
-unsafe impl cudarc::driver::DeviceRepr for OracleParams {}
 
 /// A device buffer between two guards.
 pub(crate) struct GuardedBuffer {
@@ -157,54 +147,23 @@ impl Support {
         Ok(broken == [0])
     }
 
-    /// The float64 oracle's output `[m, n]` and, where the op saves them, both pre-activations one after the other.
-    pub(crate) fn oracle(
-        &self,
-        problem: &Problem,
-        args: &RawForward,
-    ) -> Result<(CudaSlice<f64>, Option<CudaSlice<f64>>), Failure> {
-        let (m, n) = (problem.m, problem.n);
-        let elements = m as usize * n as usize;
-        let allocate = |elements| {
-            // SAFETY: the oracle writes every element.
-            unsafe { self.stream.alloc::<f64>(elements) }.map_err(driver("allocate the reference"))
-        };
-        let reference = allocate(elements)?;
-        let saved = problem.op.saves_preactivations().then(|| allocate(2 * elements)).transpose()?;
-        let int = |value: u32| i32::try_from(value).unwrap_or(i32::MAX);
-        let params = OracleParams {
-            pointers: [
-                args.x,
-                args.gate,
-                args.up,
-                args.gate_bias,
-                args.up_bias,
-                args.z,
-                args.saved_gate,
-                args.saved_up,
-            ],
-            strides: [
-                args.x_stride,
-                args.gate_stride,
-                args.up_stride,
-                args.z_stride,
-                args.saved_gate_stride,
-                args.saved_up_stride,
-            ],
-            sizes: [int(m), int(n), int(problem.k), 0, 1],
-        };
+    /// The float64 oracle's outputs `[m, n]`, one after the other: z and, where the op saves them, gate and up.
+    pub(crate) fn oracle(&self, problem: &Problem, args: &RawForward) -> Result<CudaSlice<f64>, Failure> {
+        let elements = problem.op.outputs() as usize * problem.m as usize * problem.n as usize;
+        // SAFETY: the oracle writes every element.
+        let reference = unsafe { self.stream.alloc::<f64>(elements) }.map_err(driver("allocate the reference"))?;
+        let too_large = || Failure::new("launch", "a size is beyond 32 bits");
+        let params = KernelParams::new(problem, Raster::AlongM, 1, args).ok_or_else(too_large)?;
         let config = LaunchConfig {
-            grid_dim: (m.div_ceil(64) * n.div_ceil(64), 1, 1),
+            grid_dim: (problem.m.div_ceil(64) * problem.n.div_ceil(64), 1, 1),
             block_dim: (256, 1, 1),
             shared_mem_bytes: 0,
         };
         let mut launch = self.stream.launch_builder(&self.oracle_forward);
-        let saved_address = saved.as_ref().map_or(0, |saved| saved.device_ptr(&self.stream).0);
-        launch.arg(&params).arg(&reference).arg(&saved_address);
-        // SAFETY: `oracle_forward(Params, double*, double*)`; the operands hold the problem, the reference m·n doubles, the
-        // last m·2n or is null.
+        launch.arg(&params).arg(&reference);
+        // SAFETY: `oracle_forward(Params, double*)`; the operands hold the problem, the reference its outputs.
         unsafe { launch.launch(config) }.map_err(driver("run the oracle"))?;
-        Ok((reference, saved))
+        Ok(reference)
     }
 
     /// The unfused second half of a peer: `z = act(gate) ⊙ up` over packed `[m, 2n]` rows, N a multiple of 8.

@@ -3,7 +3,7 @@
 
 use crate::device_memory::{GuardedBuffer, OutputMatrix, Support, driver};
 use crate::race::{Failure, Subject};
-use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, CudaStream, sys};
+use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, CudaStream, CudaView, sys};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -196,34 +196,45 @@ pub(crate) struct Verified {
 }
 
 /// What the first set's outputs have to be.
-pub(crate) struct Reference(Vec<OutputReference>);
-
-struct OutputReference {
-    output: OutputMatrix,
-    values: Arc<CudaSlice<f64>>,
-    /// Where its values begin.
-    first: usize,
-    rms: f64,
+pub(crate) struct Reference {
+    /// Of one output after the other.
+    values: CudaSlice<f64>,
+    /// Each with the root mean square of its values.
+    outputs: Vec<(OutputMatrix, f64)>,
 }
 
 impl Arena {
     /// The float64 oracle's outputs on the first set.
     pub(crate) fn reference(&self) -> Result<Reference, Failure> {
         let args = self.args(0);
-        let elements = self.problem.m as usize * self.problem.n as usize;
-        let (z, saved) = self.support.oracle(&self.problem, &args)?;
-        let saved = saved.map(Arc::new);
+        let values = self.support.oracle(&self.problem, &args)?;
         let matrix = |address, row_stride| OutputMatrix { address, row_stride };
-        let z = (matrix(args.z, args.z_stride), Arc::new(z), 0);
-        let saved = saved.iter().flat_map(|saved| {
-            let gate = (matrix(args.saved_gate, args.saved_gate_stride), Arc::clone(saved), 0);
-            [gate, (matrix(args.saved_up, args.saved_up_stride), Arc::clone(saved), elements)]
-        });
-        let reference = |(output, values, first): (OutputMatrix, Arc<CudaSlice<f64>>, usize)| {
-            let rms = self.support.compare(&self.problem, &output, &values.slice(first..first + elements), 0.0)?.rms;
-            Ok(OutputReference { output, values, first, rms })
+        let outputs = [
+            matrix(args.z, args.z_stride),
+            matrix(args.saved_gate, args.saved_gate_stride),
+            matrix(args.saved_up, args.saved_up_stride),
+        ];
+        let rms = |(index, output)| {
+            let rms = self.support.compare(&self.problem, &output, &self.part(&values, index), 0.0)?.rms;
+            Ok((output, rms))
         };
-        std::iter::once(z).chain(saved).map(reference).collect::<Result<_, Failure>>().map(Reference)
+        let outputs = outputs
+            .into_iter()
+            .take(self.problem.op.outputs() as usize)
+            .enumerate()
+            .map(rms)
+            .collect::<Result<_, Failure>>()?;
+        Ok(Reference { values, outputs })
+    }
+
+    /// Elements of one output.
+    fn elements(&self) -> usize {
+        self.problem.m as usize * self.problem.n as usize
+    }
+
+    /// The values of output `index`.
+    fn part<'a>(&self, values: &'a CudaSlice<f64>, index: usize) -> CudaView<'a, f64> {
+        values.slice(index * self.elements()..(index + 1) * self.elements())
     }
 
     /// Launches `kernel` once on poisoned outputs; fails unless every error is within the format's tolerance and nothing
@@ -242,9 +253,8 @@ impl Arena {
         }
         let once_us = stopwatch.time(|| self.launch(lab, kernel, 0))?;
         let mut error = 0.0f64;
-        let elements = problem.m as usize * problem.n as usize;
-        for OutputReference { output, values, first, rms } in &reference.0 {
-            let found = support.compare(problem, output, &values.slice(*first..first + elements), *rms)?;
+        for (index, (output, rms)) in reference.outputs.iter().enumerate() {
+            let found = support.compare(problem, output, &self.part(&reference.values, index), *rms)?;
             let tolerance = crate::race::tolerance(problem.dtype, found.rounding);
             if found.wrong > 0.0 || found.error.is_nan() || found.error > tolerance {
                 let reason = format!(

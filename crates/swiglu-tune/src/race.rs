@@ -63,13 +63,8 @@ pub(crate) fn race(subject: &mut dyn Subject, candidates: &[Config], stop: &Atom
     let mut entries: Vec<Entry> = candidates.iter().map(|&config| Entry::new(config)).collect();
     let mut lost = false;
     for entry in &mut entries {
-        if stop.load(Ordering::Relaxed) {
-            entry.failure = Some(Failure::new("interrupted", "stopped before it was verified"));
-            continue;
-        }
-        if lost {
-            entry.failure = Some(Failure::new("interrupted", "an earlier candidate took the device down"));
-            continue;
+        if lost || stop.load(Ordering::Relaxed) {
+            break;
         }
         match subject.verify(&entry.config) {
             Ok(error) => entry.error = error,
@@ -79,7 +74,7 @@ pub(crate) fn race(subject: &mut dyn Subject, candidates: &[Config], stop: &Atom
             }
         }
     }
-    if lost {
+    if lost || stop.load(Ordering::Relaxed) {
         return interrupted(entries);
     }
     for (index, round) in ROUNDS.into_iter().enumerate() {

@@ -1,10 +1,11 @@
 //! Records as any process may read them: from the journal, without the writer's lock.
 
 use anyhow::{Context, Result};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
-use swiglu_db::{Record, journal};
-use swiglu_runtime::Options;
+use swiglu_db::{Match, Record, TuningTable, journal};
+use swiglu_kernels::{Problem, Target};
+use swiglu_runtime::{Options, serving_anchor};
 
 /// The tuning database's folder.
 pub(crate) fn db_dir(options: &Options) -> Result<PathBuf> {
@@ -18,9 +19,21 @@ pub(crate) fn read(options: &Options) -> Result<Vec<Record>> {
         return Ok(Vec::new());
     }
     let contents = journal::read(&path).context("reading the tuning database")?;
-    let latest: BTreeMap<_, _> =
-        contents.records.into_iter().map(|record| ((record.key(), record.config), record)).collect();
-    Ok(latest.into_values().collect())
+    let mut records: Vec<Record> = contents.current().cloned().collect();
+    records.sort_by_cached_key(|record| (record.key(), record.config));
+    Ok(records)
+}
+
+/// What a prepared plan launches for `problem`, by the M it was tuned for; `None` where nothing tuned serves.
+pub(crate) fn serving(
+    table: &TuningTable,
+    class: &str,
+    problem: &Problem,
+    target: Target,
+) -> Option<(u32, Record, Match)> {
+    let anchors = table.anchors(class, problem, target);
+    let anchor = serving_anchor(&anchors.iter().map(|(m, ..)| *m).collect::<Vec<_>>(), problem.m)?;
+    anchors.into_iter().find(|(m, ..)| *m == anchor)
 }
 
 /// Says, where a database has records and none is of this device, whose they are.

@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use swiglu_runtime::Options;
 use swiglu_runtime::gpu::Gpu;
 
-pub(crate) use data::{default_config, stale};
+pub(crate) use data::{default_config, geometric_mean, median_us, stale};
 
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ReportArgs {

@@ -84,11 +84,12 @@ pub(crate) fn tune(
                 continue;
             }
             let key = TuningKey { device_class: lab.device().class, problem };
-            if let Some(best) = db.best(&key)? {
+            let best = db.best(&key)?;
+            if let Some(best) = &best {
                 // Whatever it was at smaller M, here it has won.
                 slow.remove(&best.config);
             }
-            let missing = space.missing(db, &key)?;
+            let missing = space.missing(db, &key, best.as_ref())?;
             if missing.is_empty() {
                 summary.already += 1;
             } else {
@@ -168,7 +169,7 @@ impl Space {
 
     /// Candidates without a record, or whose source has changed since; with the present best beside them, so that
     /// both are timed in one race.
-    fn missing(&self, db: &TuningDb, key: &TuningKey) -> Result<Vec<Config>> {
+    fn missing(&self, db: &TuningDb, key: &TuningKey, best: Option<&Record>) -> Result<Vec<Config>> {
         let mut missing = Vec::new();
         for (config, digest) in &self.candidates {
             if !db.is_measured(key, config, digest)? {
@@ -176,10 +177,9 @@ impl Space {
             }
         }
         let is_candidate = |config: &Config| self.candidates.iter().any(|(candidate, _)| candidate == config);
-        if let Some(best) = db.best(key)?.filter(|best| !missing.is_empty() && !missing.contains(&best.config))
-            && is_candidate(&best.config)
-        {
-            missing.push(best.config);
+        let best = best.map(|best| best.config).filter(|best| !missing.contains(best) && is_candidate(best));
+        if !missing.is_empty() {
+            missing.extend(best);
         }
         Ok(missing)
     }

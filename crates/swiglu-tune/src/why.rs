@@ -10,7 +10,7 @@ use swiglu_db::lookup::Rung;
 use swiglu_db::{Device, Explanation, Match, Record, TuningKey, TuningTable};
 use swiglu_kernels::{Config, Problem, Target};
 use swiglu_runtime::gpu::Gpu;
-use swiglu_runtime::{Options, cpu, runtime, serving_anchor};
+use swiglu_runtime::{Options, cpu, runtime};
 
 #[derive(Debug, Clone, Args)]
 pub(crate) struct WhyArgs {
@@ -113,8 +113,8 @@ fn conclusion(explanation: &Explanation, records: &[Record], key: &TuningKey, ta
         .filter(|record| record.key() == tuned_for && record.origin == serving.record.origin)
         .filter(|record| record.measurement().is_some() && record.config != serving.record.config)
         .collect();
-    measured.sort_by(|a, b| median(a).total_cmp(&median(b)));
-    let behind = |record: &Record| 100.0 * (median(record) / median(&serving.record) - 1.0);
+    measured.sort_by(|a, b| report::median_us(a).total_cmp(&report::median_us(b)));
+    let behind = |record: &Record| 100.0 * (report::median_us(record) / report::median_us(&serving.record) - 1.0);
     lines.push(match measured.first() {
         Some(second) => {
             format!("second in time: {}, {}, {:+.2} %", second.config, time(second), behind(second))
@@ -154,10 +154,6 @@ fn distance(tuned: &Problem, asked: &Problem) -> String {
     if differing.is_empty() { "the same sizes".into() } else { differing.join(", ") }
 }
 
-fn median(record: &Record) -> f64 {
-    record.measurement().map_or(f64::INFINITY, |measured| measured.median_us)
-}
-
 fn time(record: &Record) -> String {
     record.measurement().map_or_else(
         || "no time".into(),
@@ -167,8 +163,6 @@ fn time(record: &Record) -> String {
 
 /// A plan is prepared once for all M, so that its M may be served by the kernel of a neighbour.
 fn in_a_plan(table: &TuningTable, class: &str, problem: &Problem, target: Target) -> Option<String> {
-    let anchors = table.anchors(class, problem, target);
-    let anchor = serving_anchor(&anchors.iter().map(|(m, ..)| *m).collect::<Vec<_>>(), problem.m)?;
-    let (_, record, matched) = anchors.into_iter().find(|(m, ..)| *m == anchor)?;
+    let (anchor, record, matched) = records::serving(table, class, problem, target)?;
     Some(format!("in a prepared plan: {}, the kernel of its anchor M {anchor} ({matched})", record.config))
 }

@@ -3,7 +3,7 @@
 //!
 //! Design: `docs/kernels/mma_direct.md`. Template: `templates/mma_direct/kernel.cu.tera`.
 
-use super::{LaunchShape, Raster, Rejected, check_block, check_fast_silu, check_registers, ensure};
+use super::{LaunchShape, Raster, Rejected, check_block, check_fast_silu, check_registers, check_sizes, ensure};
 use crate::arch::ArchSpec;
 use crate::problem::{DType, MAX_ACCESS_BYTES, Problem, WeightMajor};
 use serde::{Deserialize, Serialize};
@@ -57,9 +57,7 @@ impl MmaDirectConfig {
     pub(super) fn check(&self, problem: &Problem, arch: &ArchSpec) -> Result<(), Rejected> {
         let &Self { block_m, block_n, warps, loads, .. } = self;
         let sizes = [block_m, block_n, warps, loads];
-        ensure(sizes.iter().all(|&size| (1..=256).contains(&size)), "sizes are positive and small", || {
-            format!("{sizes:?}")
-        })?;
+        check_sizes(&sizes, 256)?;
         ensure(arch.has_cp_async, "mma_direct needs compute capability 8.0", || format!("{arch} is older"))?;
         ensure(matches!(problem.dtype, DType::F16 | DType::Bf16), "mma_direct multiplies fp16 or bf16", || {
             format!("{} asked for", problem.dtype)

@@ -2,7 +2,9 @@
 //!
 //! Design: `docs/kernels/mma_sync.md`. Templates: `templates/mma_sync/`, one for each [`Staging`].
 
-use super::{LaunchShape, RASTERS, Raster, Rejected, check_block, check_fast_silu, check_registers, ensure};
+use super::{
+    LaunchShape, RASTERS, Raster, Rejected, check_block, check_fast_silu, check_registers, check_sizes, ensure,
+};
 use crate::arch::ArchSpec;
 use crate::problem::{DType, MAX_ACCESS_BYTES, Problem, UnknownName, WeightMajor, names};
 use serde::{Deserialize, Serialize};
@@ -113,9 +115,7 @@ impl MmaSyncConfig {
         let &Self { staging, block_m, block_n, block_k, stages, warps_m, warps_n, access_bytes, raster_group, .. } =
             self;
         let sizes = [block_m, block_n, block_k, stages, warps_m, warps_n, access_bytes, raster_group];
-        ensure(sizes.iter().all(|&size| (1..=4096).contains(&size)), "sizes are positive and small", || {
-            format!("{sizes:?}")
-        })?;
+        check_sizes(&sizes, 4096)?;
         ensure(arch.has_cp_async, "mma_sync needs compute capability 8.0", || format!("{arch} has none"))?;
         let bytes = problem.dtype.bytes();
         let row_bytes = [block_k * bytes, block_n * bytes];

@@ -2,7 +2,7 @@
 //!
 //! Design: `docs/kernels/simt.md`. Template: `templates/simt/kernel.cu.tera`.
 
-use super::{LaunchShape, RASTERS, Raster, Rejected, check_block, check_registers, ensure};
+use super::{LaunchShape, RASTERS, Raster, Rejected, check_block, check_registers, check_sizes, ensure};
 use crate::arch::ArchSpec;
 use crate::problem::{DType, MAX_ACCESS_BYTES, Problem};
 use serde::{Deserialize, Serialize};
@@ -72,9 +72,7 @@ impl SimtConfig {
     pub(super) fn check(&self, problem: &Problem, arch: &ArchSpec) -> Result<(), Rejected> {
         let &Self { block_m, block_n, block_k, thread_m, thread_n, stages, access_bytes, raster_group, .. } = self;
         let sizes = [block_m, block_n, block_k, thread_m, thread_n, stages, access_bytes, raster_group];
-        ensure(sizes.iter().all(|&size| (1..=4096).contains(&size)), "sizes are positive and small", || {
-            format!("{sizes:?}")
-        })?;
+        check_sizes(&sizes, 4096)?;
         ensure(problem.dtype != DType::Tf32, "simt multiplies in fp32", || "tf32 asked for".into())?;
         ensure(
             block_m.is_multiple_of(thread_m) && block_n.is_multiple_of(thread_n) && matches!(stages, 1 | 2),

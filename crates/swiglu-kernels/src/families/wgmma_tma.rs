@@ -2,7 +2,7 @@
 //!
 //! Design: `docs/kernels/wgmma_tma.md`. Template: `templates/wgmma_tma/kernel.cu.tera`.
 
-use super::{LaunchShape, Raster, Rejected, check_block, check_fast_silu, ensure};
+use super::{LaunchShape, Raster, Rejected, check_block, check_fast_silu, check_sizes, ensure};
 use crate::arch::ArchSpec;
 use crate::problem::{DType, Problem, UnknownName, WeightMajor, names};
 use serde::{Deserialize, Serialize};
@@ -134,9 +134,7 @@ impl WgmmaTmaConfig {
             store_buffers,
             self.raster_group,
         ];
-        ensure(sizes.iter().all(|&size| (1..=1024).contains(&size)), "sizes are positive and small", || {
-            format!("{sizes:?}")
-        })?;
+        check_sizes(&sizes, 1024)?;
         ensure(arch.has_wgmma, "wgmma_tma needs compute capability 9.0", || format!("{arch} has none"))?;
         ensure(matches!(problem.dtype, DType::F16 | DType::Bf16), "wgmma_tma multiplies fp16 or bf16", || {
             format!("{} asked for", problem.dtype)

@@ -139,22 +139,26 @@ fn device_report(
 /// The row of one problem; its records back where none has a time.
 fn row(records: Vec<Record>, peer: Option<Peer>) -> Result<Row, Vec<Record>> {
     let Some(winner) = record::winners(records.iter().cloned()).pop() else { return Err(records) };
-    let time = |record: &Record| record.measurement().map_or(f64::INFINITY, |measured| measured.median_us);
     let (mut candidates, failed): (Vec<Record>, Vec<Record>) =
         records.into_iter().partition(|record| record.measurement().is_some());
-    candidates.sort_by(|a, b| time(a).total_cmp(&time(b)));
+    candidates.sort_by(|a, b| median_us(a).total_cmp(&median_us(b)));
     let default = winner.device.target().and_then(|target| default_config(winner.problem, target));
     // Times of different origins do not compare.
     let default = candidates.iter().find(|record| Some(record.config) == default && record.origin == winner.origin);
     Ok(Row {
-        median_us: time(&winner),
-        default_us: default.map(time),
+        median_us: median_us(&winner),
+        default_us: default.map(median_us),
         failed,
         peer,
         stale: stale(&winner),
         candidates,
         winner,
     })
+}
+
+/// The time of a record, infinite where it has none.
+pub(crate) fn median_us(record: &Record) -> f64 {
+    record.measurement().map_or(f64::INFINITY, |measured| measured.median_us)
 }
 
 /// What would serve if nothing was tuned.
@@ -279,7 +283,8 @@ fn kind(problem: &Problem) -> String {
     format!("{op} {activation} {dtype} {weight_major} a{alignment}")
 }
 
-fn geometric_mean(ratios: impl Iterator<Item = f64>) -> Option<f64> {
+/// `None` of nothing.
+pub(crate) fn geometric_mean(ratios: impl Iterator<Item = f64>) -> Option<f64> {
     let (sum, count) = ratios.fold((0.0, 0_u32), |(sum, count), ratio| (sum + ratio.ln(), count + 1));
     (count > 0).then(|| (sum / f64::from(count)).exp())
 }
