@@ -283,7 +283,8 @@ fn the_seeds_shapes_are_right_in_every_layout_and_format() {
                     let z = case.run(&gpu, &plan).unwrap();
                     let row = |&row: &usize| z[row * d as usize..(row + 1) * d as usize].iter();
                     let out = known_rows.iter().flat_map(row).map(|value| f64::from(value.to_f32()));
-                    let error = oracle::relative_error(out, sampled.iter().copied());
+                    let known = sampled.iter().take(known_rows.len() * d as usize);
+                    let error = oracle::relative_error(out, known.copied());
                     assert!(error <= dtype.tolerance(), "B {m}: error {error:.2e}, {spec:?}");
                     assert!(z.iter().all(|value| value.to_f32().is_finite()), "B {m}: elements not written, {spec:?}");
                 }
