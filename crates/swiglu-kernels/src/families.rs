@@ -110,8 +110,8 @@ pub struct LaunchShape {
     pub block_n: u32,
     /// Blocks per cluster.
     pub cluster: u32,
-    /// Whether blocks walk over the tiles themselves, so that no more are launched than fit.
-    pub persistent: bool,
+    /// Where blocks walk over the tiles themselves: how many are launched at most per multiprocessor, and no more than fit.
+    pub per_sm: Option<u32>,
     /// Threads per block.
     pub threads: u32,
     /// Dynamic shared memory per block.

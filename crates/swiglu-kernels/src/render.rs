@@ -55,7 +55,7 @@ pub enum RenderError {
 
 /// Fields of configs that are launch parameters: they never reach a template, so that every raster
 /// order shares one CUBIN.
-pub const LAUNCH_FIELDS: [&str; 2] = ["raster", "raster_group"];
+pub const LAUNCH_FIELDS: [&str; 3] = ["raster", "raster_group", "fill"];
 
 /// Fields that choose the template and stand in none.
 const TEMPLATE_FIELDS: [&str; 1] = ["staging"];

@@ -18,7 +18,7 @@ use std::ffi::c_void;
 use std::fmt::Write as _;
 use std::path::Path;
 use std::process::Command;
-use swiglu_kernels::families::{Config, Family, Schedule, Staging, Target, candidates};
+use swiglu_kernels::families::{Config, Family, Schedule, Staging, Target, WgmmaTmaConfig, candidates};
 use swiglu_kernels::{Activation, ArchSpec, DType, Op, Problem, WeightMajor, arch, oracle, render};
 
 /// `TensorMap` of `emulation/ptx/tma.hpp`.
@@ -197,7 +197,7 @@ impl<T: Element> Case<T> {
         arguments.push((&raw const params).cast());
         let tiles = problem.m.div_ceil(shape.block_m) * problem.n.div_ceil(shape.block_n);
         // Fewer than there are tiles, so that persistent kernels walk.
-        let clusters = if shape.persistent { tiles.div_ceil(2) } else { tiles };
+        let clusters = if shape.per_sm.is_some() { tiles.div_ceil(2) } else { tiles };
         let (grid, bytes) = (clusters * shape.cluster, u64::from(shape.smem_bytes));
         // SAFETY: the arguments are the kernel's, in its order, and alive; the operands hold the problem.
         let done = unsafe { run(arguments.as_ptr(), grid, shape.threads, shape.cluster, bytes) };
@@ -233,11 +233,15 @@ fn check(problem: Problem, config: &Config, arch: &'static ArchSpec) -> Result<(
     result.map_err(|why| format!("{problem:?} {config}: {why}"))
 }
 
+fn cluster(config: &WgmmaTmaConfig) -> u32 {
+    config.cluster_m + 4 * config.cluster_n + 16 * config.cluster_k + 64 * config.blocks_per_sm
+}
+
 /// Whether two configs take different ways through their template.
 fn way(config: &Config) -> (Family, Option<Staging>, Option<Schedule>, u32) {
     match config {
         Config::MmaSync(sync) => (Family::MmaSync, Some(sync.staging), None, 1),
-        Config::WgmmaTma(tma) => (Family::WgmmaTma, None, Some(tma.schedule), tma.cluster_m + 2 * tma.cluster_n),
+        Config::WgmmaTma(tma) => (Family::WgmmaTma, None, Some(tma.schedule), cluster(tma)),
         Config::Simt(_) | Config::MmaDirect(_) | Config::Cpu(_) => (config.family(), None, None, 1),
     }
 }

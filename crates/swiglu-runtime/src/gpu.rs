@@ -138,6 +138,12 @@ impl Gpu {
         })
     }
 
+    /// Whether a launch may begin before the one ahead of it in the stream has ended. Kernels wait for their predecessor
+    /// from sm_90 on; graphs capture such launches since CUDA 12.3.
+    pub fn dependent_launch(&self) -> bool {
+        self.arch.has_tma && self.driver_version >= 12_030
+    }
+
     /// Loads one image and finds several entries in it. Not during stream capture.
     ///
     /// # Errors
@@ -189,9 +195,8 @@ impl Gpu {
         let per_sm = function
             .occupancy_max_active_blocks_per_multiprocessor(shape.threads, shape.smem_bytes as usize, None)
             .map_err(failed("count a kernel's resident blocks"))?;
-        let resident_blocks = self.sm_count * per_sm.max(1);
-        // Kernels wait for their predecessor from sm_90 on; graphs capture such launches since CUDA 12.3.
-        let dependent_launch = self.arch.has_tma && self.driver_version >= 12_030;
+        let resident_blocks = self.sm_count * per_sm.min(shape.per_sm.unwrap_or(u32::MAX)).max(1);
+        let dependent_launch = self.dependent_launch();
         let function = function.clone();
         Ok(Kernel { function, shape, problem: *problem, resident_blocks, dependent_launch, config: *config })
     }
@@ -204,7 +209,7 @@ pub struct Kernel {
     pub(crate) shape: LaunchShape,
     /// N, K, number format and weight order it is launched for; M comes with each launch.
     pub(crate) problem: Problem,
-    /// Blocks that run at a time on the whole GPU.
+    /// Blocks that run at a time on the whole GPU, or fewer where its shape asks for fewer.
     pub(crate) resident_blocks: u32,
     /// Whether it may start before its predecessor in the stream ends.
     pub(crate) dependent_launch: bool,

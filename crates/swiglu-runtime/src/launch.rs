@@ -5,7 +5,7 @@
 
 use crate::gpu::Kernel;
 use crate::tensor_map;
-use cudarc::driver::{DeviceRepr, DriverError, sys};
+use cudarc::driver::{CudaFunction, DeviceRepr, DriverError, sys};
 use std::ffi::c_void;
 use swiglu_kernels::families::{Raster, Staging};
 use swiglu_kernels::problem::{MAX_ACCESS_BYTES, alignment_of};
@@ -169,12 +169,54 @@ unsafe fn launch(
     m: u32,
     arguments: &mut [*mut c_void],
 ) -> Result<(), DriverError> {
-    let shape = &kernel.shape;
+    let Kernel { shape, dependent_launch, .. } = kernel;
+    let geometry = Geometry {
+        blocks: grid(kernel, m).ok_or_else(invalid)?,
+        threads: shape.threads,
+        smem_bytes: shape.smem_bytes,
+        cluster: shape.cluster,
+        dependent: *dependent_launch,
+    };
+    // SAFETY: by this function's own contract.
+    unsafe { entry(&kernel.function, &geometry, stream, arguments) }
+}
+
+/// Blocks of a launch, and how they stand to each other and to the launch before.
+#[derive(Debug, Clone, Copy)]
+pub struct Geometry {
+    /// Blocks.
+    pub blocks: u32,
+    /// Threads per block.
+    pub threads: u32,
+    /// Dynamic shared memory per block.
+    pub smem_bytes: u32,
+    /// Blocks per cluster; 1 needs no architecture that has them.
+    pub cluster: u32,
+    /// Whether blocks may start before the launch before has ended; where the driver can ([`Gpu::dependent_launch`]).
+    ///
+    /// [`Gpu::dependent_launch`]: crate::gpu::Gpu::dependent_launch
+    pub dependent: bool,
+}
+
+/// Launches an entry on `stream`.
+///
+/// # Errors
+/// The driver's refusal.
+///
+/// # Safety
+/// `arguments` point to what the entry takes, by value, in its order, and what they hold is what it may work on until it has
+/// finished; `stream` is live and of the entry's context.
+pub unsafe fn entry(
+    function: &CudaFunction,
+    geometry: &Geometry,
+    stream: sys::CUstream,
+    arguments: &mut [*mut c_void],
+) -> Result<(), DriverError> {
     let cluster = sys::CUlaunchAttribute {
         id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
         pad: [0; 4],
         value: sys::CUlaunchAttributeValue {
-            clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: shape.cluster, y: 1, z: 1 },
+            clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: geometry.cluster, y: 1, z: 1 },
         },
     };
     let dependent = sys::CUlaunchAttribute {
@@ -184,28 +226,23 @@ unsafe fn launch(
     };
     // A driver knows both attributes or has neither: they are of compute capability 9.0.
     let mut attributes = [dependent, cluster];
-    let attributes = if kernel.dependent_launch { &mut attributes[..] } else { &mut attributes[1..] };
-    let count = attributes.len() - usize::from(shape.cluster == 1);
+    let attributes = if geometry.dependent { &mut attributes[..] } else { &mut attributes[1..] };
+    let count = attributes.len() - usize::from(geometry.cluster == 1);
     let config = sys::CUlaunchConfig {
-        gridDimX: grid(kernel, m).ok_or_else(invalid)?,
+        gridDimX: geometry.blocks,
         gridDimY: 1,
         gridDimZ: 1,
-        blockDimX: shape.threads,
+        blockDimX: geometry.threads,
         blockDimY: 1,
         blockDimZ: 1,
-        sharedMemBytes: shape.smem_bytes,
+        sharedMemBytes: geometry.smem_bytes,
         hStream: stream,
         attrs: attributes.as_mut_ptr(),
         numAttrs: count as u32,
     };
     // SAFETY: config and attributes are alive; arguments by contract.
     let status = unsafe {
-        sys::cuLaunchKernelEx(
-            &raw const config,
-            kernel.function.cu_function(),
-            arguments.as_mut_ptr(),
-            std::ptr::null_mut(),
-        )
+        sys::cuLaunchKernelEx(&raw const config, function.cu_function(), arguments.as_mut_ptr(), std::ptr::null_mut())
     };
     status.result()
 }
@@ -215,7 +252,7 @@ fn grid(kernel: &Kernel, m: u32) -> Option<u32> {
     let shape = &kernel.shape;
     let tiles = u64::from(m.div_ceil(shape.block_m)) * u64::from(kernel.problem.n.div_ceil(shape.block_n));
     let fit = u64::from((kernel.resident_blocks / shape.cluster).max(1));
-    let clusters = if shape.persistent { tiles.min(fit) } else { tiles };
+    let clusters = if shape.per_sm.is_some() { tiles.min(fit) } else { tiles };
     i32::try_from(clusters * u64::from(shape.cluster)).ok().and_then(|blocks| u32::try_from(blocks).ok())
 }
 

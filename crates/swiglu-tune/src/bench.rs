@@ -80,10 +80,14 @@ struct Row {
     ours_us: f64,
     gemm_us: f64,
     gemm_and_gate_us: f64,
+    /// A kernel that only reads the weights, the fastest of a few.
+    read_us: f64,
     /// Time of the GEMM alone over ours.
     over_gemm: f64,
     /// Time of GEMM and gate over ours.
     over_gemm_and_gate: f64,
+    /// Our time over that of reading the weights.
+    of_read: f64,
 }
 
 /// Times every M and prints the ratios.
@@ -170,7 +174,7 @@ fn bench(lab: &GpuLab, problem: Problem, config: Config, source: String, rounds:
     let peer = CublasLtPeer::new(lab, &arena)?;
     let times =
         peer.race(&watch, |index| arena.launch(lab, kernel, index), rounds).map_err(|failure| as_error(&failure))?;
-    let [ours_us, gemm_us, gemm_and_gate_us] = times;
+    let [ours_us, gemm_us, gemm_and_gate_us, read_us] = times;
     Ok(Row {
         problem,
         config,
@@ -178,6 +182,8 @@ fn bench(lab: &GpuLab, problem: Problem, config: Config, source: String, rounds:
         ours_us,
         gemm_us,
         gemm_and_gate_us,
+        read_us,
+        of_read: ours_us / read_us,
         over_gemm: gemm_us / ours_us,
         over_gemm_and_gate: gemm_and_gate_us / ours_us,
     })
@@ -224,27 +230,22 @@ impl<'a> CublasLtPeer<'a> {
         self.arena.support.gate_packed(&self.arena.problem, packed, self.arena.args(index).z)
     }
 
-    /// Medians of ours, of the GEMM and of GEMM + gate; the GEMM with the fastest of its algorithms.
+    /// Medians of ours, of the GEMM, of GEMM + gate and of reading the weights; the GEMM with the fastest of its algorithms,
+    /// the reader with the better of two grids.
     fn race(
         &self,
         watch: &Stopwatch,
         ours: impl Fn(usize) -> Result<(), Failure>,
         rounds: usize,
-    ) -> Result<[f64; 3], Failure> {
-        let mut best = (f64::INFINITY, 0);
-        for algorithm in 0..self.gemm.algorithm_count() {
-            let Ok(graph) = watch.capture(|index| self.launch_gemm(algorithm, index)) else { continue };
-            let samples = watch.sample(&[&graph; 5])?;
-            let time = quantile(&samples, 0.5);
-            if time < best.0 {
-                best = (time, algorithm);
-            }
-        }
-        let algorithm = best.1;
-        let graphs: [TimedGraph; 3] = [
+    ) -> Result<[f64; 4], Failure> {
+        let algorithm =
+            fastest(watch, 0..self.gemm.algorithm_count(), |&algorithm, index| self.launch_gemm(algorithm, index))?;
+        let per_sm = fastest(watch, [2, 4].into_iter(), |&per_sm, index| self.arena.read_weights(index, per_sm))?;
+        let graphs: [TimedGraph; 4] = [
             watch.capture(&ours)?,
             watch.capture(|index| self.launch_gemm(algorithm, index))?,
             watch.capture(|index| self.launch_both(algorithm, index))?,
+            watch.capture(|index| self.arena.read_weights(index, per_sm))?,
         ];
         // Work first, so that the clocks are those of steady load.
         watch.sample(&vec![&graphs[1]; SETTLING_SAMPLES])?;
@@ -252,17 +253,34 @@ impl<'a> CublasLtPeer<'a> {
         // the lightest load.
         let mut order: Vec<usize> = Vec::new();
         for _ in 0..rounds.max(1) {
-            let mut round = [0, 1, 2];
+            let mut round = [0, 1, 2, 3];
             round.shuffle(&mut rand::rng());
             order.extend(round);
         }
         let shuffled: Vec<&TimedGraph> = order.iter().filter_map(|&which| graphs.get(which)).collect();
-        let mut samples = [const { Vec::new() }; 3];
+        let mut samples = [const { Vec::new() }; 4];
         for (which, time) in order.into_iter().zip(watch.sample(&shuffled)?) {
             samples[which].push(time);
         }
         Ok(samples.map(|samples| quantile(&samples, 0.5)))
     }
+}
+
+/// The choice whose launches take least; one that fails is none.
+fn fastest<T>(
+    watch: &Stopwatch,
+    choices: impl Iterator<Item = T>,
+    launch: impl Fn(&T, usize) -> Result<(), Failure>,
+) -> Result<T, Failure> {
+    let mut best: Option<(f64, T)> = None;
+    for choice in choices {
+        let Ok(graph) = watch.capture(|index| launch(&choice, index)) else { continue };
+        let time = quantile(&watch.sample(&[&graph; 5])?, 0.5);
+        if best.as_ref().is_none_or(|(least, _)| time < *least) {
+            best = Some((time, choice));
+        }
+    }
+    best.map(|(_, choice)| choice).ok_or_else(|| Failure::new("launch", "no way to launch the peer works"))
 }
 
 fn print_table(rows: &[Row]) {
@@ -278,8 +296,10 @@ fn print_table(rows: &[Row]) {
         "ours us",
         "GEMM us",
         "GEMM+gate us",
+        "read us",
         "GEMM/ours",
         "GEMM+gate/ours",
+        "ours/read",
         "TFLOP/s",
     ]);
     for row in rows {
@@ -294,8 +314,10 @@ fn print_table(rows: &[Row]) {
             format!("{:.1}", row.ours_us),
             format!("{:.1}", row.gemm_us),
             format!("{:.1}", row.gemm_and_gate_us),
+            format!("{:.1}", row.read_us),
             format!("{:.3}", row.over_gemm),
             format!("{:.3}", row.over_gemm_and_gate),
+            format!("{:.3}", row.of_read),
             format!("{:.1}", row.problem.flops() / row.ours_us * 1e-6),
         ]);
     }

@@ -3,12 +3,13 @@
 
 use crate::race::Failure;
 use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, CudaView, DevicePtr, LaunchConfig, PushKernelArg};
+use std::ffi::c_void;
 use std::sync::Arc;
 use swiglu_kernels::families::Raster;
 use swiglu_kernels::{Problem, render};
 use swiglu_runtime::cubin_cache::CubinCache;
 use swiglu_runtime::gpu::{Gpu, GpuError};
-use swiglu_runtime::launch::KernelParams;
+use swiglu_runtime::launch::{self, KernelParams};
 use swiglu_runtime::nvrtc::Nvrtc;
 use swiglu_runtime::{PrepareError, RawForward};
 
@@ -41,6 +42,9 @@ pub(crate) struct Support {
     check_guard: CudaFunction,
     compare: CudaFunction,
     gate_packed: CudaFunction,
+    read_once: CudaFunction,
+    sm_count: u32,
+    dependent_launch: bool,
     /// Four sums of every block of `compare`.
     partial: CudaSlice<f64>,
 }
@@ -79,14 +83,27 @@ impl Support {
     ) -> Result<Self, PrepareError> {
         let source = render::render_support(problem)?;
         let cubin = cache.get_or_compile(nvrtc, &source, gpu.arch)?;
-        let entries = ["fill_normal", "fill_pattern", "oracle_forward", "check_guard", "compare", "gate_packed"];
-        let [fill_normal, fill_pattern, oracle_forward, check_guard, compare, gate_packed] =
+        let entries =
+            ["fill_normal", "fill_pattern", "oracle_forward", "check_guard", "compare", "gate_packed", "read_once"];
+        let [fill_normal, fill_pattern, oracle_forward, check_guard, compare, gate_packed, read_once] =
             gpu.load(entries, &cubin)?;
         let partial = stream
             .alloc_zeros::<f64>(4 * COMPARE_BLOCKS as usize)
             .map_err(|error| GpuError::Driver { act: "allocate memory", error })?;
         let stream = Arc::clone(stream);
-        Ok(Self { stream, fill_normal, fill_pattern, oracle_forward, check_guard, compare, gate_packed, partial })
+        Ok(Self {
+            stream,
+            fill_normal,
+            fill_pattern,
+            oracle_forward,
+            check_guard,
+            compare,
+            gate_packed,
+            read_once,
+            sm_count: gpu.sm_count,
+            dependent_launch: gpu.dependent_launch(),
+            partial,
+        })
     }
 
     /// A buffer of `bytes` (an even number) with its guards written.
@@ -178,6 +195,23 @@ impl Support {
         launch.arg(&packed).arg(&z).arg(&m).arg(&n);
         // SAFETY: `gate_packed(const Element*, Element*, int, int)`; the caller's buffers hold m·2n and m·n elements.
         unsafe { launch.launch(config) }.map(drop).map_err(driver("launch the gate"))
+    }
+
+    /// Reads `buffer` once, with `per_sm` blocks a multiprocessor.
+    pub(crate) fn read_once(&self, buffer: &GuardedBuffer, per_sm: u32) -> Result<(), Failure> {
+        let (mut count, mut address, mut sink) = (buffer.bytes as u64 / 16, buffer.address, 0u64);
+        let geometry = launch::Geometry {
+            blocks: per_sm * self.sm_count,
+            threads: 512,
+            smem_bytes: 0,
+            cluster: 1,
+            dependent: self.dependent_launch,
+        };
+        let mut arguments =
+            [(&raw mut address).cast::<c_void>(), (&raw mut count).cast(), (&raw mut sink).cast::<c_void>()];
+        // SAFETY: `read_once(const Vector*, u64, u32*)`; the buffer holds `count` pieces; there is no sink.
+        let launched = unsafe { launch::entry(&self.read_once, &geometry, self.stream.cu_stream(), &mut arguments) };
+        launched.map_err(driver("launch the reader"))
     }
 
     /// Holds an output to its reference; `rms` of the reference is 0 when it is not known yet.

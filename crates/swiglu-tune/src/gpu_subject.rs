@@ -177,6 +177,11 @@ impl Arena {
         }
     }
 
+    /// Reads the weights of set `index` once, with `per_sm` blocks a multiprocessor.
+    pub(crate) fn read_weights(&self, index: usize, per_sm: u32) -> Result<(), Failure> {
+        self.support.read_once(&self.sets[index % self.sets.len()].weights, per_sm)
+    }
+
     /// Launches `kernel` on set `index`.
     pub(crate) fn launch(&self, lab: &GpuLab, kernel: &Kernel, index: usize) -> Result<(), Failure> {
         let args = self.args(index);

@@ -24,6 +24,19 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// As above, for a thread whose reads of what the peer will write again must be over.
+__device__ __forceinline__ void mbarrier_arrive_release_cluster(u32 barrier) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Sixteen bytes into shared memory of the peer; its barrier there counts them. Both are addresses from map_to_cta.
+__device__ __forceinline__ void store_async_cluster(u32 address, u32 barrier, float a, float b, float c, float d) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(
+                     address),
+                 "r"(barrier), "f"(a), "f"(b), "f"(c), "f"(d)
+                 : "memory");
+}
+
 __device__ __forceinline__ bool mbarrier_try_wait(u32 barrier, u32 parity) {
     u32 done;
     asm volatile(

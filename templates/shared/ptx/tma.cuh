@@ -17,6 +17,22 @@ __device__ __forceinline__ void tma_load(u32 destination, const TensorMap* map, 
         : "memory");
 }
 
+// As tma_load, for memory that is read once: `policy` says how it leaves L2.
+__device__ __forceinline__ void tma_load_stream(u32 destination, const TensorMap* map, u32 barrier, int inner, int outer,
+                                                const StreamPolicy& policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(destination),
+        "l"(map), "r"(barrier), "r"(inner), "r"(outer), "l"(policy.bits)
+        : "memory");
+}
+
+// Brings a box into L2, where every write goes too: allowed before grid_dependency_wait.
+__device__ __forceinline__ void tma_prefetch_l2(const TensorMap* map, int inner, int outer) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(inner), "r"(outer)
+                 : "memory");
+}
+
 // One read of L2, written at the same offset in every CTA whose bit is set in `mask`; each CTA's own barrier at the
 // same offset counts the bytes.
 __device__ __forceinline__ void tma_load_multicast(u32 destination, const TensorMap* map, u32 barrier, int inner,

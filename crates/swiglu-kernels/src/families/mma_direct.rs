@@ -44,7 +44,7 @@ impl MmaDirectConfig {
             block_m: self.block_m,
             block_n: self.block_n,
             cluster: 1,
-            persistent: false,
+            per_sm: None,
             threads: self.threads(),
             smem_bytes: self.smem_bytes(),
             // Blocks run along N: nearly always there is one tile along M.

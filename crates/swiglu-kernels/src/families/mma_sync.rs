@@ -102,7 +102,7 @@ impl MmaSyncConfig {
             block_m: self.block_m,
             block_n: self.block_n,
             cluster: 1,
-            persistent: self.staging == Staging::Tma,
+            per_sm: (self.staging == Staging::Tma).then_some(u32::MAX),
             threads: self.threads(),
             smem_bytes: self.smem_bytes(dtype),
             raster: self.raster,

@@ -60,7 +60,7 @@ impl SimtConfig {
             block_m: self.block_m,
             block_n: self.block_n,
             cluster: 1,
-            persistent: false,
+            per_sm: None,
             threads: self.threads(),
             smem_bytes: self.smem_bytes(),
             raster: self.raster,

@@ -40,16 +40,32 @@ pub struct WgmmaTmaConfig {
     pub cluster_m: u32,
     /// CTAs along N that share x by multicast.
     pub cluster_n: u32,
+    /// CTAs that share out the K tiles of one tile of z.
+    #[serde(default = "one")]
+    pub cluster_k: u32,
     /// Columns of one asynchronous store.
     pub store_cols: u32,
     /// Stores in flight per warp.
     pub store_buffers: u32,
+    /// CTAs that fit on one multiprocessor: 2 for few tokens.
+    #[serde(default = "one")]
+    pub blocks_per_sm: u32,
+    /// CTAs launched per multiprocessor, a launch parameter: fewer than fit leave room for the next launch to begin.
+    #[serde(default = "one")]
+    pub fill: u32,
+    /// K tiles of the weights that a CTA asks into L2 before the launch ahead of it has ended.
+    #[serde(default)]
+    pub prefetch: u32,
     /// silu by one `tanh.approx` instead of `ex2` and `rcp`; accurate enough for bf16 only.
     pub fast_silu: bool,
     /// Walk over the tiles; a launch parameter, not a constant of the source.
     pub raster: Raster,
     /// Clusters walked side by side; a launch parameter.
     pub raster_group: u32,
+}
+
+fn one() -> u32 {
+    1
 }
 
 /// schedule, block_m, block_n, consumers: what won somewhere on the H200 (docs/kernels/wgmma_tma.md).
@@ -75,6 +91,9 @@ const TILES: [(Schedule, u32, u32, u32); 16] = [
 /// Beside the usual orders narrow bands, which keep less of both operands in L2: long K.
 const ORDERS: [(Raster, u32); 4] = [(Raster::AlongM, 8), (Raster::AlongN, 8), (Raster::AlongM, 4), (Raster::AlongN, 4)];
 
+/// Shared memory that the driver takes for every block.
+const RESERVED_BYTES: u32 = 1024;
+
 /// Bytes of both 16-bit formats.
 const ELEMENT_BYTES: u32 = 2;
 
@@ -84,18 +103,19 @@ impl WgmmaTmaConfig {
         128 * (1 + self.consumers)
     }
 
-    /// Shared memory: the ring, the staging of the stores, two barriers a stage.
+    /// Shared memory: the ring, the staging of the stores, two barriers a stage, what a split along K exchanges.
     pub const fn smem_bytes(&self) -> u32 {
         let ring = self.stages * self.block_k * (self.block_m + 2 * self.block_n) * ELEMENT_BYTES;
         let staging = 4 * self.consumers * self.store_buffers * 16 * self.store_cols * ELEMENT_BYTES;
-        ring + staging + 16 * self.stages
+        let sums = if self.cluster_k > 1 { 2 * self.block_m * self.block_n * 4 + 16 } else { 0 };
+        ring + staging + sums + 16 * self.stages
     }
 
-    /// 64-row blocks that one warpgroup multiplies.
+    /// 64-row blocks that one warpgroup multiplies; of tiles with fewer rows the rest comes to nothing.
     const fn row_blocks(&self) -> u32 {
         match self.schedule {
-            Schedule::Cooperative => self.block_m / (64 * self.consumers),
-            Schedule::Pingpong => self.block_m / 64,
+            Schedule::Cooperative => self.block_m.div_ceil(64 * self.consumers),
+            Schedule::Pingpong => self.block_m.div_ceil(64),
         }
     }
 
@@ -108,8 +128,8 @@ impl WgmmaTmaConfig {
         LaunchShape {
             block_m: self.block_m * self.cluster_m,
             block_n: self.block_n * self.cluster_n,
-            cluster: self.cluster_m * self.cluster_n,
-            persistent: true,
+            cluster: self.cluster_m * self.cluster_n * self.cluster_k,
+            per_sm: Some(self.fill),
             threads: self.threads(),
             smem_bytes: self.smem_bytes(),
             raster: self.raster,
@@ -120,7 +140,20 @@ impl WgmmaTmaConfig {
 
     pub(super) fn check(&self, problem: &Problem, arch: &ArchSpec) -> Result<(), Rejected> {
         let &Self {
-            block_m, block_n, block_k, stages, consumers, cluster_m, cluster_n, store_cols, store_buffers, ..
+            block_m,
+            block_n,
+            block_k,
+            stages,
+            consumers,
+            cluster_m,
+            cluster_n,
+            cluster_k,
+            store_cols,
+            store_buffers,
+            blocks_per_sm,
+            fill,
+            prefetch,
+            ..
         } = self;
         let sizes = [
             block_m,
@@ -130,8 +163,12 @@ impl WgmmaTmaConfig {
             consumers,
             cluster_m,
             cluster_n,
+            cluster_k,
             store_cols,
             store_buffers,
+            blocks_per_sm,
+            fill,
+            prefetch.max(1),
             self.raster_group,
         ];
         check_sizes(&sizes, 1024)?;
@@ -152,6 +189,7 @@ impl WgmmaTmaConfig {
             || format!("{consumers} consumers, {}", self.schedule),
         )?;
         let whole = match self.schedule {
+            Schedule::Cooperative if blocks_per_sm == 2 => matches!(block_m, 16 | 32 | 64),
             Schedule::Cooperative => block_m.is_multiple_of(64 * consumers),
             Schedule::Pingpong => block_m.is_multiple_of(64),
         };
@@ -160,16 +198,19 @@ impl WgmmaTmaConfig {
         })?;
         // Measured with NVRTC 13.0: more accumulators spill, and ptxas then serialises wgmma.
         ensure(
-            self.row_blocks() * block_n <= if consumers == 3 { 96 } else { 208 },
+            self.row_blocks() * block_n <= if consumers == 3 || blocks_per_sm == 2 { 96 } else { 208 },
             "accumulators fit in registers",
             || format!("{} accumulators a thread", self.row_blocks() * block_n),
         )?;
         // 132 multiprocessors are 66 pairs; larger clusters leave some idle.
         ensure(
-            cluster_m * cluster_n <= 2 && block_m.is_multiple_of(16 * cluster_n),
+            cluster_m * cluster_n * cluster_k <= 2 && block_m.is_multiple_of(16 * cluster_n),
             "a cluster is at most a pair",
-            || format!("{cluster_m}x{cluster_n}"),
+            || format!("{cluster_m}x{cluster_n}x{cluster_k}"),
         )?;
+        ensure(cluster_k == 1 || blocks_per_sm == 2, "a split along K is for tiles of few tokens", || {
+            format!("cluster_k {cluster_k} with {blocks_per_sm} blocks per multiprocessor")
+        })?;
         ensure(
             problem.weight_major == WeightMajor::K || block_n.is_multiple_of(32),
             "n_major weights load in whole boxes",
@@ -181,16 +222,27 @@ impl WgmmaTmaConfig {
             "stores are whole boxes",
             || format!("store_cols {store_cols} of {block_n}"),
         )?;
+        ensure(
+            blocks_per_sm == 1 || (blocks_per_sm == 2 && consumers == 1),
+            "two small blocks share a multiprocessor",
+            || format!("{blocks_per_sm} blocks of {consumers} consumers"),
+        )?;
+        ensure(
+            blocks_per_sm * (self.smem_bytes() + RESERVED_BYTES) <= arch.smem_per_block + RESERVED_BYTES,
+            "the stages of all blocks of a multiprocessor fit in its shared memory",
+            || format!("{blocks_per_sm} blocks of {} bytes", self.smem_bytes()),
+        )?;
         check_fast_silu(self.fast_silu, problem)?;
         ensure(stages >= 2, "at least 2 stages", || format!("{stages} stages"))?;
         check_block(&self.launch_shape(), problem, arch)
     }
 }
 
+/// What one CTA may opt in to on sm_90a.
+const SMEM_BYTES: u32 = 232_448;
+
 /// A tile with the most stages that fit, and a second store buffer where it costs none of them.
 fn tile(schedule: Schedule, block_m: u32, block_n: u32, consumers: u32, dtype: DType) -> WgmmaTmaConfig {
-    /// What one CTA may opt in to on sm_90a.
-    const SMEM_BYTES: u32 = 232_448;
     let store_cols = [64, 32, 16].into_iter().find(|&cols| block_n.is_multiple_of(cols)).unwrap_or(block_n);
     let with = |store_buffers| {
         let config = WgmmaTmaConfig {
@@ -202,22 +254,80 @@ fn tile(schedule: Schedule, block_m: u32, block_n: u32, consumers: u32, dtype: D
             schedule,
             cluster_m: 1,
             cluster_n: 1,
+            cluster_k: 1,
             store_cols,
             store_buffers,
+            blocks_per_sm: 1,
+            fill: 1,
+            prefetch: 4,
             fast_silu: dtype == DType::Bf16,
             raster: Raster::AlongN,
             raster_group: 8,
         };
-        let stage = WgmmaTmaConfig { stages: 1, ..config }.smem_bytes() - config.smem_bytes();
-        WgmmaTmaConfig { stages: ((SMEM_BYTES - config.smem_bytes()) / stage).min(8), ..config }
+        config.with_most_stages(8)
     };
     let (two, one) = (with(2), with(1));
     if one.stages > two.stages { one } else { two }
 }
 
+impl WgmmaTmaConfig {
+    /// As many stages as fit, up to `most`.
+    fn with_most_stages(self, most: u32) -> Self {
+        let none = Self { stages: 0, ..self }.smem_bytes();
+        let stage = Self { stages: 1, ..self }.smem_bytes() - none;
+        let budget = (SMEM_BYTES + RESERVED_BYTES) / self.blocks_per_sm - RESERVED_BYTES;
+        Self { stages: (budget.saturating_sub(none) / stage).min(most), ..self }
+    }
+}
+
+/// block_m, block_n, cluster_n, cluster_k of the tiles for few tokens, where reading the weights once is all there is to do:
+/// blocks of half a multiprocessor, so that the next launch begins while this one ends. Which width shares the columns out
+/// evenly depends on N, hence so many.
+const STREAM_TILES: [(u32, u32, u32, u32); 24] = [
+    (16, 32, 1, 1),
+    (16, 40, 1, 1),
+    (16, 48, 1, 1),
+    (16, 56, 1, 1),
+    (16, 64, 1, 1),
+    (16, 88, 1, 1),
+    (16, 32, 1, 2),
+    (16, 56, 1, 2),
+    (16, 64, 1, 2),
+    (16, 88, 1, 2),
+    (32, 32, 1, 1),
+    (32, 56, 1, 1),
+    (32, 64, 1, 1),
+    (32, 56, 2, 1),
+    (32, 64, 2, 1),
+    (32, 56, 1, 2),
+    (32, 64, 1, 2),
+    (64, 56, 1, 1),
+    (64, 64, 1, 1),
+    (64, 56, 2, 1),
+    (64, 64, 2, 1),
+    (64, 88, 2, 1),
+    (64, 56, 1, 2),
+    (64, 64, 1, 2),
+];
+
+fn stream_tile((block_m, block_n, cluster_n, cluster_k): (u32, u32, u32, u32), dtype: DType) -> WgmmaTmaConfig {
+    let store_cols = if block_n.is_multiple_of(16) { 16 } else { block_n };
+    let config = WgmmaTmaConfig {
+        cluster_n,
+        cluster_k,
+        store_cols,
+        store_buffers: 1,
+        blocks_per_sm: 2,
+        // Some 100 KiB a multiprocessor.
+        prefetch: 400 / block_n,
+        ..tile(Schedule::Cooperative, block_m, block_n, 1, dtype)
+    };
+    config.with_most_stages(12)
+}
+
 pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaTmaConfig> + use<> {
     let dtype = problem.dtype;
-    TILES.into_iter().flat_map(move |(schedule, block_m, block_n, consumers)| {
+    let tiles = TILES.into_iter().flat_map(move |(schedule, block_m, block_n, consumers)| {
         [(2, 1), (1, 2), (1, 1)].into_iter().flat_map(move |(cluster_m, cluster_n)| {
             ORDERS.into_iter().map(move |(raster, raster_group)| WgmmaTmaConfig {
                 cluster_m,
@@ -227,7 +337,11 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaTmaConfig> +
                 ..tile(schedule, block_m, block_n, consumers, dtype)
             })
         })
-    })
+    });
+    let streams = STREAM_TILES
+        .into_iter()
+        .flat_map(move |tile| [1, 2].map(|fill| WgmmaTmaConfig { fill, ..stream_tile(tile, dtype) }));
+    tiles.chain(streams)
 }
 
 /// Preferred configs when nothing was tuned, best first.
@@ -245,7 +359,7 @@ impl fmt::Display for WgmmaTmaConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "wgmma_tma {} {}x{}x{} stages {} consumers {} cluster {}x{} store {}x{}{} {} {}",
+            "wgmma_tma {} {}x{}x{} stages {} consumers {} cluster {}x{}x{} store {}x{} blocks {}/{} prefetch {}{} {} {}",
             self.schedule,
             self.block_m,
             self.block_n,
@@ -254,8 +368,12 @@ impl fmt::Display for WgmmaTmaConfig {
             self.consumers,
             self.cluster_m,
             self.cluster_n,
+            self.cluster_k,
             self.store_cols,
             self.store_buffers,
+            self.fill,
+            self.blocks_per_sm,
+            self.prefetch,
             if self.fast_silu { " fast_silu" } else { "" },
             self.raster,
             self.raster_group

@@ -34,6 +34,12 @@ inline void tma_load(u32 destination, const TensorMap* map, u32 barrier, int inn
     machine::settle(state);
 }
 
+inline void tma_load_stream(u32 destination, const TensorMap* map, u32 barrier, int inner, int outer, const StreamPolicy&) {
+    tma_load(destination, map, barrier, inner, outer);
+}
+
+inline void tma_prefetch_l2(const TensorMap*, int, int) {}
+
 inline void tma_load_multicast(u32 destination, const TensorMap* map, u32 barrier, int inner, int outer, u16 mask) {
     for (u32 rank = 0; rank < machine::ctas.size(); ++rank) {
         if (mask >> rank & 1) tma_load((destination & 0xffffff) | rank << 24, map, (barrier & 0xffffff) | rank << 24, inner, outer);
