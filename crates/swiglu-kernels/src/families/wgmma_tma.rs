@@ -283,7 +283,7 @@ impl WgmmaTmaConfig {
 /// block_m, block_n, cluster_n, cluster_k of the tiles for few tokens, where reading the weights once is all there is to do:
 /// blocks of half a multiprocessor, so that the next launch begins while this one ends. Which width shares the columns out
 /// evenly depends on N, hence so many.
-const STREAM_TILES: [(u32, u32, u32, u32); 24] = [
+const STREAM_TILES: [(u32, u32, u32, u32); 27] = [
     (16, 32, 1, 1),
     (16, 40, 1, 1),
     (16, 48, 1, 1),
@@ -301,6 +301,9 @@ const STREAM_TILES: [(u32, u32, u32, u32); 24] = [
     (32, 64, 2, 1),
     (32, 56, 1, 2),
     (32, 64, 1, 2),
+    (64, 32, 1, 1),
+    (64, 32, 2, 1),
+    (64, 48, 2, 1),
     (64, 56, 1, 1),
     (64, 64, 1, 1),
     (64, 56, 2, 1),
