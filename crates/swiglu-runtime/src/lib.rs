@@ -23,7 +23,7 @@ mod tensor_map;
 
 pub use buckets::serving_anchor;
 pub use cudarc;
-pub use launch::RawForward;
+pub use launch::{RawForward, RawScales};
 pub use operands::{ArgumentError, Element, Forward, ForwardSpec, Matrix, Preactivations, Weights};
 pub use options::Options;
 pub use plan::{Choice, LaunchError, Plan};
