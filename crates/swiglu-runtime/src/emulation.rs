@@ -343,7 +343,8 @@ fn way(config: &Config) -> (Family, Option<Staging>, Option<Schedule>, u32) {
     match config {
         Config::MmaSync(sync) => (Family::MmaSync, Some(sync.staging), None, 1),
         Config::WgmmaTma(tma) => (Family::WgmmaTma, None, Some(tma.schedule), tma.cluster_m + 2 * tma.cluster_n),
-        Config::Simt(_) | Config::MmaDirect(_) | Config::Cpu(_) => (config.family(), None, None, 1),
+        Config::MmaDirect(direct) => (Family::MmaDirect, None, None, direct.loads.min(5)),
+        Config::Simt(_) | Config::Cpu(_) => (config.family(), None, None, 1),
     }
 }
 
@@ -354,8 +355,13 @@ fn every_way_through_every_template_matches_the_oracle() {
     let mut cases: Vec<(Problem, Config)> = Vec::new();
     for (index, dtype) in DType::ALL.into_iter().enumerate() {
         for major in WeightMajor::ALL {
-            // Ragged against every tile, and more than one tile of most.
-            let problem = Problem::forward(dtype, major, 150, 136, 208);
+            // Ragged against every tile, and more than one tile of most; K of several steps of what runs few tokens, and of
+            // several sums of e4m3.
+            let problem = match (dtype, dtype.is_scaled()) {
+                (DType::E4m3, _) => Problem::forward(dtype, major, 150, 136, 1200),
+                (_, true) => Problem::forward(dtype, major, 20, 136, 1616),
+                (_, false) => Problem::forward(dtype, major, 150, 136, 208),
+            };
             let op = if (index % 2 == 0) == (major == WeightMajor::K) { Op::ForwardSave } else { Op::Forward };
             let problem = problem.with_op(op);
             let all = candidates(&problem, Target::Gpu(arch));
@@ -375,12 +381,12 @@ fn every_way_through_every_template_matches_the_oracle() {
 }
 
 /// Positive numbers add up to a sum against which each product is small: what is cut off of it is lost, unless fp32 takes
-/// over often enough. Without that the error here is 0.05.
+/// over often enough. Without that the error here is 0.13, with it 0.009.
 #[test]
 fn long_sums_of_e4m3_are_taken_over_by_fp32() {
     let arch = arch::by_name("sm_90a").unwrap();
     let problem = Problem::forward(DType::E4m3, WeightMajor::K, 64, 16, 4096);
     let all = candidates(&problem, Target::Gpu(arch));
     let config = all.iter().min_by_key(|config| config.launch_shape(&problem).unwrap().block_n).unwrap();
-    Case::new(problem, 3, 2.0).check(config, arch, 1.0e-2).unwrap();
+    Case::new(problem, 3, 2.0).check(config, arch, 1.5e-2).unwrap();
 }

@@ -19,6 +19,7 @@ pub mod operands;
 pub mod options;
 pub mod plan;
 pub mod runtime;
+pub mod scaled;
 mod tensor_map;
 
 pub use buckets::serving_anchor;
@@ -28,4 +29,5 @@ pub use operands::{ArgumentError, Element, Forward, ForwardSpec, Matrix, Preacti
 pub use options::Options;
 pub use plan::{Choice, LaunchError, Plan};
 pub use runtime::{Backend, CpuRuntime, PrepareError, Runtime};
+pub use scaled::{ScaledForward, Stored, WeightScales};
 pub use swiglu_kernels::{DType, GateOrder, WeightLayout};

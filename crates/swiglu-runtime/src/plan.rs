@@ -191,7 +191,7 @@ impl Plan {
         launched.map_err(|error| LaunchError::Driver { config: Box::new(kernel.config), error })
     }
 
-    fn check_device(&self, argument: &'static str, stream: &CudaStream) -> Result<(), ArgumentError> {
+    pub(crate) fn check_device(&self, argument: &'static str, stream: &CudaStream) -> Result<(), ArgumentError> {
         let (here, there) = (&self.gpu.context, stream.context());
         if here.cu_ctx() == there.cu_ctx() {
             return Ok(());

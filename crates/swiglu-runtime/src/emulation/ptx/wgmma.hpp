@@ -15,12 +15,16 @@ template <DType kType> double wgmma_number(u32 address) {
     return to_float(number);
 }
 
-// Sums of e4m3 keep 14 bits; the rest is cut off (arXiv 2412.19437, section 3.5.2).
-template <DType kType> float wgmma_sum(double sum) {
-    if (kType != DType::e4m3 || sum == 0 || !std::isfinite(sum)) return float(sum);
-    int exponent;
-    const double fraction = std::frexp(sum, &exponent);
-    return float(std::ldexp(std::trunc(std::ldexp(fraction, 14)), exponent - 14));
+// Of e4m3 each product, and the sum so far, keeps the 14 bits below the largest one's first; the rest is cut off
+// (DeepSeek-V3, arXiv 2412.19437, section 3.5.2).
+template <DType kType, int kCount> float wgmma_sum(const double (&terms)[kCount]) {
+    double largest = 0.0, sum = 0.0;
+    for (double term : terms) largest = std::fmax(largest, std::fabs(term)), sum += term;
+    if (kType != DType::e4m3 || largest == 0.0 || !std::isfinite(sum)) return float(sum);
+    const int shift = 13 - std::ilogb(largest);
+    sum = 0.0;
+    for (double term : terms) sum += std::trunc(std::ldexp(term, shift));
+    return float(std::ldexp(sum, -shift));
 }
 
 // d[64 x 2 kColumns] += a[64xK] b[K x 2 kColumns], K = 32 bytes; each thread computes its own accumulators.
@@ -41,8 +45,8 @@ void wgmma_product(float (&d)[kAccumulators], u64 a, u64 b, bool accumulate) {
     };
     for (int i = 0; i < kAccumulators; ++i) {
         const int n = i / 4 * 8 + thread % 4 * 2 + i % 2;
-        double sum = accumulate ? d[i] : 0.0f;
-        for (int k = 0; k < kDepth; ++k) sum += row[i / 2 % 2][k] * b_number(n, k);
-        d[i] = wgmma_sum<kType>(sum);
+        double terms[kDepth + 1] = {accumulate ? d[i] : 0.0f};
+        for (int k = 0; k < kDepth; ++k) terms[1 + k] = row[i / 2 % 2][k] * b_number(n, k);
+        d[i] = wgmma_sum<kType>(terms);
     }
 }
