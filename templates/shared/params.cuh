@@ -2,7 +2,7 @@
 
 struct Params {
     const void* x;          // [m, k]
-    const void* gate;       // [n, k] (k_major) or [k, n] (n_major)
+    const void* gate;       // [n, k] (k_major) or [k, n] (n_major; of int4 [k / 8, n] words)
     const void* up;         // like gate
     const void* gate_bias;  // [n], or null
     const void* up_bias;    // [n], or null
@@ -18,6 +18,12 @@ struct Params {
     int m, n, k;
     int raster_along_n;     // 0: blocks walk down M first; 1: along N first
     int raster_group;       // tiles walked before stepping in the other direction
+    const float* x_scale;   // e4m3 x: [m], or one for all rows
+    const void* gate_scale; // e4m3 weights: float [n], or one for all columns; int4: [ceil(k / 128), n], numbers like x
+    const void* up_scale;   // like gate_scale
+    i64 scale_stride;       // int4: numbers from group to group
+    int x_row_scales;       // 0: one for all rows
+    int weight_row_scales;  // 0: one for all columns
 };
 
 enum class Op { forward, forward_save };

@@ -9,7 +9,7 @@ pub mod simt;
 pub mod wgmma_tma;
 
 use crate::arch::ArchSpec;
-use crate::problem::{DType, Problem, UnknownName, names};
+use crate::problem::{DType, Format, Problem, UnknownName, names};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -162,7 +162,7 @@ impl Config {
             Self::Simt(config) => Some(config.launch_shape(problem.dtype)),
             Self::MmaDirect(config) => Some(config.launch_shape()),
             Self::MmaSync(config) => Some(config.launch_shape(problem.dtype)),
-            Self::WgmmaTma(config) => Some(config.launch_shape()),
+            Self::WgmmaTma(config) => Some(config.launch_shape(problem.dtype)),
             Self::Cpu(_) => None,
         }
     }
@@ -204,16 +204,23 @@ pub fn candidates(problem: &Problem, target: Target) -> Vec<Config> {
 /// # Errors
 /// [`Rejected`] when the families cannot run the problem on `arch` at all.
 pub fn default_config(problem: &Problem, arch: &'static ArchSpec) -> Result<Config, Rejected> {
-    let [first, second, third] = match problem.dtype {
+    let families: &[Family] = match problem.dtype {
+        DType::E4m3 => &[Family::WgmmaTma],
+        DType::Bf16E4m3 | DType::F16E4m3 | DType::Bf16Int4 | DType::F16Int4 => &[Family::MmaDirect],
         // Three products of tensor cores for one of fp32 do not pay everywhere: the tuner finds out where.
-        DType::F32 => [Family::Simt, Family::MmaSync, Family::WgmmaTma],
+        DType::F32 => &[Family::Simt, Family::MmaSync, Family::WgmmaTma],
         // Up to a tile's worth of tokens reading the weights decides, and small blocks read them better.
-        _ if problem.m <= 64 => [Family::MmaSync, Family::WgmmaTma, Family::Simt],
-        _ => [Family::WgmmaTma, Family::MmaSync, Family::Simt],
+        DType::Tf32 | DType::F16 | DType::Bf16 if problem.m <= 64 => &[Family::MmaSync, Family::WgmmaTma, Family::Simt],
+        DType::Tf32 | DType::F16 | DType::Bf16 => &[Family::WgmmaTma, Family::MmaSync, Family::Simt],
     };
-    default_of(first, problem, arch)
-        .or_else(|_| default_of(second, problem, arch))
-        .or_else(|_| default_of(third, problem, arch))
+    let mut rejected = Rejected { rule: "the family runs on this kind of device", reason: arch.to_string() };
+    for &family in families {
+        match default_of(family, problem, arch) {
+            Ok(config) => return Ok(config),
+            Err(why) => rejected = why,
+        }
+    }
+    Err(rejected)
 }
 
 /// The default config of one GPU family: the first legal one of its preferences, else of its space.
@@ -264,9 +271,16 @@ pub(crate) fn check_block(shape: &LaunchShape, problem: &Problem, arch: &ArchSpe
     })
 }
 
+/// The families that know nothing of scales.
+pub(crate) fn check_unscaled(problem: &Problem) -> Result<(), Rejected> {
+    ensure(!problem.dtype.is_scaled(), "scaled formats run in wgmma_tma (e4m3) and mma_direct (weights only)", || {
+        format!("{} asked for", problem.dtype)
+    })
+}
+
 /// `tanh.approx` is off by up to |gate| * 2^-12, less than half a unit of bf16 where gate and result are alike in size.
 pub(crate) fn check_fast_silu(fast_silu: bool, problem: &Problem) -> Result<(), Rejected> {
-    ensure(!fast_silu || problem.dtype == DType::Bf16, "fast_silu is accurate enough for bf16 only", || {
+    ensure(!fast_silu || problem.dtype.output() == Format::Bf16, "fast_silu is accurate enough for bf16 only", || {
         format!("{} asked for", problem.dtype)
     })
 }

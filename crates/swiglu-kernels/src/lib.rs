@@ -19,10 +19,11 @@ pub mod families;
 pub mod layout;
 pub mod oracle;
 pub mod problem;
+pub mod quant;
 pub mod render;
 
 pub use arch::ArchSpec;
 pub use families::{Config, Family, Rejected, Target};
 pub use layout::{GateOrder, WeightLayout};
-pub use problem::{Activation, DType, Op, Problem, WeightMajor};
+pub use problem::{Activation, DType, Format, Op, Problem, WeightMajor};
 pub use render::KernelSource;

@@ -40,7 +40,47 @@ pub enum Activation {
     Silu,
 }
 
-/// Number format of the operands and of the multiplication; sums are always fp32.
+/// How one matrix stores its numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Format {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// Eight bits, 4 of exponent and 3 of mantissa, to ±448, no infinities: OCP's E4M3.
+    E4m3,
+    /// Four bits, -8 to 7, stored plus 8: eight neighbours along K in a 32-bit word, the first in its lowest bits. This is
+    /// GPTQ's `qweight`.
+    Int4,
+}
+
+impl Format {
+    /// Numbers that one stored element holds.
+    pub const fn numbers(self) -> u32 {
+        match self {
+            Self::F32 | Self::F16 | Self::Bf16 | Self::E4m3 => 1,
+            Self::Int4 => 8,
+        }
+    }
+
+    /// Bytes of one stored element.
+    pub const fn bytes(self) -> u32 {
+        match self {
+            Self::F32 | Self::Int4 => 4,
+            Self::F16 | Self::Bf16 => 2,
+            Self::E4m3 => 1,
+        }
+    }
+}
+
+/// Neighbours along K that share a scale of int4 weights.
+pub const INT4_GROUP: u32 = 128;
+
+/// Number formats of the operands and of the multiplication; sums are always fp32.
+///
+/// The scaled formats stand for numbers times scales: `docs/decisions/0009-scaled-formats.md`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DType {
@@ -52,27 +92,78 @@ pub enum DType {
     F16,
     /// bfloat16.
     Bf16,
+    /// x and weights in e4m3, each with one scale or one a row; z in bf16.
+    E4m3,
+    /// Weights in e4m3 with one scale or one a row; all else in bf16.
+    Bf16E4m3,
+    /// Weights in e4m3 with one scale or one a row; all else in fp16.
+    F16E4m3,
+    /// Weights in int4 with a scale in bf16 for each [`INT4_GROUP`] along K; all else in bf16.
+    Bf16Int4,
+    /// Weights in int4 with a scale in fp16 for each [`INT4_GROUP`] along K; all else in fp16.
+    F16Int4,
 }
 
 impl DType {
     /// Every format, in the order that reports use.
-    pub const ALL: [Self; 4] = [Self::F32, Self::Tf32, Self::F16, Self::Bf16];
+    pub const ALL: [Self; 9] = [
+        Self::F32,
+        Self::Tf32,
+        Self::F16,
+        Self::Bf16,
+        Self::E4m3,
+        Self::Bf16E4m3,
+        Self::F16E4m3,
+        Self::Bf16Int4,
+        Self::F16Int4,
+    ];
 
-    /// Bytes of one element in memory.
-    pub const fn bytes(self) -> u32 {
+    /// Format of x.
+    pub const fn x(self) -> Format {
         match self {
-            Self::F32 | Self::Tf32 => 4,
-            Self::F16 | Self::Bf16 => 2,
+            Self::E4m3 => Format::E4m3,
+            _ => self.output(),
         }
     }
 
-    /// Largest `‖out − ref‖ / ‖ref‖` against float64 that a correct kernel may show at K ≤ 8192.
+    /// Format of both weights.
+    pub const fn weights(self) -> Format {
+        match self {
+            Self::E4m3 | Self::Bf16E4m3 | Self::F16E4m3 => Format::E4m3,
+            Self::Bf16Int4 | Self::F16Int4 => Format::Int4,
+            Self::F32 | Self::Tf32 | Self::F16 | Self::Bf16 => self.output(),
+        }
+    }
+
+    /// Format of z, of the biases and of what is saved.
+    pub const fn output(self) -> Format {
+        match self {
+            Self::F32 | Self::Tf32 => Format::F32,
+            Self::F16 | Self::F16E4m3 | Self::F16Int4 => Format::F16,
+            Self::Bf16 | Self::E4m3 | Self::Bf16E4m3 | Self::Bf16Int4 => Format::Bf16,
+        }
+    }
+
+    /// Whether the weights, and x where it has their format, stand for numbers times scales.
+    pub const fn is_scaled(self) -> bool {
+        matches!(self.weights(), Format::E4m3 | Format::Int4)
+    }
+
+    /// Bytes of one element of x; of every operand where the format is not scaled.
+    pub const fn bytes(self) -> u32 {
+        self.x().bytes()
+    }
+
+    /// Largest `‖out − ref‖ / ‖ref‖` against float64 that a correct kernel may show at K ≤ 8192. The reference has the
+    /// operands as they are stored, so that what quantisation loses does not count.
     pub const fn tolerance(self) -> f64 {
         match self {
             Self::F32 => 4.0e-6,
             Self::Tf32 => 1.0e-3,
-            Self::F16 => 3.0e-4,
-            Self::Bf16 => 2.0e-3,
+            Self::F16 | Self::F16E4m3 | Self::F16Int4 => 3.0e-4,
+            Self::Bf16 | Self::Bf16E4m3 | Self::Bf16Int4 => 2.0e-3,
+            // bf16's 1.7e-3, and 6e-4 of two sums that keep 14 bits for 512 products (modelled).
+            Self::E4m3 => 2.5e-3,
         }
     }
 }
@@ -121,12 +212,12 @@ impl Problem {
     /// A forward problem on contiguous, well aligned operands.
     pub fn forward(dtype: DType, weight_major: WeightMajor, m: u32, n: u32, k: u32) -> Self {
         let weight_row = match weight_major {
-            WeightMajor::K => k,
+            WeightMajor::K => k / dtype.weights().numbers(),
             WeightMajor::N => n,
         };
-        let alignment = [k, n, weight_row]
+        let alignment = [(k, dtype.x()), (n, dtype.output()), (weight_row, dtype.weights())]
             .into_iter()
-            .map(|elements| alignment_of(u64::from(elements) * u64::from(dtype.bytes())))
+            .map(|(elements, format)| alignment_of(u64::from(elements) * u64::from(format.bytes())))
             .fold(MAX_ACCESS_BYTES, u32::min);
         Self { op: Op::Forward, activation: Activation::Silu, dtype, weight_major, alignment, n, k, m }
     }
@@ -148,10 +239,19 @@ impl Problem {
         4.0 * f64::from(self.m) * f64::from(self.n) * f64::from(self.k)
     }
 
-    /// Bytes that must move at least once: x, both weights, z and what is saved.
+    /// Bytes that must move at least once: x, both weights, z and what is saved. Of scales only those of groups count.
     pub fn bytes(&self) -> f64 {
         let (m, n, k) = (f64::from(self.m), f64::from(self.n), f64::from(self.k));
-        (m * k + 2.0 * n * k + f64::from(self.op.outputs()) * m * n) * f64::from(self.dtype.bytes())
+        let bytes = |format: Format| f64::from(format.bytes()) / f64::from(format.numbers());
+        let Self { op, dtype, .. } = self;
+        let groups = if dtype.weights() == Format::Int4 { 2.0 * n * self.int4_groups() } else { 0.0 };
+        let outputs = f64::from(op.outputs()) * m * n + groups;
+        m * k * bytes(dtype.x()) + 2.0 * n * k * bytes(dtype.weights()) + outputs * bytes(dtype.output())
+    }
+
+    /// Scales of one column of int4 weights.
+    fn int4_groups(&self) -> f64 {
+        f64::from(self.k.div_ceil(INT4_GROUP))
     }
 }
 
@@ -201,7 +301,11 @@ pub struct UnknownName {
 
 names!(Op, "op", Op::Forward => "forward", Op::ForwardSave => "forward_save");
 names!(Activation, "activation", Activation::Silu => "silu");
-names!(DType, "dtype", DType::F32 => "f32", DType::Tf32 => "tf32", DType::F16 => "f16", DType::Bf16 => "bf16");
+names!(DType, "dtype", DType::F32 => "f32", DType::Tf32 => "tf32", DType::F16 => "f16", DType::Bf16 => "bf16",
+    DType::E4m3 => "e4m3", DType::Bf16E4m3 => "bf16_e4m3", DType::F16E4m3 => "f16_e4m3",
+    DType::Bf16Int4 => "bf16_int4", DType::F16Int4 => "f16_int4");
+names!(Format, "format", Format::F32 => "f32", Format::F16 => "f16", Format::Bf16 => "bf16", Format::E4m3 => "e4m3",
+    Format::Int4 => "int4");
 names!(WeightMajor, "weight order", WeightMajor::K => "k_major", WeightMajor::N => "n_major");
 
 #[cfg(test)]
@@ -218,6 +322,19 @@ mod tests {
         assert_eq!(Problem::forward(DType::Bf16, WeightMajor::K, 1, 64, 4096).alignment, 16);
         assert_eq!(Problem::forward(DType::Bf16, WeightMajor::K, 1, 63, 4096).alignment, 2);
         assert_eq!(Problem::forward(DType::F32, WeightMajor::N, 1, 64, 34).alignment, 8);
+        assert_eq!(Problem::forward(DType::E4m3, WeightMajor::K, 1, 64, 4100).alignment, 4);
+        assert_eq!(Problem::forward(DType::Bf16Int4, WeightMajor::N, 1, 24, 64).alignment, 16);
+    }
+
+    #[test]
+    fn bytes_count_every_operand_in_its_own_format() {
+        let bytes = |dtype, major| Problem::forward(dtype, major, 16, 1024, 256).bytes();
+        let (x, weights, z) = (16.0 * 256.0, 2.0 * 1024.0 * 256.0, 16.0 * 1024.0);
+        assert_eq!(bytes(DType::Bf16, WeightMajor::K), 2.0 * (x + weights + z));
+        assert_eq!(bytes(DType::E4m3, WeightMajor::K), x + weights + 2.0 * z);
+        assert_eq!(bytes(DType::Bf16E4m3, WeightMajor::K), 2.0 * x + weights + 2.0 * z);
+        // Two groups of 128.
+        assert_eq!(bytes(DType::Bf16Int4, WeightMajor::N), 2.0 * x + weights / 2.0 + 2.0 * z + 2.0 * 2048.0 * 2.0);
     }
 
     #[test]
@@ -229,6 +346,6 @@ mod tests {
             assert_eq!(op.name().parse(), Ok(op));
         }
         let error = "fp64".parse::<DType>().unwrap_err().to_string();
-        assert_eq!(error, "`fp64` is no dtype; use one of f32, tf32, f16, bf16");
+        assert!(error.starts_with("`fp64` is no dtype; use one of f32, tf32, f16, bf16"), "{error}");
     }
 }

@@ -66,23 +66,27 @@ macro_rules! template {
     };
 }
 
-const TEMPLATES: [(&str, &str); 6] = [
+const TEMPLATES: [(&str, &str); 7] = [
     template!("simt/kernel.cu.tera"),
     template!("mma_direct/kernel.cu.tera"),
+    template!("mma_direct/weight_only.cu.tera"),
     template!("mma_sync/cp_async.cu.tera"),
     template!("mma_sync/tma.cu.tera"),
     template!("wgmma_tma/kernel.cu.tera"),
     template!("support/kernels.cu.tera"),
 ];
 
-const HEADERS: [(&str, &str); 18] = [
+const HEADERS: [(&str, &str); 21] = [
     template!("shared/types.cuh"),
     template!("shared/activation.cuh"),
     template!("shared/params.cuh"),
     template!("shared/raster.cuh"),
     template!("shared/ring.cuh"),
     template!("mma_sync/fragments.cuh"),
+    template!("mma_direct/epilogue.cuh"),
+    template!("mma_direct/expand.cuh"),
     template!("shared/ptx/convert.cuh"),
+    template!("shared/ptx/pairs.cuh"),
     template!("shared/ptx/special.cuh"),
     template!("shared/ptx/smem.cuh"),
     template!("shared/ptx/grid.cuh"),
@@ -125,7 +129,7 @@ pub fn render(problem: &Problem, config: &Config, arch: &'static ArchSpec) -> Re
     config
         .check(problem, Target::Gpu(arch))
         .map_err(|rejected| RenderError::Illegal { config: config.to_string(), rejected })?;
-    let template = template_of(config)?;
+    let template = template_of(problem, config)?;
     let context = context(problem, config, template)?;
     source(config.family().name(), "swiglu_forward", template, &context)
 }
@@ -171,9 +175,10 @@ pub fn render_support(problem: &Problem) -> Result<KernelSource, RenderError> {
     source("support", "oracle_forward", "support/kernels.cu.tera", &context)
 }
 
-fn template_of(config: &Config) -> Result<&'static str, RenderError> {
+fn template_of(problem: &Problem, config: &Config) -> Result<&'static str, RenderError> {
     match config {
         Config::Simt(_) => Ok("simt/kernel.cu.tera"),
+        Config::MmaDirect(_) if problem.dtype.is_scaled() => Ok("mma_direct/weight_only.cu.tera"),
         Config::MmaDirect(_) => Ok("mma_direct/kernel.cu.tera"),
         Config::MmaSync(config) => match config.staging {
             Staging::CpAsync => Ok("mma_sync/cp_async.cu.tera"),
@@ -259,9 +264,12 @@ mod tests {
     fn templates_use_exactly_the_names_they_are_given() {
         let arch = arch::by_name("sm_90a").unwrap();
         let mut seen = BTreeSet::new();
-        let problem = Problem::forward(DType::Bf16, WeightMajor::K, 64, 64, 64);
-        for config in crate::families::candidates(&problem, Target::Gpu(arch)) {
-            let template = template_of(&config).unwrap();
+        let problems = [DType::Bf16, DType::Bf16E4m3].map(|dtype| Problem::forward(dtype, WeightMajor::K, 64, 64, 64));
+        let candidates = |&problem: &Problem| {
+            crate::families::candidates(&problem, Target::Gpu(arch)).into_iter().map(move |config| (problem, config))
+        };
+        for (problem, config) in problems.iter().flat_map(candidates) {
+            let template = template_of(&problem, &config).unwrap();
             if !seen.insert(template) {
                 continue;
             }

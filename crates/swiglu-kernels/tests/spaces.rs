@@ -6,7 +6,7 @@ use swiglu_kernels::arch::{self, ARCHES};
 use swiglu_kernels::families::{
     self, Family, MmaDirectConfig, MmaSyncConfig, Raster, Schedule, SimtConfig, Staging, Target, WgmmaTmaConfig,
 };
-use swiglu_kernels::{Config, DType, Problem, WeightMajor, render};
+use swiglu_kernels::{Config, DType, Format, Problem, WeightMajor, render};
 
 fn problems() -> impl Iterator<Item = Problem> {
     DType::ALL.into_iter().flat_map(|dtype| {
@@ -25,8 +25,16 @@ fn every_architecture_has_a_legal_default_for_every_problem_it_supports() {
     for arch in &ARCHES {
         for problem in problems() {
             let default = families::default_config(&problem, arch);
-            if problem.dtype == DType::Tf32 && !arch.has_cp_async {
-                assert!(default.is_err(), "{arch} has no tf32");
+            let Problem { dtype, weight_major, alignment, .. } = problem;
+            let supported = match (dtype, dtype.weights()) {
+                (DType::Tf32, _) => arch.has_cp_async,
+                (DType::E4m3, _) => arch.has_wgmma && weight_major == WeightMajor::K && alignment == 16,
+                (_, Format::E4m3) => arch.has_cp_async && weight_major == WeightMajor::K && alignment == 16,
+                (_, Format::Int4) => arch.has_cp_async && weight_major == WeightMajor::N && alignment == 16,
+                _ => true,
+            };
+            if !supported {
+                assert!(default.is_err(), "{arch} {problem:?}");
                 continue;
             }
             let config = default.unwrap_or_else(|why| panic!("{arch} {problem:?}: {why}"));
@@ -40,7 +48,8 @@ fn every_architecture_has_a_legal_default_for_every_problem_it_supports() {
 fn every_space_has_candidates_and_they_survive_toml_and_json() {
     for arch in &ARCHES {
         for dtype in DType::ALL {
-            let problem = Problem::forward(dtype, WeightMajor::K, 512, 14336, 4096);
+            let major = if dtype.weights() == Format::Int4 { WeightMajor::N } else { WeightMajor::K };
+            let problem = Problem::forward(dtype, major, 512, 14336, 4096);
             let candidates = families::candidates(&problem, Target::Gpu(arch));
             for family in Family::GPU {
                 let count = candidates.iter().filter(|config| config.family() == family).count();
@@ -93,7 +102,7 @@ fn size() -> impl Strategy<Value = u32> {
 
 proptest! {
     #[test]
-    fn no_config_makes_check_panic(values in proptest::collection::vec(size(), 8), n_major: bool, tma: bool, dtype in 0..4usize) {
+    fn no_config_makes_check_panic(values in proptest::collection::vec(size(), 8), n_major: bool, tma: bool, dtype in 0..DType::ALL.len()) {
         let major = if n_major { WeightMajor::N } else { WeightMajor::K };
         let problem = Problem::forward(DType::ALL[dtype], major, values[7], values[6], values[5]);
         let staging = if tma { Staging::Tma } else { Staging::CpAsync };

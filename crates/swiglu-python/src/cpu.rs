@@ -18,6 +18,7 @@ pub(crate) fn launch(plan: &CpuPlan, call: &Call) -> Result<(), Failure> {
         DType::F32 | DType::Tf32 => launch_as::<f32>(plan, call),
         DType::F16 => launch_as::<f16>(plan, call),
         DType::Bf16 => launch_as::<bf16>(plan, call),
+        scaled => Err(Failure::argument("dtype", format!("{scaled} is a GPU format"))),
     }
 }
 

@@ -170,6 +170,9 @@ fn key(device: i32, dtype: &str, layout: &str, n: u64, k: u64, save_preactivatio
         u32::try_from(value).map_err(|_| Failure::argument(argument, format!("is {value}, which is too large")))
     };
     let dtype: DType = dtype.parse().map_err(unknown("dtype"))?;
+    if dtype.is_scaled() {
+        return Err(Failure::argument("dtype", format!("{dtype} has scales, which this operation does not take")));
+    }
     let layout: WeightLayout = layout.parse().map_err(unknown("layout"))?;
     // The halves of a packed weight come as two matrices, of which Python says which is the gate.
     let layout = match layout.major() {

@@ -34,6 +34,9 @@ pub enum CublasLtError {
         /// Its status.
         error: CublasError,
     },
+    /// It has no such product here.
+    #[error("`{0}` has scales, which this peer does not apply; time it against `ours-bf16`")]
+    Scaled(DType),
     /// No scratch memory.
     #[error("no device memory for cuBLASLt's workspace: {0}")]
     Memory(DriverError),
@@ -83,6 +86,9 @@ impl CublasLt {
             DType::Tf32 => (sys::cudaDataType::CUDA_R_32F, sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32),
             DType::F16 => (sys::cudaDataType::CUDA_R_16F, sys::cublasComputeType_t::CUBLAS_COMPUTE_32F),
             DType::Bf16 => (sys::cudaDataType::CUDA_R_16BF, sys::cublasComputeType_t::CUBLAS_COMPUTE_32F),
+            DType::E4m3 | DType::Bf16E4m3 | DType::F16E4m3 | DType::Bf16Int4 | DType::F16Int4 => {
+                return Err(CublasLtError::Scaled(dtype));
+            }
         };
         // cuBLASLt is column-major: a row-major matrix is its transpose, so out^T = w^T x^T.
         let transpose_w = weight_major == WeightMajor::K;

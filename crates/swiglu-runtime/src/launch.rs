@@ -9,9 +9,26 @@ use cudarc::driver::{CudaFunction, DeviceRepr, DriverError, sys};
 use std::ffi::c_void;
 use swiglu_kernels::families::{Raster, Staging};
 use swiglu_kernels::problem::{MAX_ACCESS_BYTES, alignment_of};
-use swiglu_kernels::{Config, Problem};
+use swiglu_kernels::{Config, DType, Format, Problem};
 
-/// Addresses and strides of one forward launch, without types. Strides are in elements.
+/// Scales of the scaled formats, without types; all 0 for the others.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RawScales {
+    /// e4m3 x: device address of fp32 `[M]`, or of one for all rows.
+    pub x: u64,
+    /// e4m3 weights: device address of fp32 `[N]`, or of one for all columns. int4: of `[ceil(K / 128), N]` in z's format.
+    pub gate: u64,
+    /// Like `gate`.
+    pub up: u64,
+    /// int4: elements from group to group.
+    pub stride: i64,
+    /// Whether each row of x has its own.
+    pub x_rows: bool,
+    /// Whether each column of z has its own; for e4m3 weights.
+    pub weight_rows: bool,
+}
+
+/// Addresses and strides of one forward launch, without types. Strides are in stored elements ([`Format`]).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RawForward {
     /// Tokens: rows of x and z.
@@ -44,22 +61,27 @@ pub struct RawForward {
     pub saved_up: u64,
     /// Elements from row to row of it.
     pub saved_up_stride: i64,
+    /// Scales of the scaled formats.
+    pub scales: RawScales,
 }
 
 impl RawForward {
-    /// Largest power of two, at most 16, that divides every address and row stride in bytes.
-    pub(crate) fn alignment(&self, element_bytes: u32) -> u32 {
+    /// Largest power of two, at most 16, that divides every address and row stride in bytes. Scales are read one by one, but
+    /// for those of int4.
+    pub(crate) fn alignment(&self, dtype: DType) -> u32 {
         let strides = [
-            self.x_stride,
-            self.gate_stride,
-            self.up_stride,
-            self.z_stride,
-            self.saved_gate_stride,
-            self.saved_up_stride,
+            (self.x_stride, dtype.x()),
+            (self.gate_stride, dtype.weights()),
+            (self.up_stride, dtype.weights()),
+            (self.z_stride, dtype.output()),
+            (self.saved_gate_stride, dtype.output()),
+            (self.saved_up_stride, dtype.output()),
+            (self.scales.stride, dtype.output()),
         ];
-        let strides = strides.map(|stride| stride.unsigned_abs() * u64::from(element_bytes));
+        let strides = strides.map(|(stride, format)| stride.unsigned_abs() * u64::from(format.bytes()));
         let addresses = [self.x, self.gate, self.up, self.z, self.saved_gate, self.saved_up];
-        let all = addresses.into_iter().chain(strides).fold(0, |all, one| all | one);
+        let groups = if dtype.weights() == Format::Int4 { self.scales.gate | self.scales.up } else { 0 };
+        let all = addresses.into_iter().chain(strides).fold(groups, |all, one| all | one);
         alignment_of(all).min(MAX_ACCESS_BYTES)
     }
 }
@@ -87,6 +109,12 @@ pub struct KernelParams {
     k: i32,
     raster_along_n: i32,
     raster_group: i32,
+    x_scale: u64,
+    gate_scale: u64,
+    up_scale: u64,
+    scale_stride: i64,
+    x_row_scales: i32,
+    weight_row_scales: i32,
 }
 
 impl KernelParams {
@@ -113,6 +141,12 @@ impl KernelParams {
             k: int(problem.k)?,
             raster_along_n: i32::from(raster == Raster::AlongN),
             raster_group: int(raster_group)?,
+            x_scale: args.scales.x,
+            gate_scale: args.scales.gate,
+            up_scale: args.scales.up,
+            scale_stride: args.scales.stride,
+            x_row_scales: i32::from(args.scales.x_rows),
+            weight_row_scales: i32::from(args.scales.weight_rows),
         })
     }
 }
@@ -134,11 +168,11 @@ pub unsafe fn forward(kernel: &Kernel, stream: sys::CUstream, args: &RawForward)
     let pointer = |map: &mut sys::CUtensorMap| std::ptr::from_mut(map).cast::<c_void>();
     match &kernel.config {
         Config::WgmmaTma(config) => {
-            let mut maps = tensor_map::encode(&tensor_map::of_wgmma_tma(config, problem, args), problem.dtype)?;
+            let mut maps = tensor_map::encode(&tensor_map::of_wgmma_tma(config, problem, args))?;
             let [x, gate, up, z] = maps.each_mut().map(pointer);
             if problem.op.saves_preactivations() {
                 let saved = tensor_map::of_preactivations(config, problem, args);
-                let mut saved = tensor_map::encode(&saved, problem.dtype)?;
+                let mut saved = tensor_map::encode(&saved)?;
                 let saved = saved.as_mut_ptr().cast::<c_void>();
                 // SAFETY: the kernel takes four tensor maps, an array of two and a `Params` by value, all alive here;
                 // addresses by contract.
@@ -149,7 +183,7 @@ pub unsafe fn forward(kernel: &Kernel, stream: sys::CUstream, args: &RawForward)
             }
         }
         Config::MmaSync(config) if config.staging == Staging::Tma => {
-            let mut maps = tensor_map::encode(&tensor_map::of_mma_sync(config, problem, args), problem.dtype)?;
+            let mut maps = tensor_map::encode(&tensor_map::of_mma_sync(config, problem, args))?;
             let [x, gate, up] = maps.each_mut().map(pointer);
             // SAFETY: the kernel takes three tensor maps and a `Params` by value, all alive here; addresses by contract.
             unsafe { launch(kernel, stream, args.m, &mut [x, gate, up, params]) }
@@ -277,9 +311,13 @@ mod tests {
             z_stride: 64,
             ..RawForward::default()
         };
-        assert_eq!(aligned.alignment(2), 16);
-        assert_eq!(RawForward { up: 1032, ..aligned }.alignment(2), 8);
-        assert_eq!(RawForward { z_stride: 63, ..aligned }.alignment(2), 2);
-        assert_eq!(RawForward { z_stride: 63, ..aligned }.alignment(4), 4);
+        assert_eq!(aligned.alignment(DType::Bf16), 16);
+        assert_eq!(RawForward { up: 1032, ..aligned }.alignment(DType::Bf16), 8);
+        assert_eq!(RawForward { z_stride: 63, ..aligned }.alignment(DType::Bf16), 2);
+        assert_eq!(RawForward { z_stride: 63, ..aligned }.alignment(DType::F32), 4);
+        assert_eq!(RawForward { x_stride: 68, ..aligned }.alignment(DType::E4m3), 4);
+        let scales = RawScales { gate: 36, ..RawScales::default() };
+        assert_eq!(RawForward { scales, ..aligned }.alignment(DType::E4m3), 16);
+        assert_eq!(RawForward { scales, ..aligned }.alignment(DType::Bf16Int4), 4);
     }
 }

@@ -19,13 +19,15 @@ pub mod operands;
 pub mod options;
 pub mod plan;
 pub mod runtime;
+pub mod scaled;
 mod tensor_map;
 
 pub use buckets::serving_anchor;
 pub use cudarc;
-pub use launch::RawForward;
+pub use launch::{RawForward, RawScales};
 pub use operands::{ArgumentError, Element, Forward, ForwardSpec, Matrix, Preactivations, Weights};
 pub use options::Options;
 pub use plan::{Choice, LaunchError, Plan};
 pub use runtime::{Backend, CpuRuntime, PrepareError, Runtime};
+pub use scaled::{ScaledForward, Stored, WeightScales};
 pub use swiglu_kernels::{DType, GateOrder, WeightLayout};

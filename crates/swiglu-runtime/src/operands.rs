@@ -6,7 +6,7 @@ use swiglu_kernels::{DType, GateOrder, Op, Problem, WeightLayout};
 /// What a plan is prepared for; M is given at launch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ForwardSpec {
-    /// Number format of every operand.
+    /// Number formats of the operands.
     pub dtype: DType,
     /// How the weights lie in memory.
     pub layout: WeightLayout,
@@ -47,12 +47,14 @@ impl ArgumentError {
     }
 }
 
-mod sealed {
+pub(crate) mod sealed {
     /// Keeps other types out: their sizes would not be those that slices are checked with.
     pub trait Sealed {}
     impl Sealed for f32 {}
     impl Sealed for half::f16 {}
     impl Sealed for half::bf16 {}
+    impl Sealed for u8 {}
+    impl Sealed for u32 {}
 }
 
 /// A Rust type that a [`DType`] is stored as: `f32`, `f16` or `bf16`.
@@ -251,7 +253,7 @@ impl<S, O> Forward<S, O> {
                 return Err(ArgumentError::new(argument, format!("has {elements} elements, expected {n}")));
             }
         }
-        let (rows, cols) = spec.layout.shape(n, k);
+        let (rows, cols) = spec.layout.shape(n, k.div_ceil(spec.dtype.weights().numbers() as usize));
         match (&self.weights, spec.layout.is_packed()) {
             (Weights::Packed(packed), true) => {
                 packed.check("weights", rows, cols, len(&packed.data))?;

@@ -3,7 +3,7 @@
 
 use crate::buckets::BucketTable;
 use crate::gpu::{Gpu, Kernel};
-use crate::launch::{self, RawForward};
+use crate::launch::{self, RawForward, RawScales};
 use crate::operands::{ArgumentError, Element, Forward, ForwardSpec, MAX_ROWS, Preactivations, Weights};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, DriverError, sys};
 use swiglu_db::Match;
@@ -48,8 +48,8 @@ pub struct Plan {
     pub(crate) table: BucketTable,
     /// One per anchor, ascending.
     pub(crate) anchors: Vec<(Choice, Kernel)>,
-    /// Legal for every address and stride.
-    pub(crate) fallback: Kernel,
+    /// Legal for every address and stride; the scaled formats have none.
+    pub(crate) fallback: Option<Kernel>,
 }
 
 impl Plan {
@@ -68,10 +68,10 @@ impl Plan {
         &self.anchors[self.table.anchor(m)].0
     }
 
-    /// The kernel for `m` tokens at this alignment: two array reads.
-    pub fn select(&self, m: u32, alignment: u32) -> &Kernel {
+    /// The kernel for `m` tokens at this alignment: two array reads. `None` where none is legal for it.
+    pub fn select(&self, m: u32, alignment: u32) -> Option<&Kernel> {
         let (_, kernel) = &self.anchors[self.table.anchor(m)];
-        if alignment.is_multiple_of(kernel.shape.access_bytes) { kernel } else { &self.fallback }
+        if alignment.is_multiple_of(kernel.shape.access_bytes) { Some(kernel) } else { self.fallback.as_ref() }
     }
 
     /// Launches on `stream`; every shape is checked first. Empty M or N returns without a launch.
@@ -149,6 +149,7 @@ impl Plan {
             saved_gate_stride: stride(saved_gate_stride),
             saved_up,
             saved_up_stride: stride(saved_up_stride),
+            scales: RawScales::default(),
         };
         // SAFETY: `check` has held every matrix to its slice, the borrows keep the slices alive and the outputs apart,
         // `check_device` has held them to this plan's GPU; cudarc orders their release after this stream's work.
@@ -177,13 +178,20 @@ impl Plan {
                 return Err(ArgumentError::new(argument, "is 0, but the plan saves the pre-activations").into());
             }
         }
-        let kernel = self.select(args.m, args.alignment(self.spec.dtype.bytes()));
+        let alignment = args.alignment(self.spec.dtype);
+        let kernel = self.select(args.m, alignment).ok_or_else(|| {
+            let reason = format!(
+                "and the other operands start or step at multiples of {alignment} bytes; `{}` needs 16, copy them",
+                self.spec.dtype
+            );
+            ArgumentError::new("x", reason)
+        })?;
         // SAFETY: by this function's own contract; `select` has held the alignment to `access_bytes`.
         let launched = unsafe { launch::forward(kernel, stream, args) };
         launched.map_err(|error| LaunchError::Driver { config: Box::new(kernel.config), error })
     }
 
-    fn check_device(&self, argument: &'static str, stream: &CudaStream) -> Result<(), ArgumentError> {
+    pub(crate) fn check_device(&self, argument: &'static str, stream: &CudaStream) -> Result<(), ArgumentError> {
         let (here, there) = (&self.gpu.context, stream.context());
         if here.cu_ctx() == there.cu_ctx() {
             return Ok(());

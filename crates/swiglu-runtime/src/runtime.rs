@@ -161,12 +161,16 @@ impl Runtime {
         kernels: &BTreeMap<Config, Kernel>,
     ) -> Result<Plan, PrepareError> {
         let unaligned = Problem { alignment: spec.dtype.bytes(), ..spec.problem(1) };
-        let config = default_config(&unaligned.with_m(256), self.gpu.arch)?;
-        let fallback = self.kernel(&unaligned, config)?;
+        let fallback = match default_config(&unaligned.with_m(256), self.gpu.arch) {
+            Ok(config) => Some(self.kernel(&unaligned, config)?),
+            // The scaled formats ask for alignment.
+            Err(why) if kernels.is_empty() => return Err(why.into()),
+            Err(_) => None,
+        };
         let usable = |choice: Choice| kernels.get(&choice.config).map(|kernel| (choice, kernel.clone()));
         let mut anchors: Vec<(Choice, Kernel)> = choices.into_iter().filter_map(usable).collect();
-        if anchors.is_empty() {
-            anchors.push((Choice { anchor: 1, config, matched: Match::Untuned }, fallback.clone()));
+        if let (true, Some(kernel)) = (anchors.is_empty(), &fallback) {
+            anchors.push((Choice { anchor: 1, config: kernel.config, matched: Match::Untuned }, kernel.clone()));
         }
         let table = BucketTable::new(&anchors.iter().map(|(choice, _)| choice.anchor).collect::<Vec<_>>());
         Ok(Plan { gpu: self.gpu.clone(), spec: *spec, table, anchors, fallback })
@@ -207,7 +211,7 @@ pub fn load_table(options: &Options) -> TuningTable {
 fn check_sizes(spec: &ForwardSpec) -> Result<(), PrepareError> {
     for (argument, value) in [("n", spec.n), ("k", spec.k)] {
         // A packed weight has 2N columns, and kernels count the bytes of a row in 32 bits.
-        let most = i32::MAX as u32 / 2 / spec.dtype.bytes();
+        let most = i32::MAX as u32 / 2 / spec.dtype.output().bytes().max(spec.dtype.weights().bytes());
         if value > most {
             return Err(PrepareError::TooLarge { argument, value, most });
         }

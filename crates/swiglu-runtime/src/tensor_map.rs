@@ -9,11 +9,12 @@ use cudarc::driver::{DriverError, sys};
 use std::mem::MaybeUninit;
 use swiglu_kernels::families::{MmaSyncConfig, WgmmaTmaConfig};
 use swiglu_kernels::problem::MAX_ACCESS_BYTES;
-use swiglu_kernels::{DType, Problem, WeightMajor};
+use swiglu_kernels::{Format, Problem, WeightMajor};
 
 /// A row-major matrix and the box of it that one copy moves.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct BoxedMatrix {
+    pub(crate) format: Format,
     pub(crate) address: u64,
     pub(crate) rows: u32,
     pub(crate) cols: u32,
@@ -25,8 +26,8 @@ pub(crate) struct BoxedMatrix {
 
 impl BoxedMatrix {
     /// Bytes of the swizzle: a swizzled box is as wide as that.
-    pub(crate) fn swizzle_bytes(&self, dtype: DType) -> u32 {
-        match self.box_cols * dtype.bytes() {
+    pub(crate) fn swizzle_bytes(&self) -> u32 {
+        match self.box_cols * self.format.bytes() {
             width @ (32 | 64 | 128) if self.swizzled => width,
             _ => 0,
         }
@@ -54,6 +55,7 @@ pub(crate) fn of_preactivations(config: &WgmmaTmaConfig, problem: &Problem, args
 /// An `[m, n]` output and its store box.
 fn output(config: &WgmmaTmaConfig, problem: &Problem, m: u32, address: u64, row_stride: i64) -> BoxedMatrix {
     BoxedMatrix {
+        format: problem.dtype.output(),
         address,
         rows: m,
         cols: problem.n,
@@ -86,14 +88,23 @@ struct InputBoxes {
 
 impl InputBoxes {
     fn of(&self, problem: &Problem, args: &RawForward) -> [BoxedMatrix; 3] {
-        let &Problem { weight_major, n, k, .. } = problem;
+        let &Problem { dtype, weight_major, n, k, .. } = problem;
         let (rows, cols, box_rows, box_cols) = match weight_major {
             WeightMajor::K => (n, k, self.block_n, self.block_k),
             WeightMajor::N => (k, n, self.block_k, self.weight_cols),
         };
-        let weights =
-            |address, row_stride| BoxedMatrix { address, rows, cols, row_stride, box_rows, box_cols, swizzled: true };
+        let weights = |address, row_stride| BoxedMatrix {
+            format: dtype.weights(),
+            address,
+            rows,
+            cols,
+            row_stride,
+            box_rows,
+            box_cols,
+            swizzled: true,
+        };
         let x = BoxedMatrix {
+            format: dtype.x(),
             address: args.x,
             rows: args.m,
             cols: k,
@@ -109,23 +120,25 @@ impl InputBoxes {
 /// The maps of `matrices`, as the driver makes them.
 pub(crate) fn encode<const COUNT: usize>(
     matrices: &[BoxedMatrix; COUNT],
-    dtype: DType,
 ) -> Result<[sys::CUtensorMap; COUNT], DriverError> {
     let mut maps = [MaybeUninit::<sys::CUtensorMap>::uninit(); COUNT];
     for (matrix, map) in matrices.iter().zip(&mut maps) {
-        encode_one(matrix, dtype, map)?;
+        encode_one(matrix, map)?;
     }
     // SAFETY: every call has succeeded, so every map is written.
     Ok(maps.map(|map| unsafe { map.assume_init() }))
 }
 
-fn encode_one(matrix: &BoxedMatrix, dtype: DType, map: &mut MaybeUninit<sys::CUtensorMap>) -> Result<(), DriverError> {
-    let kind = match dtype {
-        DType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        DType::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        DType::F32 | DType::Tf32 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+fn encode_one(matrix: &BoxedMatrix, map: &mut MaybeUninit<sys::CUtensorMap>) -> Result<(), DriverError> {
+    let kind = match matrix.format {
+        Format::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        Format::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        Format::F32 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+        Format::E4m3 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        Format::Int4 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT32,
     };
-    let swizzle = match matrix.swizzle_bytes(dtype) {
+    let element_bytes = u64::from(matrix.format.bytes());
+    let swizzle = match matrix.swizzle_bytes() {
         128 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
         64 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
         32 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_32B,
@@ -134,8 +147,8 @@ fn encode_one(matrix: &BoxedMatrix, dtype: DType, map: &mut MaybeUninit<sys::CUt
     let sizes = [u64::from(matrix.cols), u64::from(matrix.rows)];
     // The step from a single row to the next is the caller's to leave open, but a map takes no step within the row.
     let row_bytes = match matrix.rows {
-        0 | 1 => (u64::from(matrix.cols) * u64::from(dtype.bytes())).next_multiple_of(u64::from(MAX_ACCESS_BYTES)),
-        _ => matrix.row_stride.unsigned_abs() * u64::from(dtype.bytes()),
+        0 | 1 => (u64::from(matrix.cols) * element_bytes).next_multiple_of(u64::from(MAX_ACCESS_BYTES)),
+        _ => matrix.row_stride.unsigned_abs() * element_bytes,
     };
     let strides = [row_bytes];
     let box_sizes = [matrix.box_cols, matrix.box_rows];

@@ -468,6 +468,7 @@ fn launches_are_captured_replayed_and_equal_bit_for_bit() {
         saved_gate_stride: 0,
         saved_up: 0,
         saved_up_stride: 0,
+        scales: swiglu_runtime::RawScales::default(),
     };
     gpu.stream.synchronize().unwrap();
     gpu.stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();

@@ -1,5 +1,7 @@
 //! `bench`: what the runtime would launch beside a peer, interleaved on the same operands in one process.
 
+mod own;
+
 use crate::cli::open_gpu_lab;
 use crate::gpu_subject::{Arena, GpuLab, Stopwatch, TimedGraph};
 use crate::race::{Failure, quantile};
@@ -14,7 +16,7 @@ use swiglu_db::{Match, TuningTable};
 use swiglu_kernels::families::{self, Family, Target};
 use swiglu_kernels::{Config, DType, Op, Problem, WeightLayout, render};
 use swiglu_runtime::cublaslt::{CublasLt, Gemm};
-use swiglu_runtime::gpu::Gpu;
+use swiglu_runtime::gpu::{Gpu, Kernel};
 use swiglu_runtime::runtime::UNTUNED_ANCHORS;
 use swiglu_runtime::{Options, runtime, serving_anchor};
 
@@ -23,6 +25,8 @@ use swiglu_runtime::{Options, runtime, serving_anchor};
 enum Peer {
     /// cuBLASLt's packed GEMM, alone and followed by a gate kernel.
     Cublaslt,
+    /// What the runtime would launch for the same sizes in bf16 with k_major weights.
+    OursBf16,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -103,6 +107,9 @@ pub(crate) fn run(args: &BenchArgs, options: &Options) -> Result<ExitCode> {
     let given = given.context("--config is no config")?;
     let lab = open_gpu_lab(Gpu::open(args.gpu)?, options)?;
     let table = runtime::load_table(options);
+    if args.against == Peer::OursBf16 {
+        return own::run(args, (n, k), &given, &lab, &table, options);
+    }
     let mut rows = Vec::new();
     for &m in &args.m {
         let problem = Problem::forward(args.dtype, args.layout.major(), m, n, k).with_op(args.op);
@@ -115,14 +122,19 @@ pub(crate) fn run(args: &BenchArgs, options: &Options) -> Result<ExitCode> {
         }
     }
     if args.json {
-        let date = jiff::Timestamp::now().to_string();
-        let driver = crate::doctor::driver_version().unwrap_or_default();
-        let head = serde_json::json!({ "device": lab.gpu.device, "driver": driver, "nvrtc": lab.nvrtc.version_string(), "date": date, "rows": rows });
-        println!("{}", serde_json::to_string_pretty(&head)?);
+        print_json(&lab, &rows)?;
     } else {
         print_table(&rows);
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn print_json(lab: &GpuLab, rows: &impl Serialize) -> Result<()> {
+    let date = jiff::Timestamp::now().to_string();
+    let driver = crate::doctor::driver_version().unwrap_or_default();
+    let head = serde_json::json!({ "device": lab.gpu.device, "driver": driver, "nvrtc": lab.nvrtc.version_string(), "date": date, "rows": rows });
+    println!("{}", serde_json::to_string_pretty(&head)?);
+    Ok(())
 }
 
 fn config_for(
@@ -163,17 +175,11 @@ fn bench(lab: &GpuLab, problem: Problem, config: Config, source: String, rounds:
     if problem.m > u32::from(u16::MAX) {
         bail!("m is {}; the peer's gate kernel takes at most {}", problem.m, u16::MAX);
     }
-    let sources = render::shared_sources(&problem, &[config], lab.gpu.arch)?;
-    let compiled = lab.compile(&problem, &sources, || ());
-    let kernel = compiled.get(&config).context("nothing was compiled")?.kernel.as_ref().map_err(as_error)?;
-    let arena = Arena::new(lab, problem, rand::random()).map_err(|failure| as_error(&failure))?;
-    let reference = arena.reference().map_err(|failure| as_error(&failure))?;
     let watch = Stopwatch::new(lab).map_err(|failure| as_error(&failure))?;
-    arena.verify(lab, kernel, &reference, &watch).map_err(|failure| as_error(&failure))?;
-    drop(reference);
+    let (arena, kernel) = verified(lab, problem, config, &watch)?;
     let peer = CublasLtPeer::new(lab, &arena)?;
     let times =
-        peer.race(&watch, |index| arena.launch(lab, kernel, index), rounds).map_err(|failure| as_error(&failure))?;
+        peer.race(&watch, |index| arena.launch(lab, &kernel, index), rounds).map_err(|failure| as_error(&failure))?;
     let [ours_us, gemm_us, gemm_and_gate_us, read_us] = times;
     Ok(Row {
         problem,
@@ -187,6 +193,42 @@ fn bench(lab: &GpuLab, problem: Problem, config: Config, source: String, rounds:
         over_gemm: gemm_us / ours_us,
         over_gemm_and_gate: gemm_and_gate_us / ours_us,
     })
+}
+
+/// Operands, and the kernel of `config`, which has matched the oracle on them.
+fn verified(lab: &GpuLab, problem: Problem, config: Config, watch: &Stopwatch) -> Result<(Arena, Kernel)> {
+    let sources = render::shared_sources(&problem, &[config], lab.gpu.arch)?;
+    let mut compiled = lab.compile(&problem, &sources, || ());
+    let kernel = compiled.remove(&config).context("nothing was compiled")?.kernel.map_err(|why| as_error(&why))?;
+    let arena = Arena::new(lab, problem, rand::random()).map_err(|failure| as_error(&failure))?;
+    let reference = arena.reference().map_err(|failure| as_error(&failure))?;
+    arena.verify(lab, &kernel, &reference, watch).map_err(|failure| as_error(&failure))?;
+    Ok((arena, kernel))
+}
+
+/// Medians of graphs that take turns, in microseconds; the one that `settling` counts runs first, until clocks are those
+/// of steady load.
+fn interleave<const COUNT: usize>(
+    watch: &Stopwatch,
+    graphs: &[TimedGraph; COUNT],
+    settling: usize,
+    rounds: usize,
+) -> Result<[f64; COUNT], Failure> {
+    watch.sample(&vec![&graphs[settling]; SETTLING_SAMPLES])?;
+    // In random order: clocks lag behind power by milliseconds, so that a fixed order would favour whoever follows
+    // the lightest load.
+    let mut order: Vec<usize> = Vec::new();
+    for _ in 0..rounds.max(1) {
+        let mut round: [usize; COUNT] = std::array::from_fn(|index| index);
+        round.shuffle(&mut rand::rng());
+        order.extend(round);
+    }
+    let shuffled: Vec<&TimedGraph> = order.iter().filter_map(|&which| graphs.get(which)).collect();
+    let mut samples = [const { Vec::new() }; COUNT];
+    for (which, time) in order.into_iter().zip(watch.sample(&shuffled)?) {
+        samples[which].push(time);
+    }
+    Ok(samples.map(|samples| quantile(&samples, 0.5)))
 }
 
 fn as_error(failure: &Failure) -> anyhow::Error {
@@ -247,22 +289,7 @@ impl<'a> CublasLtPeer<'a> {
             watch.capture(|index| self.launch_both(algorithm, index))?,
             watch.capture(|index| self.arena.read_weights(index, per_sm))?,
         ];
-        // Work first, so that the clocks are those of steady load.
-        watch.sample(&vec![&graphs[1]; SETTLING_SAMPLES])?;
-        // In random order: clocks lag behind power by milliseconds, so that a fixed order would favour whoever follows
-        // the lightest load.
-        let mut order: Vec<usize> = Vec::new();
-        for _ in 0..rounds.max(1) {
-            let mut round = [0, 1, 2, 3];
-            round.shuffle(&mut rand::rng());
-            order.extend(round);
-        }
-        let shuffled: Vec<&TimedGraph> = order.iter().filter_map(|&which| graphs.get(which)).collect();
-        let mut samples = [const { Vec::new() }; 4];
-        for (which, time) in order.into_iter().zip(watch.sample(&shuffled)?) {
-            samples[which].push(time);
-        }
-        Ok(samples.map(|samples| quantile(&samples, 0.5)))
+        interleave(watch, &graphs, 1, rounds)
     }
 }
 

@@ -104,7 +104,7 @@ struct TuneArgs {
     #[arg(long, value_delimiter = ',', default_value = "forward", value_name = "forward,forward_save")]
     op: Vec<Op>,
     /// Number formats [default: bf16 on a GPU, f32 on the CPU].
-    #[arg(long, value_delimiter = ',', value_name = "f32,tf32,f16,bf16")]
+    #[arg(long, value_delimiter = ',', value_name = "f32,tf32,f16,bf16,e4m3,bf16_e4m3,...")]
     dtype: Vec<DType>,
     /// Weight layouts; layouts with one contiguous index share their tuning.
     #[arg(long, value_delimiter = ',', default_value = "separate_nk", value_name = "LAYOUT,...")]
@@ -285,8 +285,9 @@ fn groups(args: &TuneArgs, lab: &Lab) -> Result<Vec<Group>> {
         Lab::Cpu => DType::F32,
     };
     let dtypes = if args.dtype.is_empty() { vec![default] } else { args.dtype.clone() };
-    if matches!(lab, Lab::Cpu) && dtypes.contains(&DType::Tf32) {
-        bail!("tf32 is a GPU format; use f32 on the CPU");
+    let gpu_only = |dtype: &&DType| **dtype == DType::Tf32 || dtype.is_scaled();
+    if let (Lab::Cpu, Some(dtype)) = (lab, dtypes.iter().find(gpu_only)) {
+        bail!("{dtype} is a GPU format; use f32 on the CPU");
     }
     let model = match (&args.model, lab) {
         (Some(name), _) => Some(name.as_str()),

@@ -25,7 +25,12 @@ pub(crate) struct CompileArgs {
     )]
     arch: Vec<String>,
     /// Number formats.
-    #[arg(long, value_delimiter = ',', default_value = "f32,tf32,f16,bf16", value_name = "f32,...")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "f32,tf32,f16,bf16,e4m3,bf16_e4m3,f16_e4m3,bf16_int4,f16_int4",
+        value_name = "f32,..."
+    )]
     dtype: Vec<DType>,
     /// Every legal config instead of the default, the extreme and a sample.
     #[arg(long)]

@@ -36,7 +36,10 @@ impl GuardedBuffer {
 /// The helper kernels, on one stream.
 pub(crate) struct Support {
     stream: Arc<CudaStream>,
-    fill_normal: CudaFunction,
+    fill_x: CudaFunction,
+    fill_weights: CudaFunction,
+    fill_row_scales: CudaFunction,
+    fill_group_scales: CudaFunction,
     fill_pattern: CudaFunction,
     oracle_forward: CudaFunction,
     check_guard: CudaFunction,
@@ -47,6 +50,19 @@ pub(crate) struct Support {
     dependent_launch: bool,
     /// Four sums of every block of `compare`.
     partial: CudaSlice<f64>,
+}
+
+/// What a buffer is filled with.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Fill {
+    /// x: normal numbers.
+    X,
+    /// Weights: normal numbers; of int4 any code.
+    Weights,
+    /// fp32 scales.
+    RowScales,
+    /// Scales of int4's groups.
+    GroupScales,
 }
 
 /// Something `[m, n]` that a kernel wrote.
@@ -83,17 +99,20 @@ impl Support {
     ) -> Result<Self, PrepareError> {
         let source = render::render_support(problem)?;
         let cubin = cache.get_or_compile(nvrtc, &source, gpu.arch)?;
-        let entries =
-            ["fill_normal", "fill_pattern", "oracle_forward", "check_guard", "compare", "gate_packed", "read_once"];
-        let [fill_normal, fill_pattern, oracle_forward, check_guard, compare, gate_packed, read_once] =
-            gpu.load(entries, &cubin)?;
+        let fills = ["fill_x", "fill_weights", "fill_row_scales", "fill_group_scales", "fill_pattern"];
+        let [fill_x, fill_weights, fill_row_scales, fill_group_scales, fill_pattern] = gpu.load(fills, &cubin)?;
+        let [oracle_forward, check_guard, compare, gate_packed, read_once] =
+            gpu.load(["oracle_forward", "check_guard", "compare", "gate_packed", "read_once"], &cubin)?;
         let partial = stream
             .alloc_zeros::<f64>(4 * COMPARE_BLOCKS as usize)
             .map_err(|error| GpuError::Driver { act: "allocate memory", error })?;
         let stream = Arc::clone(stream);
         Ok(Self {
             stream,
-            fill_normal,
+            fill_x,
+            fill_weights,
+            fill_row_scales,
+            fill_group_scales,
             fill_pattern,
             oracle_forward,
             check_guard,
@@ -120,18 +139,25 @@ impl Support {
         Ok(buffer)
     }
 
-    /// Normal numbers of standard deviation `scale`.
+    /// Random elements of `bytes` each, of the size that `scale` says.
     pub(crate) fn fill(
         &self,
         buffer: &GuardedBuffer,
-        element_bytes: u32,
+        what: Fill,
+        bytes: u32,
         seed: u64,
         scale: f32,
     ) -> Result<(), Failure> {
-        let count = (buffer.bytes / element_bytes as usize) as u64;
-        let mut launch = self.stream.launch_builder(&self.fill_normal);
+        let count = (buffer.bytes / bytes as usize) as u64;
+        let fill = match what {
+            Fill::X => &self.fill_x,
+            Fill::Weights => &self.fill_weights,
+            Fill::RowScales => &self.fill_row_scales,
+            Fill::GroupScales => &self.fill_group_scales,
+        };
+        let mut launch = self.stream.launch_builder(fill);
         launch.arg(&buffer.address).arg(&count).arg(&seed).arg(&scale);
-        // SAFETY: `fill_normal(Element*, u64, u64, float)`; the buffer holds `count` elements.
+        // SAFETY: all four are `fill(Stored*, u64, u64, float)`; the buffer holds `count` elements of `bytes` each.
         unsafe { launch.launch(grid(4096)) }.map(drop).map_err(driver("fill a buffer"))
     }
 

@@ -1,18 +1,19 @@
 //! Candidates on a GPU: compiled side by side, verified on poisoned memory, timed over rotating buffers.
 #![allow(unsafe_code, reason = "launches kernels on the addresses of its own buffers")]
 
-use crate::device_memory::{GuardedBuffer, OutputMatrix, Support, driver};
+use crate::device_memory::{Fill, GuardedBuffer, OutputMatrix, Support, driver};
 use crate::race::{Failure, Subject};
 use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, CudaStream, CudaView, sys};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use swiglu_kernels::problem::INT4_GROUP;
 use swiglu_kernels::render::SharedSource;
-use swiglu_kernels::{Config, Family, Problem, WeightMajor};
+use swiglu_kernels::{Config, Family, Format, Problem, WeightMajor};
 use swiglu_runtime::cubin_cache::CubinCache;
 use swiglu_runtime::gpu::{Gpu, Kernel};
 use swiglu_runtime::nvrtc::{Nvrtc, Resources};
-use swiglu_runtime::{PrepareError, RawForward, launch};
+use swiglu_runtime::{PrepareError, RawForward, RawScales, launch};
 
 /// Buffer sets together exceed the L2 cache by this factor, so that every launch finds it cold.
 const L2_FACTOR: usize = 3;
@@ -103,12 +104,31 @@ impl GpuLab {
 /// Work before the last round, in microseconds.
 const SETTLING_US: f64 = 200_000.0;
 
-/// One set of operands: x, both weights in one packed matrix, z, what is saved beside it.
+/// Standard deviation of random e4m3 codes: that of normal numbers whose largest is at the end of the range.
+const E4M3_SIGMA: f32 = 100.0;
+/// Standard deviation of int4 numbers that are all as likely.
+const INT4_SIGMA: f32 = 4.6;
+
+/// One set of operands: x, both weights in one packed matrix, their scales, z, what is saved beside it.
 struct BufferSet {
     x: GuardedBuffer,
     weights: GuardedBuffer,
+    x_scales: Option<GuardedBuffer>,
+    weight_scales: Option<GuardedBuffer>,
     z: GuardedBuffer,
     preactivations: Option<GuardedBuffer>,
+}
+
+/// Bytes of the scales of both weights: one a column, or one a group and column.
+fn weight_scale_bytes(problem: &Problem) -> Option<usize> {
+    let columns = 2 * problem.n as usize;
+    match problem.dtype.weights() {
+        Format::E4m3 => Some(4 * columns),
+        Format::Int4 => {
+            Some(columns * problem.k.div_ceil(INT4_GROUP) as usize * problem.dtype.output().bytes() as usize)
+        }
+        Format::F32 | Format::F16 | Format::Bf16 => None,
+    }
 }
 
 /// Operands of one problem, in as many sets as defeat the L2 cache.
@@ -123,9 +143,11 @@ impl Arena {
     pub(crate) fn new(lab: &GpuLab, problem: Problem, seed: u64) -> Result<Self, Failure> {
         let support = Support::load(&lab.gpu, &lab.nvrtc, &lab.cache, &lab.stream, &problem)
             .map_err(|error| Failure::new("compile", error))?;
-        let bytes = problem.dtype.bytes();
+        let dtype = problem.dtype;
         let (m, n, k) = (problem.m as usize, problem.n as usize, problem.k as usize);
-        let sizes = [m * k, 2 * n * k, m * n].map(|elements| elements * bytes as usize);
+        let weights = 2 * n * k.div_ceil(dtype.weights().numbers() as usize);
+        let sizes = [(m * k, dtype.x()), (weights, dtype.weights()), (m * n, dtype.output())]
+            .map(|(elements, format)| (elements * format.bytes() as usize).next_multiple_of(2));
         let saves = problem.op.saves_preactivations();
         let count = (L2_FACTOR * lab.gpu.l2_bytes / sizes.iter().sum::<usize>().max(1) + 1).clamp(2, 256);
         let mut sets = Vec::with_capacity(count);
@@ -133,12 +155,33 @@ impl Arena {
             let set = BufferSet {
                 x: support.allocate(sizes[0])?,
                 weights: support.allocate(sizes[1])?,
+                x_scales: (dtype.x() == Format::E4m3).then(|| support.allocate(4 * m)).transpose()?,
+                weight_scales: weight_scale_bytes(&problem).map(|bytes| support.allocate(bytes)).transpose()?,
                 z: support.allocate(sizes[2])?,
                 preactivations: saves.then(|| support.allocate(2 * sizes[2])).transpose()?,
             };
-            support.fill(&set.x, bytes, seed.wrapping_add(2 * index), 1.0)?;
+            let seed = seed.wrapping_add(4 * index);
+            let codes = |format| match format {
+                Format::E4m3 => E4M3_SIGMA,
+                Format::Int4 => INT4_SIGMA,
+                Format::F32 | Format::F16 | Format::Bf16 => 1.0,
+            };
+            let x_codes = codes(dtype.x());
+            support.fill(&set.x, Fill::X, dtype.x().bytes(), seed, x_codes)?;
+            if let Some(scales) = &set.x_scales {
+                support.fill(scales, Fill::RowScales, 4, seed.wrapping_add(2), 1.0 / x_codes)?;
+            }
             // Weights of 1/sqrt(K) keep gate and up near 1, where silu bends.
-            support.fill(&set.weights, bytes, seed.wrapping_add(2 * index + 1), 1.0 / (problem.k as f32).sqrt())?;
+            let (weight, codes) = (1.0 / (problem.k as f32).sqrt(), codes(dtype.weights()));
+            let of_codes = if dtype.is_scaled() { codes } else { weight };
+            support.fill(&set.weights, Fill::Weights, dtype.weights().bytes(), seed.wrapping_add(1), of_codes)?;
+            if let Some(scales) = &set.weight_scales {
+                let (fill, bytes) = match dtype.weights() {
+                    Format::Int4 => (Fill::GroupScales, dtype.output().bytes()),
+                    _ => (Fill::RowScales, 4),
+                };
+                support.fill(scales, fill, bytes, seed.wrapping_add(3), weight / codes)?;
+            }
             sets.push(set);
         }
         Ok(Self { problem, support, sets })
@@ -158,13 +201,16 @@ impl Arena {
             WeightMajor::N => (2 * wide_n, wide_n),
         };
         let set = &self.sets[index % self.sets.len()];
+        let output_bytes = u64::from(dtype.output().bytes());
+        let int4 = dtype.weights() == Format::Int4;
+        let scale_bytes = if int4 { output_bytes } else { 4 };
         RawForward {
             m,
             x: set.x.address(),
             x_stride: i64::from(k),
             gate: set.weights.address(),
             gate_stride: weight_stride as i64,
-            up: set.weights.address() + to_up * u64::from(dtype.bytes()),
+            up: set.weights.address() + to_up * u64::from(dtype.weights().bytes()),
             up_stride: weight_stride as i64,
             gate_bias: 0,
             up_bias: 0,
@@ -172,8 +218,16 @@ impl Arena {
             z_stride: i64::from(n),
             saved_gate: set.preactivations.as_ref().map_or(0, GuardedBuffer::address),
             saved_gate_stride: 2 * i64::from(n),
-            saved_up: set.preactivations.as_ref().map_or(0, |both| both.address() + wide_n * u64::from(dtype.bytes())),
+            saved_up: set.preactivations.as_ref().map_or(0, |both| both.address() + wide_n * output_bytes),
             saved_up_stride: 2 * i64::from(n),
+            scales: RawScales {
+                x: set.x_scales.as_ref().map_or(0, GuardedBuffer::address),
+                gate: set.weight_scales.as_ref().map_or(0, GuardedBuffer::address),
+                up: set.weight_scales.as_ref().map_or(0, |both| both.address() + wide_n * scale_bytes),
+                stride: if int4 { 2 * i64::from(n) } else { 0 },
+                x_rows: set.x_scales.is_some(),
+                weight_rows: set.weight_scales.is_some() && !int4,
+            },
         }
     }
 
@@ -270,8 +324,9 @@ impl Arena {
             }
             error = error.max(found.error);
         }
+        let optional = [&set.x_scales, &set.weight_scales, &set.preactivations];
         let buffers: Vec<&GuardedBuffer> =
-            [&set.x, &set.weights, &set.z].into_iter().chain(&set.preactivations).collect();
+            [&set.x, &set.weights, &set.z].into_iter().chain(optional.into_iter().flatten()).collect();
         if !support.guards_intact(&buffers)? {
             return Err(Failure::new("verify", "wrote outside of its outputs"));
         }

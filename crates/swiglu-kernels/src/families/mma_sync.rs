@@ -3,7 +3,8 @@
 //! Design: `docs/kernels/mma_sync.md`. Templates: `templates/mma_sync/`, one for each [`Staging`].
 
 use super::{
-    LaunchShape, RASTERS, Raster, Rejected, check_block, check_fast_silu, check_registers, check_sizes, ensure,
+    LaunchShape, RASTERS, Raster, Rejected, check_block, check_fast_silu, check_registers, check_sizes, check_unscaled,
+    ensure,
 };
 use crate::arch::ArchSpec;
 use crate::problem::{DType, MAX_ACCESS_BYTES, Problem, UnknownName, WeightMajor, names};
@@ -117,6 +118,7 @@ impl MmaSyncConfig {
         let sizes = [block_m, block_n, block_k, stages, warps_m, warps_n, access_bytes, raster_group];
         check_sizes(&sizes, 4096)?;
         ensure(arch.has_cp_async, "mma_sync needs compute capability 8.0", || format!("{arch} has none"))?;
+        check_unscaled(problem)?;
         let bytes = problem.dtype.bytes();
         let row_bytes = [block_k * bytes, block_n * bytes];
         ensure(row_bytes[0] == 64 || row_bytes[0] == 128, "a K row of a tile is 64 or 128 bytes", || {
@@ -169,11 +171,11 @@ impl MmaSyncConfig {
         check_block(&self.launch_shape(problem.dtype), problem, arch)?;
         let accumulators = 2 * (block_m / warps_m) * (block_n / warps_n) / 32;
         let overhead = match problem.dtype {
-            DType::F16 | DType::Bf16 => 64,
             // Rounding keeps both the loaded and the rounded fragments alive.
             DType::Tf32 => 136,
             // Both parts of the fragments, and the sums of a step.
             DType::F32 => 150,
+            _ => 64,
         };
         check_registers(accumulators, overhead, self.threads(), arch)
     }

@@ -2,7 +2,9 @@
 //!
 //! Design: `docs/kernels/simt.md`. Template: `templates/simt/kernel.cu.tera`.
 
-use super::{LaunchShape, RASTERS, Raster, Rejected, check_block, check_registers, check_sizes, ensure};
+use super::{
+    LaunchShape, RASTERS, Raster, Rejected, check_block, check_registers, check_sizes, check_unscaled, ensure,
+};
 use crate::arch::ArchSpec;
 use crate::problem::{DType, MAX_ACCESS_BYTES, Problem};
 use serde::{Deserialize, Serialize};
@@ -73,6 +75,7 @@ impl SimtConfig {
         let &Self { block_m, block_n, block_k, thread_m, thread_n, stages, access_bytes, raster_group, .. } = self;
         let sizes = [block_m, block_n, block_k, thread_m, thread_n, stages, access_bytes, raster_group];
         check_sizes(&sizes, 4096)?;
+        check_unscaled(problem)?;
         ensure(problem.dtype != DType::Tf32, "simt multiplies in fp32", || "tf32 asked for".into())?;
         ensure(
             block_m.is_multiple_of(thread_m) && block_n.is_multiple_of(thread_n) && matches!(stages, 1 | 2),

@@ -4,7 +4,7 @@
 
 use super::{LaunchShape, Raster, Rejected, check_block, check_fast_silu, check_sizes, ensure};
 use crate::arch::ArchSpec;
-use crate::problem::{DType, Problem, UnknownName, WeightMajor, names};
+use crate::problem::{DType, Format, Problem, UnknownName, WeightMajor, names};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -88,14 +88,28 @@ const TILES: [(Schedule, u32, u32, u32); 16] = [
     (Schedule::Cooperative, 256, 104, 2),
 ];
 
+/// The same for e4m3, whose sums take twice the registers. Predicted, not yet raced.
+const E4M3_TILES: [(Schedule, u32, u32, u32); 10] = [
+    (Schedule::Pingpong, 64, 64, 2),
+    (Schedule::Pingpong, 64, 80, 2),
+    (Schedule::Pingpong, 64, 96, 2),
+    (Schedule::Pingpong, 128, 48, 2),
+    (Schedule::Cooperative, 128, 56, 2),
+    (Schedule::Cooperative, 128, 64, 2),
+    (Schedule::Cooperative, 128, 80, 2),
+    (Schedule::Cooperative, 128, 88, 2),
+    (Schedule::Cooperative, 128, 96, 2),
+    (Schedule::Cooperative, 256, 48, 2),
+];
+
 /// Beside the usual orders narrow bands, which keep less of both operands in L2: long K.
 const ORDERS: [(Raster, u32); 4] = [(Raster::AlongM, 8), (Raster::AlongN, 8), (Raster::AlongM, 4), (Raster::AlongN, 4)];
 
 /// Shared memory that the driver takes for every block.
 const RESERVED_BYTES: u32 = 1024;
 
-/// Bytes of both 16-bit formats.
-const ELEMENT_BYTES: u32 = 2;
+/// Bytes of an element of z.
+const OUTPUT_BYTES: u32 = 2;
 
 impl WgmmaTmaConfig {
     /// Threads per CTA.
@@ -104,9 +118,9 @@ impl WgmmaTmaConfig {
     }
 
     /// Shared memory: the ring, the staging of the stores, two barriers a stage, what a split along K exchanges.
-    pub const fn smem_bytes(&self) -> u32 {
-        let ring = self.stages * self.block_k * (self.block_m + 2 * self.block_n) * ELEMENT_BYTES;
-        let staging = 4 * self.consumers * self.store_buffers * 16 * self.store_cols * ELEMENT_BYTES;
+    pub const fn smem_bytes(&self, dtype: DType) -> u32 {
+        let ring = self.stages * self.block_k * (self.block_m + 2 * self.block_n) * dtype.bytes();
+        let staging = 4 * self.consumers * self.store_buffers * 16 * self.store_cols * OUTPUT_BYTES;
         let sums = if self.cluster_k > 1 { 2 * self.block_m * self.block_n * 4 + 16 } else { 0 };
         ring + staging + sums + 16 * self.stages
     }
@@ -119,19 +133,28 @@ impl WgmmaTmaConfig {
         }
     }
 
+    /// Registers a thread of the sums. Those of e4m3 are kept twice: tensor cores sum few K tiles, fp32 the rest.
+    const fn accumulators(&self, dtype: DType) -> u32 {
+        let copies = match dtype.x() {
+            Format::E4m3 => 2,
+            _ => 1,
+        };
+        copies * self.row_blocks() * self.block_n
+    }
+
     /// Columns of one box of N-major weights: a 128-byte or a 64-byte swizzle row.
     pub const fn weight_cols(&self) -> u32 {
         if self.block_n.is_multiple_of(64) { 64 } else { 32 }
     }
 
-    pub(super) fn launch_shape(&self) -> LaunchShape {
+    pub(super) fn launch_shape(&self, dtype: DType) -> LaunchShape {
         LaunchShape {
             block_m: self.block_m * self.cluster_m,
             block_n: self.block_n * self.cluster_n,
             cluster: self.cluster_m * self.cluster_n * self.cluster_k,
             per_sm: Some(self.fill),
             threads: self.threads(),
-            smem_bytes: self.smem_bytes(),
+            smem_bytes: self.smem_bytes(dtype),
             raster: self.raster,
             raster_group: self.raster_group,
             access_bytes: 16,
@@ -173,11 +196,20 @@ impl WgmmaTmaConfig {
         ];
         check_sizes(&sizes, 1024)?;
         ensure(arch.has_wgmma, "wgmma_tma needs compute capability 9.0", || format!("{arch} has none"))?;
-        ensure(matches!(problem.dtype, DType::F16 | DType::Bf16), "wgmma_tma multiplies fp16 or bf16", || {
-            format!("{} asked for", problem.dtype)
-        })?;
+        ensure(
+            matches!(problem.dtype, DType::F16 | DType::Bf16 | DType::E4m3),
+            "wgmma_tma multiplies fp16, bf16 or e4m3",
+            || format!("{} asked for", problem.dtype),
+        )?;
+        ensure(
+            problem.dtype != DType::E4m3 || problem.weight_major == WeightMajor::K,
+            "wgmma transposes no 8-bit weights",
+            || "n_major e4m3".into(),
+        )?;
         ensure(problem.k > 0, "wgmma_tma needs K of at least 1", || "k is 0".into())?;
-        ensure(block_k * ELEMENT_BYTES == 128, "a K row of a tile is 128 bytes", || format!("block_k {block_k}"))?;
+        ensure(block_k * problem.dtype.bytes() == 128, "a K row of a tile is 128 bytes", || {
+            format!("block_k {block_k}")
+        })?;
         ensure(
             block_n.is_multiple_of(8) && (16..=128).contains(&block_n),
             "gate and up share one wgmma of at most 256 columns",
@@ -197,11 +229,15 @@ impl WgmmaTmaConfig {
             format!("block_m {block_m}")
         })?;
         // Measured with NVRTC 13.0: more accumulators spill, and ptxas then serialises wgmma.
-        ensure(
-            self.row_blocks() * block_n <= if consumers == 3 || blocks_per_sm == 2 { 96 } else { 208 },
-            "accumulators fit in registers",
-            || format!("{} accumulators a thread", self.row_blocks() * block_n),
-        )?;
+        let most = match (consumers, problem.dtype) {
+            (3, _) => 96,
+            _ if blocks_per_sm == 2 => 96,
+            (_, DType::E4m3) => 192,
+            _ => 208,
+        };
+        ensure(self.accumulators(problem.dtype) <= most, "accumulators fit in registers", || {
+            format!("{} accumulators a thread", self.accumulators(problem.dtype))
+        })?;
         // 132 multiprocessors are 66 pairs; larger clusters leave some idle.
         ensure(
             cluster_m * cluster_n * cluster_k <= 2 && block_m.is_multiple_of(16 * cluster_n),
@@ -228,13 +264,13 @@ impl WgmmaTmaConfig {
             || format!("{blocks_per_sm} blocks of {consumers} consumers"),
         )?;
         ensure(
-            blocks_per_sm * (self.smem_bytes() + RESERVED_BYTES) <= arch.smem_per_block + RESERVED_BYTES,
+            blocks_per_sm * (self.smem_bytes(problem.dtype) + RESERVED_BYTES) <= arch.smem_per_block + RESERVED_BYTES,
             "the stages of all blocks of a multiprocessor fit in its shared memory",
-            || format!("{blocks_per_sm} blocks of {} bytes", self.smem_bytes()),
+            || format!("{blocks_per_sm} blocks of {} bytes", self.smem_bytes(problem.dtype)),
         )?;
         check_fast_silu(self.fast_silu, problem)?;
         ensure(stages >= 2, "at least 2 stages", || format!("{stages} stages"))?;
-        check_block(&self.launch_shape(), problem, arch)
+        check_block(&self.launch_shape(problem.dtype), problem, arch)
     }
 }
 
@@ -248,7 +284,7 @@ fn tile(schedule: Schedule, block_m: u32, block_n: u32, consumers: u32, dtype: D
         let config = WgmmaTmaConfig {
             block_m,
             block_n,
-            block_k: 64,
+            block_k: 128 / dtype.bytes(),
             stages: 0,
             consumers,
             schedule,
@@ -260,11 +296,11 @@ fn tile(schedule: Schedule, block_m: u32, block_n: u32, consumers: u32, dtype: D
             blocks_per_sm: 1,
             fill: 1,
             prefetch: 4,
-            fast_silu: dtype == DType::Bf16,
+            fast_silu: dtype.output() == Format::Bf16,
             raster: Raster::AlongN,
             raster_group: 8,
         };
-        config.with_most_stages(8)
+        config.with_most_stages(8, dtype)
     };
     let (two, one) = (with(2), with(1));
     if one.stages > two.stages { one } else { two }
@@ -272,9 +308,9 @@ fn tile(schedule: Schedule, block_m: u32, block_n: u32, consumers: u32, dtype: D
 
 impl WgmmaTmaConfig {
     /// As many stages as fit, up to `most`.
-    fn with_most_stages(self, most: u32) -> Self {
-        let none = Self { stages: 0, ..self }.smem_bytes();
-        let stage = Self { stages: 1, ..self }.smem_bytes() - none;
+    fn with_most_stages(self, most: u32, dtype: DType) -> Self {
+        let none = Self { stages: 0, ..self }.smem_bytes(dtype);
+        let stage = Self { stages: 1, ..self }.smem_bytes(dtype) - none;
         let budget = (SMEM_BYTES + RESERVED_BYTES) / self.blocks_per_sm - RESERVED_BYTES;
         Self { stages: (budget.saturating_sub(none) / stage).min(most), ..self }
     }
@@ -325,12 +361,13 @@ fn stream_tile((block_m, block_n, cluster_n, cluster_k): (u32, u32, u32, u32), d
         prefetch: 400 / block_n,
         ..tile(Schedule::Cooperative, block_m, block_n, 1, dtype)
     };
-    config.with_most_stages(12)
+    config.with_most_stages(12, dtype)
 }
 
 pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaTmaConfig> + use<> {
     let dtype = problem.dtype;
-    let tiles = TILES.into_iter().flat_map(move |(schedule, block_m, block_n, consumers)| {
+    let tiles: &'static [(Schedule, u32, u32, u32)] = if dtype == DType::E4m3 { &E4M3_TILES } else { &TILES };
+    let tiles = tiles.iter().flat_map(move |&(schedule, block_m, block_n, consumers)| {
         [(2, 1), (1, 2), (1, 1)].into_iter().flat_map(move |(cluster_m, cluster_n)| {
             ORDERS.into_iter().map(move |(raster, raster_group)| WgmmaTmaConfig {
                 cluster_m,
@@ -349,6 +386,11 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaTmaConfig> +
 
 /// Preferred configs when nothing was tuned, best first.
 pub(super) fn defaults(problem: &Problem) -> [WgmmaTmaConfig; 2] {
+    if problem.dtype == DType::E4m3 {
+        let pair =
+            |block_n| WgmmaTmaConfig { cluster_m: 2, ..tile(Schedule::Cooperative, 128, block_n, 2, problem.dtype) };
+        return [pair(if problem.m <= 512 { 64 } else { 96 }), pair(64)];
+    }
     let block_n = match problem.m {
         0..=256 => 56,
         257..=512 => 88,

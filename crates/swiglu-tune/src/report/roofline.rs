@@ -73,8 +73,9 @@ fn flops_per_clock(arch: &str, dtype: DType) -> Option<f64> {
     };
     let has_tf32 = !matches!(arch, "sm_70" | "sm_75");
     match dtype {
-        DType::F16 => Some(half),
-        DType::Bf16 => has_tf32.then_some(half),
+        DType::F16 | DType::F16E4m3 | DType::F16Int4 => Some(half),
+        DType::Bf16 | DType::Bf16E4m3 | DType::Bf16Int4 => has_tf32.then_some(half),
+        DType::E4m3 => matches!(arch, "sm_89" | "sm_90a" | "sm_100a" | "sm_120").then_some(half * 2.0),
         DType::Tf32 => has_tf32.then_some(half / 2.0),
         DType::F32 => Some(if matches!(arch, "sm_70" | "sm_75" | "sm_80") { 128.0 } else { 256.0 }),
     }

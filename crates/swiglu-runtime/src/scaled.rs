@@ -1,0 +1,266 @@
+//! Launches of the scaled formats: e4m3 and int4 operands with their scales.
+#![allow(unsafe_code, reason = "vouches for the addresses of checked slices")]
+
+use crate::launch::{RawForward, RawScales};
+use crate::operands::{ArgumentError, Forward, Matrix, Preactivations, Weights, sealed};
+use crate::plan::{LaunchError, Plan};
+use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceSlice};
+use half::{bf16, f16};
+use swiglu_kernels::problem::INT4_GROUP;
+use swiglu_kernels::{Format, GateOrder};
+
+/// A Rust type that a [`Format`] is stored as: `f16`, `bf16`, `u8` (codes of e4m3), `u32` (words of eight int4).
+pub trait Stored: sealed::Sealed + Copy + Send + Sync + 'static {
+    /// The format.
+    const FORMAT: Format;
+}
+
+impl Stored for f16 {
+    const FORMAT: Format = Format::F16;
+}
+
+impl Stored for bf16 {
+    const FORMAT: Format = Format::Bf16;
+}
+
+impl Stored for u8 {
+    const FORMAT: Format = Format::E4m3;
+}
+
+impl Stored for u32 {
+    const FORMAT: Format = Format::Int4;
+}
+
+/// Scales of both weights.
+#[derive(Debug)]
+pub enum WeightScales<'a, O> {
+    /// Of e4m3: one for all columns of z, or one for each (`[N]`).
+    Columns {
+        /// Of the gate.
+        gate: CudaView<'a, f32>,
+        /// Of the other factor.
+        up: CudaView<'a, f32>,
+    },
+    /// Of int4: `[ceil(K / 128), 2N]`, or twice `[ceil(K / 128), N]`, packed as the weights are.
+    Groups(Weights<CudaView<'a, O>>),
+}
+
+/// Operands of `z = silu(x·Wg + bg) ⊙ (x·Wu + bu)`, where x or the weights stand for numbers times scales.
+#[derive(Debug)]
+pub struct ScaledForward<'a, X, W, O> {
+    /// `[M, K]`.
+    pub x: Matrix<CudaView<'a, X>>,
+    /// Of x in e4m3, and only then: one for all rows, or one for each (`[M]`).
+    pub x_scales: Option<CudaView<'a, f32>>,
+    /// Gate and up weights. Rows of int4 are words of eight along K: `[K / 8, N]` or `[K / 8, 2N]`.
+    pub weights: Weights<CudaView<'a, W>>,
+    /// Their scales.
+    pub weight_scales: WeightScales<'a, O>,
+    /// `[N]`, if any.
+    pub gate_bias: Option<CudaView<'a, O>>,
+    /// `[N]`, if any.
+    pub up_bias: Option<CudaView<'a, O>>,
+    /// `[M, N]`: the output.
+    pub z: Matrix<CudaViewMut<'a, O>>,
+    /// Given where, and only where, the plan saves them.
+    pub preactivations: Option<Preactivations<CudaViewMut<'a, O>>>,
+}
+
+/// The same matrix with the length of its storage in place of it.
+fn lengths<S: DeviceSlice<T>, T>(matrix: &Matrix<S>) -> Matrix<usize> {
+    Matrix::strided(matrix.data.len(), matrix.rows, matrix.cols, matrix.row_stride)
+}
+
+fn weight_lengths<S: DeviceSlice<T>, T>(weights: &Weights<S>) -> Weights<usize> {
+    match weights {
+        Weights::Packed(packed) => Weights::Packed(lengths(packed)),
+        Weights::Separate { gate, up } => Weights::Separate { gate: lengths(gate), up: lengths(up) },
+    }
+}
+
+impl<X: Stored, W: Stored, O: Stored> ScaledForward<'_, X, W, O> {
+    /// What [`Forward::check`] looks at.
+    fn shapes(&self) -> Forward<usize, usize> {
+        Forward {
+            x: lengths(&self.x),
+            weights: weight_lengths(&self.weights),
+            gate_bias: self.gate_bias.as_ref().map(DeviceSlice::len),
+            up_bias: self.up_bias.as_ref().map(DeviceSlice::len),
+            z: lengths(&self.z),
+            preactivations: self.preactivations.as_ref().map(|saved| match saved {
+                Preactivations::Packed(saved) => Preactivations::Packed(lengths(saved)),
+                Preactivations::Separate { gate, up } => {
+                    Preactivations::Separate { gate: lengths(gate), up: lengths(up) }
+                }
+            }),
+        }
+    }
+
+    /// Holds the number formats of all operands to the plan's.
+    fn check_formats(&self, plan: &Plan) -> Result<(), ArgumentError> {
+        let dtype = plan.spec.dtype;
+        let found =
+            [("x", X::FORMAT, dtype.x()), ("weights", W::FORMAT, dtype.weights()), ("z", O::FORMAT, dtype.output())];
+        for (argument, found, expected) in found {
+            if found != expected {
+                return Err(ArgumentError::new(argument, format!("is {found}, `{dtype}` has {expected} here")));
+            }
+        }
+        if dtype.is_scaled() {
+            return Ok(());
+        }
+        Err(ArgumentError::new("weights", format!("`{dtype}` has no scales; use `Plan::launch`")))
+    }
+
+    /// Whether each row has a scale of its own.
+    fn check_scales(argument: &'static str, scales: &CudaView<'_, f32>, rows: usize) -> Result<bool, ArgumentError> {
+        match scales.len() {
+            1 => Ok(false),
+            len if len == rows => Ok(true),
+            len => Err(ArgumentError::new(argument, format!("has {len} scales, expected 1 or {rows}"))),
+        }
+    }
+}
+
+impl Plan {
+    /// [`Plan::launch`] for the scaled formats; every shape is checked first. Empty M or N returns without a launch. The
+    /// memory of every matrix starts, and its rows step, at multiples of 16 bytes.
+    ///
+    /// # Errors
+    /// [`LaunchError::Argument`] names the operand that does not fit; nothing was launched then.
+    pub fn launch_scaled<X: Stored, W: Stored, O: Stored>(
+        &self,
+        stream: &CudaStream,
+        forward: ScaledForward<'_, X, W, O>,
+    ) -> Result<(), LaunchError> {
+        forward.check_formats(self)?;
+        let offsets = forward.shapes().check(&self.spec, |&len| len, |&len| len)?;
+        let (m, n) = (forward.x.rows, self.spec.n as usize);
+        let x_rows = match (&forward.x_scales, self.spec.dtype.x()) {
+            (Some(scales), Format::E4m3) => ScaledForward::<X, W, O>::check_scales("x_scales", scales, m)?,
+            (None, Format::E4m3) => return Err(ArgumentError::new("x_scales", "is missing: x is e4m3").into()),
+            (Some(_), format) => {
+                return Err(ArgumentError::new("x_scales", format!("is given, but x is {format}")).into());
+            }
+            (None, _) => false,
+        };
+        let weight_rows = match (&forward.weight_scales, self.spec.dtype.weights()) {
+            (WeightScales::Columns { gate, up }, Format::E4m3) => {
+                let each = ScaledForward::<X, W, O>::check_scales("weight_scales.gate", gate, n)?;
+                if ScaledForward::<X, W, O>::check_scales("weight_scales.up", up, n)? != each {
+                    return Err(ArgumentError::new("weight_scales.up", "has another length than `gate`").into());
+                }
+                each
+            }
+            (WeightScales::Groups(groups), Format::Int4) => {
+                let rows = (self.spec.k.div_ceil(INT4_GROUP)) as usize;
+                let is_packed = self.spec.layout.is_packed();
+                match weight_lengths(groups) {
+                    Weights::Packed(packed) if is_packed => packed.check("weight_scales", rows, 2 * n, packed.data)?,
+                    Weights::Separate { gate, up } if !is_packed && gate.row_stride == up.row_stride => {
+                        gate.check("weight_scales.gate", rows, n, gate.data)?;
+                        up.check("weight_scales.up", rows, n, up.data)?;
+                    }
+                    _ => {
+                        let reason = "is not packed as the weights are, or gate and up differ in their row stride";
+                        return Err(ArgumentError::new("weight_scales", reason).into());
+                    }
+                }
+                false
+            }
+            (_, format) => {
+                let reason = format!("is of another kind: {format} has one a column (e4m3) or one a group (int4)");
+                return Err(ArgumentError::new("weight_scales", reason).into());
+            }
+        };
+        self.check_device("stream", stream)?;
+        self.check_device("x", forward.x.data.stream())?;
+        self.check_device("z", forward.z.data.stream())?;
+        let weights: &[_] = match &forward.weights {
+            Weights::Packed(packed) => &[&packed.data],
+            Weights::Separate { gate, up } => &[&gate.data, &up.data],
+        };
+        for slice in weights {
+            self.check_device("weights", slice.stream())?;
+        }
+        if m == 0 || n == 0 {
+            return Ok(());
+        }
+        self.gpu.context.bind_to_thread().map_err(LaunchError::Context)?;
+
+        let stride = |elements: usize| i64::try_from(elements).unwrap_or(i64::MAX);
+        let (weight_bytes, output_bytes) = (size_of::<W>() as u64, size_of::<O>() as u64);
+        let (x, _x) = forward.x.data.device_ptr(stream);
+        let (gate_data, up_data) = match &forward.weights {
+            Weights::Packed(packed) => (&packed.data, &packed.data),
+            Weights::Separate { gate, up } => (&gate.data, &up.data),
+        };
+        let (gate, _gate) = gate_data.device_ptr(stream);
+        let (up, _up) = up_data.device_ptr(stream);
+        let x_scales = forward.x_scales.as_ref().map(|scales| scales.device_ptr(stream));
+        let (gate_scales, up_scales, scale_stride) = match &forward.weight_scales {
+            WeightScales::Columns { gate, up } => (gate.device_ptr(stream), up.device_ptr(stream), 0),
+            WeightScales::Groups(Weights::Separate { gate, up }) => {
+                (gate.data.device_ptr(stream), up.data.device_ptr(stream), gate.row_stride)
+            }
+            WeightScales::Groups(Weights::Packed(packed)) => {
+                let ((first, guard), second) = (packed.data.device_ptr(stream), packed.data.device_ptr(stream));
+                let half = first + n as u64 * output_bytes;
+                match self.spec.gate_order {
+                    GateOrder::GateFirst => ((first, guard), (half, second.1), packed.row_stride),
+                    GateOrder::UpFirst => ((half, guard), (first, second.1), packed.row_stride),
+                }
+            }
+        };
+        let gate_bias = forward.gate_bias.as_ref().map(|bias| bias.device_ptr(stream));
+        let up_bias = forward.up_bias.as_ref().map(|bias| bias.device_ptr(stream));
+        let mut output = forward.z;
+        let (z, _z) = output.data.device_ptr_mut(stream);
+        let mut preactivations = forward.preactivations;
+        let ((saved_gate, saved_gate_stride, _saved_gate), (saved_up, saved_up_stride, _saved_up)) =
+            match &mut preactivations {
+                Some(Preactivations::Packed(saved)) => {
+                    let row_stride = saved.row_stride;
+                    let (address, written) = saved.data.device_ptr_mut(stream);
+                    let half = address + n as u64 * output_bytes;
+                    ((address, row_stride, Some(written)), (half, row_stride, None))
+                }
+                Some(Preactivations::Separate { gate, up }) => {
+                    let (gate_stride, up_stride) = (gate.row_stride, up.row_stride);
+                    let (gate_address, gate_written) = gate.data.device_ptr_mut(stream);
+                    let (up_address, up_written) = up.data.device_ptr_mut(stream);
+                    ((gate_address, gate_stride, Some(gate_written)), (up_address, up_stride, Some(up_written)))
+                }
+                None => ((0, 0, None), (0, 0, None)),
+            };
+        let raw = RawForward {
+            m: u32::try_from(m).unwrap_or(u32::MAX),
+            x,
+            x_stride: stride(forward.x.row_stride),
+            gate: gate + offsets.gate as u64 * weight_bytes,
+            gate_stride: stride(offsets.gate_stride),
+            up: up + offsets.up as u64 * weight_bytes,
+            up_stride: stride(offsets.up_stride),
+            gate_bias: gate_bias.as_ref().map_or(0, |(address, _)| *address),
+            up_bias: up_bias.as_ref().map_or(0, |(address, _)| *address),
+            z,
+            z_stride: stride(output.row_stride),
+            saved_gate,
+            saved_gate_stride: stride(saved_gate_stride),
+            saved_up,
+            saved_up_stride: stride(saved_up_stride),
+            scales: RawScales {
+                x: x_scales.as_ref().map_or(0, |(address, _)| *address),
+                gate: gate_scales.0,
+                up: up_scales.0,
+                stride: stride(scale_stride),
+                x_rows,
+                weight_rows,
+            },
+        };
+        // SAFETY: every matrix, bias and vector of scales was held to its slice above, the borrows keep the slices alive and
+        // the outputs apart, `check_device` has held them to this plan's GPU; cudarc orders their release after this
+        // stream's work.
+        unsafe { self.launch_raw(stream.cu_stream(), &raw) }
+    }
+}

@@ -1,0 +1,52 @@
+// Numbers of weights in 8 or 4 bits to pairs of 16-bit ones, exactly. Pairs hold neighbours of every second or fourth place:
+// the order within a sum is free, and order_x brings x into the same.
+
+#include "shared/ptx/pairs.cuh"
+
+template <bool kBf16, bool kInt4> struct Expand;
+
+// A word of four e4m3 codes to (0, 2) and (1, 3). Sign and the seven other bits are moved to their places; a product with a power
+// of two makes up for the exponents' biases, for the numbers below the normal ones too. NaN codes read as +-480.
+template <bool kBf16> struct Expand<kBf16, false> {
+    static constexpr int kPairs = 2;
+
+    __device__ __forceinline__ static u32 pair(u32 word) {  // of its upper bytes
+        const u32 bits = (word & 0x80008000u) | (kBf16 ? word >> 4 & 0x07f007f0u : word >> 1 & 0x3f803f80u);
+        return fma_pair<kBf16>(bits, kBf16 ? 0x7b807b80u : 0x5c005c00u, 0x80008000u);  // 2^120 or 2^8, and -0
+    }
+
+    __device__ __forceinline__ static void apply(u32 word, u32 (&pairs)[kPairs]) {
+        pairs[0] = pair(word << 8);
+        pairs[1] = pair(word);
+    }
+};
+
+// A word of eight int4, stored plus 8, to (i, i + 4) for i from 0 to 3. Put into the last bits of a power of two they are numbers
+// already; that power and the 8 go in one step.
+template <bool kBf16> struct Expand<kBf16, true> {
+    static constexpr int kPairs = 4;
+
+    __device__ __forceinline__ static void apply(u32 word, u32 (&pairs)[kPairs]) {
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+            if constexpr (kBf16) {  // 128 + v
+                pairs[i] = fma_pair<true>((word >> 4 * i & 0x000f000fu) | 0x43004300u, 0x3f803f80u, 0xc308c308u);
+            } else if (i % 2 == 0) {  // 1024 + v
+                pairs[i] = fma_pair<false>((word >> 4 * i & 0x000f000fu) | 0x64006400u, 0x3c003c00u, 0xe408e408u);
+            } else {  // 1024 + 16 v, to be divided by 16
+                pairs[i] = fma_pair<false>((word >> 4 * (i - 1) & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u);
+            }
+        }
+    }
+};
+
+// Words of two neighbours each, as they lie in memory, to the pairs that Expand makes of weights at the same places.
+template <bool kInt4, int kWords> __device__ __forceinline__ void order_x(const u32 (&words)[kWords], u32 (&pairs)[kWords]) {
+    constexpr int kApart = kInt4 ? 2 : 1;
+#pragma unroll
+    for (int i = 0; i < kWords / 2; ++i) {
+        const int first = kInt4 ? i / 2 * 4 + i % 2 : 2 * i;
+        pairs[2 * i] = __byte_perm(words[first], words[first + kApart], 0x5410);
+        pairs[2 * i + 1] = __byte_perm(words[first], words[first + kApart], 0x7632);
+    }
+}
