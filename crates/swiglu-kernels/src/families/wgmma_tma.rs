@@ -199,6 +199,10 @@ impl WgmmaTmaConfig {
         ensure(self.accumulators(problem.dtype) <= most, "accumulators fit in registers", || {
             format!("{} accumulators a thread", self.accumulators(problem.dtype))
         })?;
+        let widest = problem.dtype == DType::E4m3 && self.schedule == Schedule::Pingpong && block_n > 88;
+        ensure(!widest || store_cols >= 32, "the widest e4m3 tiles in turns spill with narrow stores", || {
+            format!("store_cols {store_cols} of {block_n}")
+        })?;
         // 132 multiprocessors are 66 pairs; larger clusters leave some idle.
         ensure(
             cluster_m * cluster_n <= 2 && block_m.is_multiple_of(16 * cluster_n),
