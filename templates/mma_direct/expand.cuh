@@ -30,11 +30,11 @@ template <bool kBf16> struct Expand<kBf16, true> {
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
             if constexpr (kBf16) {  // 128 + v
-                pairs[i] = fma_pair<true>((word >> 4 * i & 0x000f000fu) | 0x43004300u, 0x3f803f80u, 0xc308c308u);
+                pairs[i] = fma_pair<true>(and_or<0x000f000fu, 0x43004300u>(word >> 4 * i), 0x3f803f80u, 0xc308c308u);
             } else if (i % 2 == 0) {  // 1024 + v
-                pairs[i] = fma_pair<false>((word >> 4 * i & 0x000f000fu) | 0x64006400u, 0x3c003c00u, 0xe408e408u);
+                pairs[i] = fma_pair<false>(and_or<0x000f000fu, 0x64006400u>(word >> 4 * i), 0x3c003c00u, 0xe408e408u);
             } else {  // 1024 + 16 v, to be divided by 16
-                pairs[i] = fma_pair<false>((word >> 4 * (i - 1) & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u);
+                pairs[i] = fma_pair<false>(and_or<0x00f000f0u, 0x64006400u>(word >> 4 * (i - 1)), 0x2c002c00u, 0xd480d480u);
             }
         }
     }

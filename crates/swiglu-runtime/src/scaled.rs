@@ -112,6 +112,42 @@ impl<X: Stored, W: Stored, O: Stored> ScaledForward<'_, X, W, O> {
         Err(ArgumentError::new("weights", format!("`{dtype}` has no scales; use `Plan::launch`")))
     }
 
+    /// Holds the memory of all operands to the plan's GPU.
+    fn check_devices(&self, plan: &Plan) -> Result<(), ArgumentError> {
+        plan.check_device("x", self.x.data.stream())?;
+        plan.check_device("z", self.z.data.stream())?;
+        match &self.weights {
+            Weights::Packed(both) => plan.check_device("weights", both.data.stream())?,
+            Weights::Separate { gate, up } => {
+                plan.check_device("gate", gate.data.stream())?;
+                plan.check_device("up", up.data.stream())?;
+            }
+        }
+        match &self.weight_scales {
+            WeightScales::Columns { gate, up } => {
+                plan.check_device("weight_scales.gate", gate.stream())?;
+                plan.check_device("weight_scales.up", up.stream())?;
+            }
+            WeightScales::Groups(Weights::Packed(both)) => plan.check_device("weight_scales", both.data.stream())?,
+            WeightScales::Groups(Weights::Separate { gate, up }) => {
+                plan.check_device("weight_scales.gate", gate.data.stream())?;
+                plan.check_device("weight_scales.up", up.data.stream())?;
+            }
+        }
+        match &self.preactivations {
+            Some(Preactivations::Packed(saved)) => plan.check_device("preactivations", saved.data.stream())?,
+            Some(Preactivations::Separate { gate, up }) => {
+                plan.check_device("preactivations.gate", gate.data.stream())?;
+                plan.check_device("preactivations.up", up.data.stream())?;
+            }
+            None => {}
+        }
+        for (argument, bias) in [("gate_bias", &self.gate_bias), ("up_bias", &self.up_bias)] {
+            bias.as_ref().map_or(Ok(()), |bias| plan.check_device(argument, bias.stream()))?;
+        }
+        self.x_scales.as_ref().map_or(Ok(()), |scales| plan.check_device("x_scales", scales.stream()))
+    }
+
     /// Whether each row has a scale of its own.
     fn check_scales(argument: &'static str, scales: &CudaView<'_, f32>, rows: usize) -> Result<bool, ArgumentError> {
         match scales.len() {
@@ -174,15 +210,7 @@ impl Plan {
             }
         };
         self.check_device("stream", stream)?;
-        self.check_device("x", forward.x.data.stream())?;
-        self.check_device("z", forward.z.data.stream())?;
-        let weights: &[_] = match &forward.weights {
-            Weights::Packed(packed) => &[&packed.data],
-            Weights::Separate { gate, up } => &[&gate.data, &up.data],
-        };
-        for slice in weights {
-            self.check_device("weights", slice.stream())?;
-        }
+        forward.check_devices(self)?;
         if m == 0 || n == 0 {
             return Ok(());
         }

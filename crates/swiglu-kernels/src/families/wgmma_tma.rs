@@ -238,6 +238,10 @@ impl WgmmaTmaConfig {
         ensure(self.accumulators(problem.dtype) <= most, "accumulators fit in registers", || {
             format!("{} accumulators a thread", self.accumulators(problem.dtype))
         })?;
+        let widest = problem.dtype == DType::E4m3 && self.schedule == Schedule::Pingpong && block_n > 88;
+        ensure(!widest || store_cols >= 32, "the widest e4m3 tiles in turns spill with narrow stores", || {
+            format!("store_cols {store_cols} of {block_n}")
+        })?;
         // 132 multiprocessors are 66 pairs; larger clusters leave some idle.
         ensure(
             cluster_m * cluster_n * cluster_k <= 2 && block_m.is_multiple_of(16 * cluster_n),
@@ -263,6 +267,11 @@ impl WgmmaTmaConfig {
             "two small blocks share a multiprocessor",
             || format!("{blocks_per_sm} blocks of {consumers} consumers"),
         )?;
+
+        ensure(fill <= blocks_per_sm, "no more blocks are launched than fit", || format!("{fill} of {blocks_per_sm}"))?;
+        ensure(blocks_per_sm == 1 || problem.dtype != DType::E4m3, "tiles of few tokens sum once", || {
+            format!("{blocks_per_sm} blocks of {}", problem.dtype)
+        })?;
         ensure(
             blocks_per_sm * (self.smem_bytes(problem.dtype) + RESERVED_BYTES) <= arch.smem_per_block + RESERVED_BYTES,
             "the stages of all blocks of a multiprocessor fit in its shared memory",
@@ -380,6 +389,7 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaTmaConfig> +
     });
     let streams = STREAM_TILES
         .into_iter()
+        .filter(move |_| dtype != DType::E4m3)
         .flat_map(move |tile| [1, 2].map(|fill| WgmmaTmaConfig { fill, ..stream_tile(tile, dtype) }));
     tiles.chain(streams)
 }

@@ -1,4 +1,6 @@
 // In place of shared/ptx/pairs.cuh.
+template <u32 kMask, u32 kBits> u32 and_or(u32 value) { return (value & kMask) | kBits; }
+
 template <bool kBf16> u32 fma_pair(u32 a, u32 b, u32 c) {
     const auto one = [](u32 pair, int half) {
         const u16 bits = u16(pair >> 16 * half);
