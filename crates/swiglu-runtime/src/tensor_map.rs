@@ -5,15 +5,17 @@
 #![allow(unsafe_code, reason = "cudarc has no safe layer for tensor maps")]
 
 use crate::launch::RawForward;
+use crate::step::{RawMatrix, RawStep};
 use cudarc::driver::{DriverError, sys};
 use std::mem::MaybeUninit;
-use swiglu_kernels::families::{MmaSyncConfig, WgmmaTmaConfig};
-use swiglu_kernels::problem::MAX_ACCESS_BYTES;
+use swiglu_kernels::families::{MmaSyncConfig, WgmmaGemmConfig, WgmmaTmaConfig};
+use swiglu_kernels::problem::{MAX_ACCESS_BYTES, OperandMajor};
 use swiglu_kernels::{DType, Problem, WeightMajor};
 
 /// A row-major matrix and the box of it that one copy moves.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct BoxedMatrix {
+    pub(crate) dtype: DType,
     pub(crate) address: u64,
     pub(crate) rows: u32,
     pub(crate) cols: u32,
@@ -25,8 +27,8 @@ pub(crate) struct BoxedMatrix {
 
 impl BoxedMatrix {
     /// Bytes of the swizzle: a swizzled box is as wide as that.
-    pub(crate) fn swizzle_bytes(&self, dtype: DType) -> u32 {
-        match self.box_cols * dtype.bytes() {
+    pub(crate) fn swizzle_bytes(&self) -> u32 {
+        match self.box_cols * self.dtype.bytes() {
             width @ (32 | 64 | 128) if self.swizzled => width,
             _ => 0,
         }
@@ -54,6 +56,7 @@ pub(crate) fn of_preactivations(config: &WgmmaTmaConfig, problem: &Problem, args
 /// An `[m, n]` output and its store box.
 fn output(config: &WgmmaTmaConfig, problem: &Problem, m: u32, address: u64, row_stride: i64) -> BoxedMatrix {
     BoxedMatrix {
+        dtype: problem.dtype,
         address,
         rows: m,
         cols: problem.n,
@@ -75,6 +78,48 @@ pub(crate) fn of_mma_sync(config: &MmaSyncConfig, problem: &Problem, args: &RawF
     tile.of(problem, args)
 }
 
+/// `StepMaps` of `templates/wgmma_gemm/kernel.cu.tera`: two left, two right, three out, two saved. What the step has not
+/// is its first of that kind again.
+pub(crate) fn of_wgmma_gemm(config: &WgmmaGemmConfig, problem: &Problem, args: &RawStep) -> Option<[BoxedMatrix; 9]> {
+    let product = problem.with_m(args.m).product()?;
+    let operand = |matrix: RawMatrix, major: OperandMajor, outer: u32, block: u32, sharers: u32| {
+        let (rows, cols, box_rows) = match major {
+            OperandMajor::Depth => (outer, product.depth, block / sharers),
+            OperandMajor::Outer => (product.depth, outer, config.block_k / sharers),
+        };
+        BoxedMatrix {
+            dtype: problem.dtype,
+            address: matrix.address,
+            rows,
+            cols,
+            row_stride: matrix.stride,
+            box_rows,
+            box_cols: config.block_k,
+            swizzled: true,
+        }
+    };
+    let left = |matrix| operand(matrix, product.left, product.rows, config.block_m, config.cluster_n);
+    let right = |matrix| operand(matrix, product.right, product.cols, config.block_n, config.cluster_m);
+    let strip = |dtype| {
+        move |matrix: RawMatrix| BoxedMatrix {
+            dtype,
+            address: matrix.address,
+            rows: product.rows,
+            cols: product.cols,
+            row_stride: matrix.stride,
+            box_rows: 16,
+            box_cols: config.store_cols,
+            swizzled: true,
+        }
+    };
+    let present = |matrix: RawMatrix, first: RawMatrix| if matrix.address == 0 { first } else { matrix };
+    let [[left0, left1], [right0, right1]] =
+        [args.left, args.right].map(|[first, second]| [first, present(second, first)]);
+    let [out0, out1, out2] = args.out.map(|matrix| strip(args.output_dtype(problem))(present(matrix, args.out[0])));
+    let [gate, up] = args.saved.map(|matrix| strip(problem.dtype)(present(matrix, args.out[0])));
+    Some([left(left0), left(left1), right(right0), right(right1), out0, out1, out2, gate, up])
+}
+
 /// The boxes in which a tile of the operands comes.
 struct InputBoxes {
     x_rows: u32,
@@ -86,14 +131,23 @@ struct InputBoxes {
 
 impl InputBoxes {
     fn of(&self, problem: &Problem, args: &RawForward) -> [BoxedMatrix; 3] {
-        let &Problem { weight_major, n, k, .. } = problem;
+        let &Problem { dtype, weight_major, n, k, .. } = problem;
         let (rows, cols, box_rows, box_cols) = match weight_major {
             WeightMajor::K => (n, k, self.block_n, self.block_k),
             WeightMajor::N => (k, n, self.block_k, self.weight_cols),
         };
-        let weights =
-            |address, row_stride| BoxedMatrix { address, rows, cols, row_stride, box_rows, box_cols, swizzled: true };
+        let weights = |address, row_stride| BoxedMatrix {
+            dtype,
+            address,
+            rows,
+            cols,
+            row_stride,
+            box_rows,
+            box_cols,
+            swizzled: true,
+        };
         let x = BoxedMatrix {
+            dtype,
             address: args.x,
             rows: args.m,
             cols: k,
@@ -109,23 +163,23 @@ impl InputBoxes {
 /// The maps of `matrices`, as the driver makes them.
 pub(crate) fn encode<const COUNT: usize>(
     matrices: &[BoxedMatrix; COUNT],
-    dtype: DType,
 ) -> Result<[sys::CUtensorMap; COUNT], DriverError> {
     let mut maps = [MaybeUninit::<sys::CUtensorMap>::uninit(); COUNT];
     for (matrix, map) in matrices.iter().zip(&mut maps) {
-        encode_one(matrix, dtype, map)?;
+        encode_one(matrix, map)?;
     }
     // SAFETY: every call has succeeded, so every map is written.
     Ok(maps.map(|map| unsafe { map.assume_init() }))
 }
 
-fn encode_one(matrix: &BoxedMatrix, dtype: DType, map: &mut MaybeUninit<sys::CUtensorMap>) -> Result<(), DriverError> {
+fn encode_one(matrix: &BoxedMatrix, map: &mut MaybeUninit<sys::CUtensorMap>) -> Result<(), DriverError> {
+    let dtype = matrix.dtype;
     let kind = match dtype {
         DType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         DType::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         DType::F32 | DType::Tf32 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
     };
-    let swizzle = match matrix.swizzle_bytes(dtype) {
+    let swizzle = match matrix.swizzle_bytes() {
         128 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
         64 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
         32 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_32B,

@@ -1,11 +1,13 @@
 //! `bench`: what the runtime would launch beside a peer, interleaved on the same operands in one process.
 
+use crate::arena::Arena;
+use crate::bench_steps;
 use crate::cli::open_gpu_lab;
-use crate::gpu_subject::{Arena, GpuLab, Stopwatch, TimedGraph};
+use crate::gpu_subject::{GpuLab, Stopwatch, TimedGraph};
 use crate::race::{Failure, quantile};
 use crate::report::geometric_mean;
 use crate::{records, workload};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use rand::seq::SliceRandom;
 use serde::Serialize;
@@ -14,9 +16,9 @@ use swiglu_db::{Match, TuningTable};
 use swiglu_kernels::families::{self, Family, Target};
 use swiglu_kernels::{Config, DType, Op, Problem, WeightLayout, render};
 use swiglu_runtime::cublaslt::{CublasLt, Gemm};
-use swiglu_runtime::gpu::Gpu;
+use swiglu_runtime::gpu::{Gpu, Kernel};
 use swiglu_runtime::runtime::UNTUNED_ANCHORS;
-use swiglu_runtime::{Options, runtime, serving_anchor};
+use swiglu_runtime::{Options, RawMatrix, RawStep, launch, runtime, serving_anchor};
 
 /// What to time against.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -45,7 +47,9 @@ pub(crate) struct BenchArgs {
     /// Hidden size.
     #[arg(long, requires = "n")]
     k: Option<u32>,
-    /// forward, or forward_save; the peer's packed GEMM leaves the pre-activations in either case.
+    /// forward or forward_save, whose peer's packed GEMM leaves the pre-activations in either case; or a step of the FFN: a
+    /// GEMM's peer is the library's, for dgated followed by gate_backward; that of gate and gate_backward a copy of as many
+    /// bytes.
     #[arg(long, default_value = "forward")]
     op: Op,
     /// Number format.
@@ -153,24 +157,19 @@ fn config_for(
 }
 
 fn bench(lab: &GpuLab, problem: Problem, config: Config, source: String, rounds: usize) -> Result<Row> {
-    if !problem.n.is_multiple_of(8) {
-        bail!("n is {}; the peer's gate kernel takes multiples of 8", problem.n);
-    }
-    if problem.m > u32::from(u16::MAX) {
-        bail!("m is {}; the peer's gate kernel takes at most {}", problem.m, u16::MAX);
-    }
-    let sources = render::shared_sources(&problem, &[config], lab.gpu.arch)?;
-    let compiled = lab.compile(&problem, &sources, || ());
-    let kernel = compiled.get(&config).context("nothing was compiled")?.kernel.as_ref().map_err(as_error)?;
+    let kernel = kernel_of(lab, &problem, config)?;
     let arena = Arena::new(lab, problem, rand::random()).map_err(|failure| as_error(&failure))?;
     let reference = arena.reference().map_err(|failure| as_error(&failure))?;
     let watch = Stopwatch::new(lab).map_err(|failure| as_error(&failure))?;
-    arena.verify(lab, kernel, &reference, &watch).map_err(|failure| as_error(&failure))?;
+    arena.verify(lab, &kernel, &reference, &watch).map_err(|failure| as_error(&failure))?;
     drop(reference);
-    let peer = CublasLtPeer::new(lab, &arena)?;
-    let times =
-        peer.race(&watch, |index| arena.launch(lab, kernel, index), rounds).map_err(|failure| as_error(&failure))?;
-    let [ours_us, gemm_us, gemm_and_gate_us] = times;
+    let ours = |index: usize| arena.launch(lab, &kernel, index);
+    let times = if problem.op.is_forward() {
+        CublasLtPeer::new(lab, &arena)?.race(&watch, ours, rounds)
+    } else {
+        bench_steps::race(lab, &arena, &watch, ours, rounds)?
+    };
+    let [ours_us, gemm_us, gemm_and_gate_us] = times.map_err(|failure| as_error(&failure))?;
     Ok(Row {
         problem,
         config,
@@ -183,7 +182,14 @@ fn bench(lab: &GpuLab, problem: Problem, config: Config, source: String, rounds:
     })
 }
 
-fn as_error(failure: &Failure) -> anyhow::Error {
+/// `config`, compiled and loaded.
+pub(crate) fn kernel_of(lab: &GpuLab, problem: &Problem, config: Config) -> Result<Kernel> {
+    let sources = render::shared_sources(problem, &[config], lab.gpu.arch)?;
+    let compiled = lab.compile(problem, &sources, || ());
+    compiled.get(&config).context("nothing was compiled")?.kernel.clone().map_err(|failure| as_error(&failure))
+}
+
+pub(crate) fn as_error(failure: &Failure) -> anyhow::Error {
     anyhow::anyhow!("{}: {}", failure.stage, failure.reason)
 }
 
@@ -191,23 +197,28 @@ fn as_error(failure: &Failure) -> anyhow::Error {
 struct CublasLtPeer<'a> {
     library: CublasLt,
     gemm: Gemm,
+    /// The second launch: act(gate) * up.
+    gate: Kernel,
+    lab: &'a GpuLab,
     arena: &'a Arena,
     /// One per set, so that the output is as cold as ours.
     outputs: Vec<crate::device_memory::GuardedBuffer>,
 }
 
 impl<'a> CublasLtPeer<'a> {
-    fn new(lab: &GpuLab, arena: &'a Arena) -> Result<Self> {
+    fn new(lab: &'a GpuLab, arena: &'a Arena) -> Result<Self> {
         let library = CublasLt::new(&lab.stream)?;
         let Problem { m, n, k, dtype, weight_major, .. } = arena.problem;
         let gemm = library.gemm(dtype, weight_major, m, 2 * n, k)?;
         let bytes = 2 * m as usize * n as usize * dtype.bytes() as usize;
         let outputs: Result<Vec<_>, Failure> = (0..arena.set_count()).map(|_| arena.support.allocate(bytes)).collect();
-        Ok(Self { library, gemm, arena, outputs: outputs.map_err(|failure| as_error(&failure))? })
+        let gate = arena.problem.with_op(Op::Gate);
+        let gate = kernel_of(lab, &gate, families::default_config(&gate, lab.gpu.arch)?)?;
+        Ok(Self { library, gemm, gate, lab, arena, outputs: outputs.map_err(|failure| as_error(&failure))? })
     }
 
     fn launch_gemm(&self, algorithm: usize, index: usize) -> Result<(), Failure> {
-        let args = self.arena.args(index);
+        let args = self.arena.forward(index);
         let out = self.outputs[index % self.outputs.len()].address();
         self.launch_on(algorithm, args.x, args.gate, out)
     }
@@ -218,10 +229,18 @@ impl<'a> CublasLtPeer<'a> {
         unsafe { self.library.launch(&self.gemm, algorithm, x, w, out) }.map_err(|error| Failure::new("launch", error))
     }
 
+    #[allow(unsafe_code, reason = "hands the arena's addresses to the gate")]
     fn launch_both(&self, algorithm: usize, index: usize) -> Result<(), Failure> {
         self.launch_gemm(algorithm, index)?;
         let packed = self.outputs[index % self.outputs.len()].address();
-        self.arena.support.gate_packed(&self.arena.problem, packed, self.arena.args(index).z)
+        let Problem { m, n, dtype, .. } = self.arena.problem;
+        let half = |offset: u64| RawMatrix { address: packed + offset, stride: 2 * i64::from(n) };
+        let z = RawMatrix { address: self.arena.forward(index).z, stride: i64::from(n) };
+        let saved = [half(0), half(u64::from(n) * u64::from(dtype.bytes()))];
+        let args = RawStep { m, saved, out: [z, RawMatrix::default(), RawMatrix::default()], ..RawStep::default() };
+        // SAFETY: `outputs` hold [m, 2n], the arena's z [m, n]; both outlive the work and are as aligned as the problem says.
+        unsafe { launch::step(&self.gate, self.lab.stream.cu_stream(), &args) }
+            .map_err(|error| Failure::new("launch", format!("the driver refused the gate: {error}")))
     }
 
     /// Medians of ours, of the GEMM and of GEMM + gate; the GEMM with the fastest of its algorithms.
@@ -231,44 +250,62 @@ impl<'a> CublasLtPeer<'a> {
         ours: impl Fn(usize) -> Result<(), Failure>,
         rounds: usize,
     ) -> Result<[f64; 3], Failure> {
-        let mut best = (f64::INFINITY, 0);
-        for algorithm in 0..self.gemm.algorithm_count() {
-            let Ok(graph) = watch.capture(|index| self.launch_gemm(algorithm, index)) else { continue };
-            let samples = watch.sample(&[&graph; 5])?;
-            let time = quantile(&samples, 0.5);
-            if time < best.0 {
-                best = (time, algorithm);
-            }
-        }
-        let algorithm = best.1;
-        let graphs: [TimedGraph; 3] = [
-            watch.capture(&ours)?,
-            watch.capture(|index| self.launch_gemm(algorithm, index))?,
-            watch.capture(|index| self.launch_both(algorithm, index))?,
-        ];
-        // Work first, so that the clocks are those of steady load.
-        watch.sample(&vec![&graphs[1]; SETTLING_SAMPLES])?;
-        // In random order: clocks lag behind power by milliseconds, so that a fixed order would favour whoever follows
-        // the lightest load.
-        let mut order: Vec<usize> = Vec::new();
-        for _ in 0..rounds.max(1) {
-            let mut round = [0, 1, 2];
-            round.shuffle(&mut rand::rng());
-            order.extend(round);
-        }
-        let shuffled: Vec<&TimedGraph> = order.iter().filter_map(|&which| graphs.get(which)).collect();
-        let mut samples = [const { Vec::new() }; 3];
-        for (which, time) in order.into_iter().zip(watch.sample(&shuffled)?) {
-            samples[which].push(time);
-        }
-        Ok(samples.map(|samples| quantile(&samples, 0.5)))
+        let algorithms = self.gemm.algorithm_count();
+        let algorithm = fastest(watch, algorithms, |algorithm, index| self.launch_gemm(algorithm, index))?;
+        let gemm = |index: usize| self.launch_gemm(algorithm, index);
+        let both = |index: usize| self.launch_both(algorithm, index);
+        interleave(watch, [&ours, &gemm, &both], rounds)
     }
+}
+
+/// The fastest of a library's algorithms.
+pub(crate) fn fastest(
+    watch: &Stopwatch<'_>,
+    algorithms: usize,
+    launch: impl Fn(usize, usize) -> Result<(), Failure>,
+) -> Result<usize, Failure> {
+    let mut best = (f64::INFINITY, 0);
+    for algorithm in 0..algorithms {
+        let Ok(graph) = watch.capture(|index| launch(algorithm, index)) else { continue };
+        let samples = watch.sample(&[&graph; 5])?;
+        let time = quantile(&samples, 0.5);
+        if time < best.0 {
+            best = (time, algorithm);
+        }
+    }
+    Ok(best.1)
+}
+
+/// A launch on the buffer set of that index.
+pub(crate) type Launch<'a> = &'a dyn Fn(usize) -> Result<(), Failure>;
+
+/// Medians of three launches, in microseconds, interleaved.
+pub(crate) fn interleave(watch: &Stopwatch<'_>, launches: [Launch<'_>; 3], rounds: usize) -> Result<[f64; 3], Failure> {
+    let graphs = launches.map(|launch| watch.capture(launch));
+    let graphs = graphs.into_iter().collect::<Result<Vec<TimedGraph>, Failure>>()?;
+    // Work first, so that the clocks are those of steady load.
+    watch.sample(&vec![&graphs[1]; SETTLING_SAMPLES])?;
+    // In random order: clocks lag behind power by milliseconds, so that a fixed order would favour whoever follows
+    // the lightest load.
+    let mut order: Vec<usize> = Vec::new();
+    for _ in 0..rounds.max(1) {
+        let mut round = [0, 1, 2];
+        round.shuffle(&mut rand::rng());
+        order.extend(round);
+    }
+    let shuffled: Vec<&TimedGraph> = order.iter().filter_map(|&which| graphs.get(which)).collect();
+    let mut samples = [const { Vec::new() }; 3];
+    for (which, time) in order.into_iter().zip(watch.sample(&shuffled)?) {
+        samples[which].push(time);
+    }
+    Ok(samples.map(|samples| quantile(&samples, 0.5)))
 }
 
 fn print_table(rows: &[Row]) {
     let mut table = comfy_table::Table::new();
     table.load_style(comfy_table::presets::ASCII_MARKDOWN);
     table.set_header([
+        "op",
         "dtype",
         "M",
         "N",
@@ -281,10 +318,12 @@ fn print_table(rows: &[Row]) {
         "GEMM/ours",
         "GEMM+gate/ours",
         "TFLOP/s",
+        "TB/s",
     ]);
     for row in rows {
-        let Problem { dtype, m, n, k, .. } = row.problem;
+        let Problem { op, dtype, m, n, k, .. } = row.problem;
         table.add_row([
+            op.to_string(),
             dtype.to_string(),
             m.to_string(),
             n.to_string(),
@@ -297,6 +336,7 @@ fn print_table(rows: &[Row]) {
             format!("{:.3}", row.over_gemm),
             format!("{:.3}", row.over_gemm_and_gate),
             format!("{:.1}", row.problem.flops() / row.ours_us * 1e-6),
+            format!("{:.2}", row.problem.bytes() / row.ours_us * 1e-6),
         ]);
     }
     println!("{table}");
