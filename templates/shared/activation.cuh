@@ -17,3 +17,14 @@ template <Activation kActivation, bool kFast> __device__ __forceinline__ float a
         return gate * rcp_approx(1.0f + ex2_approx(-kLog2E * gate));
     }
 }
+
+// What the gate's backward needs of one gate.
+struct Activated { float value, slope; };
+
+template <Activation kActivation> __device__ __forceinline__ Activated activate_with_slope(float gate) {
+    static_assert(kActivation == Activation::silu, "activation.cuh: add the derivative of this activation here");
+    constexpr float kLog2E = 1.4426950408889634f;
+    const float sigmoid = rcp_approx(1.0f + ex2_approx(-kLog2E * gate));
+    const float value = gate * sigmoid;
+    return {value, fmaf(value, 1.0f - sigmoid, sigmoid)};  // silu' = s + g s (1 - s)
+}

@@ -3,21 +3,27 @@
 //! A family is named after its mechanism, not after a chip; the chip is data in [`ArchSpec`].
 
 pub mod cpu;
+pub mod elementwise;
 pub mod mma_direct;
 pub mod mma_sync;
 pub mod simt;
+pub mod simt_gemm;
+pub mod wgmma_gemm;
 pub mod wgmma_tma;
 
 use crate::arch::ArchSpec;
-use crate::problem::{DType, Format, Problem, UnknownName, names};
+use crate::problem::{DType, Format, Op, Paired, Problem, UnknownName, names};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
 pub use cpu::CpuConfig;
+pub use elementwise::ElementwiseConfig;
 pub use mma_direct::MmaDirectConfig;
 pub use mma_sync::{MmaSyncConfig, Staging};
 pub use simt::SimtConfig;
+pub use simt_gemm::SimtGemmConfig;
+pub use wgmma_gemm::WgmmaGemmConfig;
 pub use wgmma_tma::{Schedule, WgmmaTmaConfig};
 
 /// Where a kernel is to run.
@@ -44,15 +50,40 @@ pub enum Family {
     MmaSync,
     /// TMA + warp-specialised `wgmma`, compute capability 9.0.
     WgmmaTma,
+    /// The gate and its backward in one pass over memory, any GPU.
+    Elementwise,
+    /// A step that is one GEMM, fp32 FMA on any GPU.
+    SimtGemm,
+    /// A step that is one GEMM, on the main loop of [`Family::WgmmaTma`].
+    WgmmaGemm,
     /// Blocked GEMM and gate on CPU threads.
     Cpu,
 }
 
-names!(Family, "family", Family::Simt => "simt", Family::MmaDirect => "mma_direct", Family::MmaSync => "mma_sync", Family::WgmmaTma => "wgmma_tma", Family::Cpu => "cpu");
+names!(Family, "family", Family::Simt => "simt", Family::MmaDirect => "mma_direct", Family::MmaSync => "mma_sync",
+    Family::WgmmaTma => "wgmma_tma", Family::Elementwise => "elementwise", Family::SimtGemm => "simt_gemm", Family::WgmmaGemm => "wgmma_gemm",
+    Family::Cpu => "cpu");
 
 impl Family {
     /// Families that are CUDA source.
-    pub const GPU: [Self; 4] = [Self::Simt, Self::MmaDirect, Self::MmaSync, Self::WgmmaTma];
+    pub const GPU: [Self; 7] = [
+        Self::Simt,
+        Self::MmaDirect,
+        Self::MmaSync,
+        Self::WgmmaTma,
+        Self::Elementwise,
+        Self::SimtGemm,
+        Self::WgmmaGemm,
+    ];
+
+    /// Whether it has kernels for `op`.
+    pub const fn computes(self, op: Op) -> bool {
+        match self {
+            Self::Simt | Self::MmaDirect | Self::MmaSync | Self::WgmmaTma | Self::Cpu => op.is_forward(),
+            Self::Elementwise => op.is_elementwise(),
+            Self::SimtGemm | Self::WgmmaGemm => !op.is_forward() && !op.is_elementwise(),
+        }
+    }
 }
 
 /// One point of a tuning space. Stored whole in records, never as an index.
@@ -67,11 +98,17 @@ pub enum Config {
     MmaSync(MmaSyncConfig),
     /// See [`wgmma_tma`].
     WgmmaTma(WgmmaTmaConfig),
+    /// See [`elementwise`].
+    Elementwise(ElementwiseConfig),
+    /// See [`simt_gemm`].
+    SimtGemm(SimtGemmConfig),
+    /// See [`wgmma_gemm`].
+    WgmmaGemm(WgmmaGemmConfig),
     /// See [`cpu`].
     Cpu(CpuConfig),
 }
 
-/// In which direction consecutive blocks walk over the tiles of z.
+/// In which direction consecutive blocks walk over the tiles of the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Raster {
@@ -124,6 +161,18 @@ pub struct LaunchShape {
     pub access_bytes: u32,
 }
 
+impl LaunchShape {
+    /// Clusters' tiles of the outputs of `problem`; halves that are paired have tiles of their own.
+    pub fn tiles(&self, problem: &Problem) -> u64 {
+        let (rows, cols) = problem.output();
+        let halves = match problem.product().map(|product| product.paired) {
+            Some(Paired::Rows | Paired::Columns) => 2,
+            Some(Paired::Nothing | Paired::Depth) | None => 1,
+        };
+        halves * u64::from(rows.div_ceil(self.block_m)) * u64::from(cols.div_ceil(self.block_n))
+    }
+}
+
 impl Config {
     /// The family this is a point of.
     pub const fn family(&self) -> Family {
@@ -132,6 +181,9 @@ impl Config {
             Self::MmaDirect(_) => Family::MmaDirect,
             Self::MmaSync(_) => Family::MmaSync,
             Self::WgmmaTma(_) => Family::WgmmaTma,
+            Self::Elementwise(_) => Family::Elementwise,
+            Self::SimtGemm(_) => Family::SimtGemm,
+            Self::WgmmaGemm(_) => Family::WgmmaGemm,
             Self::Cpu(_) => Family::Cpu,
         }
     }
@@ -141,14 +193,22 @@ impl Config {
     /// # Errors
     /// [`Rejected`] names the rule and the numbers.
     pub fn check(&self, problem: &Problem, target: Target) -> Result<(), Rejected> {
+        let family = self.family();
+        ensure(family.computes(problem.op), "the family computes this op", || format!("{family}, {}", problem.op))?;
+        ensure(problem.op.is_forward() || !problem.dtype.is_scaled(), "scaled formats are the forward's", || {
+            format!("{} in {}", problem.op, problem.dtype)
+        })?;
         match (self, target) {
             (Self::Simt(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::MmaDirect(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::MmaSync(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::WgmmaTma(config), Target::Gpu(arch)) => config.check(problem, arch),
+            (Self::Elementwise(config), Target::Gpu(arch)) => config.check(problem, arch),
+            (Self::SimtGemm(config), Target::Gpu(arch)) => config.check(problem, arch),
+            (Self::WgmmaGemm(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::Cpu(config), Target::Cpu { threads }) => config.check(problem, threads),
-            (Self::Simt(_) | Self::MmaDirect(_) | Self::MmaSync(_) | Self::WgmmaTma(_), Target::Cpu { .. }) => {
-                ensure(false, "the family runs on this kind of device", || format!("`{}` needs a GPU", self.family()))
+            (_, Target::Cpu { .. }) => {
+                ensure(false, "the family runs on this kind of device", || format!("`{family}` needs a GPU"))
             }
             (Self::Cpu(_), Target::Gpu(_)) => {
                 ensure(false, "the family runs on this kind of device", || "`cpu` runs on the CPU".into())
@@ -163,6 +223,9 @@ impl Config {
             Self::MmaDirect(config) => Some(config.launch_shape()),
             Self::MmaSync(config) => Some(config.launch_shape(problem.dtype)),
             Self::WgmmaTma(config) => Some(config.launch_shape(problem.dtype)),
+            Self::Elementwise(config) => Some(config.launch_shape(problem)),
+            Self::SimtGemm(config) => Some(config.launch_shape()),
+            Self::WgmmaGemm(config) => Some(config.launch_shape(problem)),
             Self::Cpu(_) => None,
         }
     }
@@ -175,6 +238,9 @@ impl fmt::Display for Config {
             Self::MmaDirect(config) => config.fmt(f),
             Self::MmaSync(config) => config.fmt(f),
             Self::WgmmaTma(config) => config.fmt(f),
+            Self::Elementwise(config) => config.fmt(f),
+            Self::SimtGemm(config) => config.fmt(f),
+            Self::WgmmaGemm(config) => config.fmt(f),
             Self::Cpu(config) => config.fmt(f),
         }
     }
@@ -183,6 +249,11 @@ impl fmt::Display for Config {
 /// Every point of the spaces that `target` could have, legal or not, in a fixed order.
 pub fn space(problem: &Problem, target: Target) -> Vec<Config> {
     match target {
+        Target::Gpu(_) if problem.op.is_elementwise() => elementwise::space(problem).map(Config::Elementwise).collect(),
+        Target::Gpu(_) if !problem.op.is_forward() => {
+            let simt_gemm = simt_gemm::space(problem).map(Config::SimtGemm);
+            simt_gemm.chain(wgmma_gemm::space(problem).map(Config::WgmmaGemm)).collect()
+        }
         Target::Gpu(_) => {
             let simt = simt::space(problem).map(Config::Simt);
             let mma_direct = mma_direct::space(problem).map(Config::MmaDirect);
@@ -205,6 +276,9 @@ pub fn candidates(problem: &Problem, target: Target) -> Vec<Config> {
 /// [`Rejected`] when the families cannot run the problem on `arch` at all.
 pub fn default_config(problem: &Problem, arch: &'static ArchSpec) -> Result<Config, Rejected> {
     let families: &[Family] = match problem.dtype {
+        _ if problem.op.is_elementwise() => &[Family::Elementwise],
+        DType::F32 if !problem.op.is_forward() => &[Family::SimtGemm, Family::WgmmaGemm],
+        _ if !problem.op.is_forward() => &[Family::WgmmaGemm, Family::SimtGemm],
         DType::E4m3 => &[Family::WgmmaTma],
         DType::Bf16E4m3 | DType::F16E4m3 | DType::Bf16Int4 | DType::F16Int4 => &[Family::MmaDirect],
         // Three products of tensor cores for one of fp32 do not pay everywhere: the tuner finds out where.
@@ -234,6 +308,9 @@ pub fn default_of(family: Family, problem: &Problem, arch: &'static ArchSpec) ->
         Family::MmaDirect => mma_direct::defaults(problem).map(Config::MmaDirect).to_vec(),
         Family::MmaSync => mma_sync::defaults(problem).into_iter().map(Config::MmaSync).collect(),
         Family::WgmmaTma => wgmma_tma::defaults(problem).map(Config::WgmmaTma).to_vec(),
+        Family::Elementwise => vec![Config::Elementwise(elementwise::default(problem))],
+        Family::SimtGemm => simt_gemm::defaults(problem).map(Config::SimtGemm).to_vec(),
+        Family::WgmmaGemm => wgmma_gemm::defaults(problem).into_iter().map(Config::WgmmaGemm).collect(),
         Family::Cpu => Vec::new(),
     };
     let mut rejected =

@@ -1,6 +1,6 @@
 //! The formulas in float64: what every kernel is held to.
 
-use crate::problem::Activation;
+use crate::problem::{Activation, Op, OperandMajor, Paired, Problem};
 
 /// Operands of a forward problem, widened to float64. Rows are contiguous.
 #[derive(Debug, Clone, Copy)]
@@ -29,6 +29,95 @@ pub fn activate(activation: Activation, value: f64) -> f64 {
 /// `z[M,N] = act(x·Wgᵀ + bg) ⊙ (x·Wuᵀ + bu)`, row by row.
 pub fn forward(activation: Activation, operands: &Forward<'_>) -> Vec<f64> {
     gated(activation, &preactivations(operands))
+}
+
+/// `act'(value)`.
+pub fn slope(activation: Activation, value: f64) -> f64 {
+    match activation {
+        Activation::Silu => {
+            let sigmoid = 1.0 / (1.0 + (-value).exp());
+            sigmoid + value * sigmoid * (1.0 - sigmoid)
+        }
+    }
+}
+
+/// dgate, dup and z of one element.
+pub fn gate_backward(activation: Activation, gate: f64, up: f64, dz: f64) -> [f64; 3] {
+    let value = activate(activation, gate);
+    [dz * up * slope(activation, gate), dz * value, value * up]
+}
+
+/// `left[rows, depth] · right[depth, cols]`, row by row, of operands given by row and column.
+pub fn product(
+    [rows, cols, depth]: [usize; 3],
+    left: impl Fn(usize, usize) -> f64,
+    right: impl Fn(usize, usize) -> f64,
+) -> Vec<f64> {
+    // One contiguous line of each operand per sum.
+    let lines = |count: usize, at: &dyn Fn(usize, usize) -> f64| -> Vec<f64> {
+        (0..count).flat_map(|line| (0..depth).map(move |d| (line, d))).map(|(line, d)| at(line, d)).collect()
+    };
+    let (left, right) = (lines(rows, &left), lines(cols, &|line, d| right(d, line)));
+    let line = |index: usize| index * depth..(index + 1) * depth;
+    let dot =
+        |row: usize, col: usize| -> f64 { left[line(row)].iter().zip(&right[line(col)]).map(|(a, b)| a * b).sum() };
+    (0..rows).flat_map(|row| (0..cols).map(move |col| (row, col))).map(|(row, col)| dot(row, col)).collect()
+}
+
+/// An element of a matrix by its row and column in memory.
+pub type Entry<'a> = &'a dyn Fn(usize, usize) -> f64;
+
+/// Operands of a step of the FFN, as its launch takes them; what the op has none of is not read.
+#[derive(Clone, Copy)]
+pub struct Step<'a> {
+    /// The left operand, the second of which is read where it is paired.
+    pub left: [Entry<'a>; 2],
+    /// The right operand.
+    pub right: [Entry<'a>; 2],
+    /// The pre-activations of gate and up.
+    pub saved: [Entry<'a>; 2],
+    /// The bias of each output column, if any.
+    pub bias: Option<&'a [f64]>,
+}
+
+/// Every output of a step, row by row; of an op that adds to its outputs, what is added.
+pub fn step(problem: &Problem, operands: &Step<'_>) -> Vec<Vec<f64>> {
+    let (rows, cols) = problem.output();
+    let (rows, cols) = (rows as usize, cols as usize);
+    let gated = |dz: Entry<'_>| -> [Vec<f64>; 3] {
+        let mut outs = [const { Vec::new() }; 3];
+        for (row, col) in (0..rows).flat_map(|row| (0..cols).map(move |col| (row, col))) {
+            let [gate, up] = operands.saved.map(|saved| saved(row, col));
+            let values = gate_backward(problem.activation, gate, up, dz(row, col));
+            outs.iter_mut().zip(values).for_each(|(out, value)| out.push(value));
+        }
+        outs
+    };
+    let Some(shape) = problem.product() else {
+        let [dgate, dup, z] = gated(operands.left[0]);
+        return if problem.op == Op::Gate { vec![z] } else { vec![dgate, dup, z] };
+    };
+    let of = |left: Entry<'_>, right: Entry<'_>| {
+        let left = |row, d| if shape.left == OperandMajor::Depth { left(row, d) } else { left(d, row) };
+        let right = |d, col| if shape.right == OperandMajor::Depth { right(col, d) } else { right(d, col) };
+        product([rows, cols, shape.depth as usize], left, right)
+    };
+    let [left, right] = [operands.left, operands.right];
+    let mut outs = match shape.paired {
+        Paired::Nothing => vec![of(left[0], right[0])],
+        Paired::Rows => vec![of(left[0], right[0]), of(left[1], right[0])],
+        Paired::Columns => vec![of(left[0], right[0]), of(left[0], right[1])],
+        Paired::Depth => {
+            let (mut first, second) = (of(left[0], right[0]), of(left[1], right[1]));
+            first.iter_mut().zip(second).for_each(|(sum, term)| *sum += term);
+            vec![first]
+        }
+    };
+    if let Some(bias) = operands.bias {
+        let all = outs.iter_mut().flat_map(|out| out.iter_mut().enumerate());
+        all.for_each(|(i, value)| *value += bias.get(i % cols.max(1)).copied().unwrap_or(0.0));
+    }
+    if problem.op == Op::Dgated { gated(&|row, col| outs[0][row * cols + col]).into() } else { outs }
 }
 
 /// `act(gate) ⊙ up` of [`preactivations`].
@@ -102,6 +191,26 @@ mod tests {
         assert_eq!(activate(Activation::Silu, -1e3), 0.0);
         assert!(activate(Activation::Silu, f64::NEG_INFINITY).is_nan());
         assert_eq!(activate(Activation::Silu, f64::INFINITY), f64::INFINITY);
+    }
+
+    #[test]
+    fn the_gates_backward_is_its_finite_difference() {
+        let z = |gate: f64, up: f64| activate(Activation::Silu, gate) * up;
+        for (gate, up) in [(0.3, 1.7), (-1.278, -0.4), (8.0, 2.0), (-20.0, 5.0), (0.0, 1.0)] {
+            let h = 1e-6;
+            let [dgate, dup, again] = gate_backward(Activation::Silu, gate, up, 3.0);
+            assert!((dgate - 3.0 * (z(gate + h, up) - z(gate - h, up)) / (2.0 * h)).abs() < 1e-8, "{gate} {up}");
+            assert!((dup - 3.0 * (z(gate, up + h) - z(gate, up - h)) / (2.0 * h)).abs() < 1e-8, "{gate} {up}");
+            assert_eq!(again, z(gate, up));
+        }
+    }
+
+    #[test]
+    fn a_product_by_hand() {
+        let (left, right) = ([1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0, 9.0, 10.0]);
+        let out = product([2, 3, 2], |row, d| left[row * 2 + d], |d, col| right[d * 3 + col]);
+        assert_eq!(out, [21.0, 24.0, 27.0, 47.0, 54.0, 61.0]);
+        assert_eq!(product([1, 2, 0], |_, _| 1.0, |_, _| 1.0), [0.0, 0.0]);
     }
 
     #[test]

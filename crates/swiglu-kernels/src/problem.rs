@@ -12,23 +12,145 @@ pub enum Op {
     Forward,
     /// [`Op::Forward`] that also stores the pre-activations `[x·Wg + bg | x·Wu + bu]`, `[M, 2N]`, for a backward pass.
     ForwardSave,
+    /// `z = act(gate) ⊙ up` of stored pre-activations.
+    Gate,
+    /// `dgate = dz ⊙ up ⊙ act'(gate)` and `dup = dz ⊙ act(gate)`; z again where it is asked for.
+    GateBackward,
+    /// The down projection `y[M,K] = z[M,N]·Wd + bd`.
+    Down,
+    /// Its input gradient `dz[M,N] = dy[M,K]·Wdᵀ`.
+    DownInputGrad,
+    /// [`Op::DownInputGrad`] and [`Op::GateBackward`] in one launch: dz never reaches memory.
+    Dgated,
+    /// The input gradient `dx[M,K] = dgate·Wgᵀ + dup·Wuᵀ`, one GEMM whose sums are 2N long.
+    InputGrad,
+    /// The weight gradients `dWg = xᵀ·dgate` and `dWu = xᵀ·dup`, in the weights' order.
+    WeightGrad,
+    /// [`Op::WeightGrad`] added to what the fp32 outputs hold.
+    WeightGradAdd,
+    /// The weight gradient `dWd = zᵀ·dy`, in the weights' order.
+    DownWeightGrad,
+    /// [`Op::DownWeightGrad`] added to what the fp32 output holds.
+    DownWeightGradAdd,
 }
 
 impl Op {
     /// Every operation.
-    pub const ALL: [Self; 2] = [Self::Forward, Self::ForwardSave];
+    pub const ALL: [Self; 12] = [
+        Self::Forward,
+        Self::ForwardSave,
+        Self::Gate,
+        Self::GateBackward,
+        Self::Down,
+        Self::DownInputGrad,
+        Self::Dgated,
+        Self::InputGrad,
+        Self::WeightGrad,
+        Self::WeightGradAdd,
+        Self::DownWeightGrad,
+        Self::DownWeightGradAdd,
+    ];
+
+    /// The operations that have no GEMM.
+    pub const ELEMENTWISE: [Self; 2] = [Self::Gate, Self::GateBackward];
+
+    /// The operations that are one GEMM, perhaps with the gate's backward behind it.
+    pub const PRODUCTS: [Self; 8] = [
+        Self::Down,
+        Self::DownInputGrad,
+        Self::Dgated,
+        Self::InputGrad,
+        Self::WeightGrad,
+        Self::WeightGradAdd,
+        Self::DownWeightGrad,
+        Self::DownWeightGradAdd,
+    ];
+
+    /// Whether it is x through both weights: one of the kernels that compute z from x.
+    pub const fn is_forward(self) -> bool {
+        matches!(self, Self::Forward | Self::ForwardSave)
+    }
+
+    /// Whether it has no GEMM.
+    pub const fn is_elementwise(self) -> bool {
+        matches!(self, Self::Gate | Self::GateBackward)
+    }
+
+    /// Whether it adds to fp32 outputs.
+    pub const fn accumulates(self) -> bool {
+        matches!(self, Self::WeightGradAdd | Self::DownWeightGradAdd)
+    }
 
     /// Whether the pre-activations are stored beside z.
     pub const fn saves_preactivations(self) -> bool {
-        match self {
-            Self::Forward => false,
-            Self::ForwardSave => true,
-        }
+        matches!(self, Self::ForwardSave)
     }
 
-    /// How many `[M, N]` matrices a launch stores: z, and what is saved beside it.
+    /// How many matrices of the size [`Problem::output`] a launch stores.
     pub const fn outputs(self) -> u32 {
-        if self.saves_preactivations() { 3 } else { 1 }
+        match self {
+            // z, gate, up; or dgate, dup, z.
+            Self::ForwardSave | Self::GateBackward | Self::Dgated => 3,
+            Self::WeightGrad | Self::WeightGradAdd => 2,
+            Self::Forward
+            | Self::Gate
+            | Self::Down
+            | Self::DownInputGrad
+            | Self::InputGrad
+            | Self::DownWeightGrad
+            | Self::DownWeightGradAdd => 1,
+        }
+    }
+}
+
+/// Which index of a GEMM's operand is contiguous in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OperandMajor {
+    /// The summed index.
+    Depth,
+    /// The output's row (of the left operand) or column (of the right one).
+    Outer,
+}
+
+/// What a GEMM has twice, once for the gate and once for up, in memory of its own each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Paired {
+    /// Nothing.
+    Nothing,
+    /// Both operands: the products of the two pairs are summed.
+    Depth,
+    /// The left operand and the output.
+    Rows,
+    /// The right operand and the output.
+    Columns,
+}
+
+/// A step as a GEMM: `out[rows, cols] = left[rows, depth] · right[depth, cols]`, of one half where halves are paired.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Product {
+    /// Rows of the output.
+    pub rows: u32,
+    /// Columns of the output, contiguous.
+    pub cols: u32,
+    /// Length of the sums.
+    pub depth: u32,
+    /// How the left operand lies in memory.
+    pub left: OperandMajor,
+    /// How the right operand lies in memory.
+    pub right: OperandMajor,
+    /// What it has twice.
+    pub paired: Paired,
+}
+
+impl Product {
+    /// Output matrices.
+    pub const fn outputs(&self) -> u32 {
+        match self.paired {
+            Paired::Nothing | Paired::Depth => 1,
+            Paired::Rows | Paired::Columns => 2,
+        }
     }
 }
 
@@ -168,7 +290,8 @@ impl DType {
     }
 }
 
-/// Which index of the weights is contiguous in memory.
+/// Which index of the weights is contiguous in memory; said of gate and up, and of the down projection as a GEMM of its own,
+/// whose sums are N long and whose columns are K.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum WeightMajor {
     /// Rows of length K, one per output column: `[N,K]`, as `nn.Linear` stores them.
@@ -234,19 +357,67 @@ impl Problem {
         Self { m, ..self }
     }
 
-    /// Multiplications and additions of the two GEMMs: `4·M·N·K`.
-    pub fn flops(&self) -> f64 {
-        4.0 * f64::from(self.m) * f64::from(self.n) * f64::from(self.k)
+    /// The step as a GEMM; `None` for the forward, whose output has half the columns, and for what has no GEMM.
+    pub fn product(&self) -> Option<Product> {
+        use OperandMajor::{Depth, Outer};
+        let &Self { m, n, k, .. } = self;
+        let k_major = matches!(self.weight_major, WeightMajor::K);
+        // The weights of a forward GEMM: k_major is contiguous along its sums, n_major along its columns.
+        let (forwards, backwards) = if k_major { (Depth, Outer) } else { (Outer, Depth) };
+        let of = |rows, cols, depth, left, right, paired| Some(Product { rows, cols, depth, left, right, paired });
+        match self.op {
+            Op::Forward | Op::ForwardSave | Op::Gate | Op::GateBackward => None,
+            Op::Down => of(m, k, n, Depth, forwards, Paired::Nothing),
+            Op::DownInputGrad | Op::Dgated => of(m, n, k, Depth, backwards, Paired::Nothing),
+            Op::InputGrad => of(m, k, n, Depth, backwards, Paired::Depth),
+            Op::WeightGrad | Op::WeightGradAdd if k_major => of(n, k, m, Outer, Outer, Paired::Rows),
+            Op::WeightGrad | Op::WeightGradAdd => of(k, n, m, Outer, Outer, Paired::Columns),
+            Op::DownWeightGrad | Op::DownWeightGradAdd if k_major => of(k, n, m, Outer, Outer, Paired::Nothing),
+            Op::DownWeightGrad | Op::DownWeightGradAdd => of(n, k, m, Outer, Outer, Paired::Nothing),
+        }
     }
 
-    /// Bytes that must move at least once: x, both weights, z and what is saved. Of scales only those of groups count.
+    /// Rows and columns of one output matrix.
+    pub fn output(&self) -> (u32, u32) {
+        self.product().map_or((self.m, self.n), |product| (product.rows, product.cols))
+    }
+
+    /// Multiplications and additions of the GEMMs: `4·M·N·K`, half as many where one weight takes part, none without.
+    pub fn flops(&self) -> f64 {
+        let weights = match self.op {
+            Op::Gate | Op::GateBackward => 0.0,
+            Op::Forward | Op::ForwardSave | Op::InputGrad | Op::WeightGrad | Op::WeightGradAdd => 2.0,
+            Op::Down | Op::DownInputGrad | Op::Dgated | Op::DownWeightGrad | Op::DownWeightGradAdd => 1.0,
+        };
+        2.0 * weights * f64::from(self.m) * f64::from(self.n) * f64::from(self.k)
+    }
+
+    /// Bytes that must move at least once: every operand, every output, and fp32 outputs twice where they are added to. Of
+    /// scales only those of groups count.
     pub fn bytes(&self) -> f64 {
         let (m, n, k) = (f64::from(self.m), f64::from(self.n), f64::from(self.k));
+        let (mk, mn, nk) = (m * k, m * n, n * k);
         let bytes = |format: Format| f64::from(format.bytes()) / f64::from(format.numbers());
         let Self { op, dtype, .. } = self;
-        let groups = if dtype.weights() == Format::Int4 { 2.0 * n * self.int4_groups() } else { 0.0 };
-        let outputs = f64::from(op.outputs()) * m * n + groups;
-        m * k * bytes(dtype.x()) + 2.0 * n * k * bytes(dtype.weights()) + outputs * bytes(dtype.output())
+        let outputs = f64::from(op.outputs());
+        let elements = match op {
+            Op::Forward | Op::ForwardSave => {
+                let groups = if dtype.weights() == Format::Int4 { 2.0 * n * self.int4_groups() } else { 0.0 };
+                let inputs = mk * bytes(dtype.x()) + 2.0 * nk * bytes(dtype.weights());
+                return inputs + (outputs * mn + groups) * bytes(dtype.output());
+            }
+            Op::Gate => 2.0 * mn + outputs * mn,
+            Op::GateBackward => 3.0 * mn + outputs * mn,
+            Op::Down | Op::DownInputGrad => mk + mn + nk,
+            Op::Dgated => mk + nk + 2.0 * mn + outputs * mn,
+            Op::InputGrad => mk + 2.0 * (mn + nk),
+            Op::WeightGrad => mk + 2.0 * (mn + nk),
+            Op::WeightGradAdd => mk + 2.0 * mn,
+            Op::DownWeightGrad => mk + mn + nk,
+            Op::DownWeightGradAdd => mk + mn,
+        };
+        let added = if op.accumulates() { 8.0 * outputs * nk } else { 0.0 };
+        elements * bytes(dtype.output()) + added
     }
 
     /// Scales of one column of int4 weights.
@@ -299,7 +470,14 @@ pub struct UnknownName {
     pub known: &'static [&'static str],
 }
 
-names!(Op, "op", Op::Forward => "forward", Op::ForwardSave => "forward_save");
+names!(Op, "op", Op::Forward => "forward", Op::ForwardSave => "forward_save",
+    Op::Gate => "gate", Op::GateBackward => "gate_backward",
+    Op::Down => "down", Op::DownInputGrad => "down_input_grad", Op::Dgated => "dgated",
+    Op::InputGrad => "input_grad", Op::WeightGrad => "weight_grad", Op::WeightGradAdd => "weight_grad_add",
+    Op::DownWeightGrad => "down_weight_grad", Op::DownWeightGradAdd => "down_weight_grad_add");
+names!(OperandMajor, "operand order", OperandMajor::Depth => "depth", OperandMajor::Outer => "outer");
+names!(Paired, "pairing", Paired::Nothing => "nothing", Paired::Depth => "depth", Paired::Rows => "rows",
+    Paired::Columns => "columns");
 names!(Activation, "activation", Activation::Silu => "silu");
 names!(DType, "dtype", DType::F32 => "f32", DType::Tf32 => "tf32", DType::F16 => "f16", DType::Bf16 => "bf16",
     DType::E4m3 => "e4m3", DType::Bf16E4m3 => "bf16_e4m3", DType::F16E4m3 => "f16_e4m3",

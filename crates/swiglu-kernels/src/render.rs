@@ -66,25 +66,33 @@ macro_rules! template {
     };
 }
 
-const TEMPLATES: [(&str, &str); 7] = [
+const TEMPLATES: [(&str, &str); 10] = [
     template!("simt/kernel.cu.tera"),
     template!("mma_direct/kernel.cu.tera"),
     template!("mma_direct/weight_only.cu.tera"),
     template!("mma_sync/cp_async.cu.tera"),
     template!("mma_sync/tma.cu.tera"),
     template!("wgmma_tma/kernel.cu.tera"),
+    template!("elementwise/kernel.cu.tera"),
+    template!("simt_gemm/kernel.cu.tera"),
+    template!("wgmma_gemm/kernel.cu.tera"),
     template!("support/kernels.cu.tera"),
 ];
 
-const HEADERS: [(&str, &str); 21] = [
+const HEADERS: [(&str, &str); 26] = [
     template!("shared/types.cuh"),
     template!("shared/activation.cuh"),
     template!("shared/params.cuh"),
+    template!("shared/step_params.cuh"),
+    template!("shared/step_finish.cuh"),
     template!("shared/raster.cuh"),
     template!("shared/ring.cuh"),
     template!("mma_sync/fragments.cuh"),
     template!("mma_direct/epilogue.cuh"),
     template!("mma_direct/expand.cuh"),
+    template!("simt/tile.cuh"),
+    template!("wgmma_tma/pipeline.cuh"),
+    template!("wgmma_tma/store.cuh"),
     template!("shared/ptx/convert.cuh"),
     template!("shared/ptx/pairs.cuh"),
     template!("shared/ptx/special.cuh"),
@@ -131,7 +139,8 @@ pub fn render(problem: &Problem, config: &Config, arch: &'static ArchSpec) -> Re
         .map_err(|rejected| RenderError::Illegal { config: config.to_string(), rejected })?;
     let template = template_of(problem, config)?;
     let context = context(problem, config, template)?;
-    source(config.family().name(), "swiglu_forward", template, &context)
+    let entry = if problem.op.is_forward() { "swiglu_forward" } else { "swiglu_step" };
+    source(config.family().name(), entry, template, &context)
 }
 
 /// A source and the configs that share it: they differ in launch parameters only.
@@ -171,7 +180,9 @@ pub fn shared_sources(
 /// A defect of the template.
 pub fn render_support(problem: &Problem) -> Result<KernelSource, RenderError> {
     let mut context = Context::new();
-    insert_problem(&mut context, problem);
+    context.insert("dtype", problem.dtype.name());
+    context.insert("activation", problem.activation.name());
+    context.insert("weight_major", problem.weight_major.name());
     source("support", "oracle_forward", "support/kernels.cu.tera", &context)
 }
 
@@ -185,14 +196,28 @@ fn template_of(problem: &Problem, config: &Config) -> Result<&'static str, Rende
             Staging::Tma => Ok("mma_sync/tma.cu.tera"),
         },
         Config::WgmmaTma(_) => Ok("wgmma_tma/kernel.cu.tera"),
+        Config::Elementwise(_) => Ok("elementwise/kernel.cu.tera"),
+        Config::SimtGemm(_) => Ok("simt_gemm/kernel.cu.tera"),
+        Config::WgmmaGemm(_) => Ok("wgmma_gemm/kernel.cu.tera"),
         Config::Cpu(_) => Err(RenderError::NoSource),
     }
 }
 
-fn insert_problem(context: &mut Context, problem: &Problem) {
-    context.insert("dtype", problem.dtype.name());
-    context.insert("activation", problem.activation.name());
-    context.insert("weight_major", problem.weight_major.name());
+/// The problem's names for the templates: of a GEMM the orders of its operands, of the forward the weights' order.
+fn problem_names(problem: &Problem) -> Vec<(&'static str, &'static str)> {
+    let mut names =
+        vec![("op", problem.op.name()), ("dtype", problem.dtype.name()), ("activation", problem.activation.name())];
+    if problem.op.is_forward() {
+        names.push(("weight_major", problem.weight_major.name()));
+    }
+    if let Some(product) = problem.product() {
+        names.extend([
+            ("left", product.left.name()),
+            ("right", product.right.name()),
+            ("paired", product.paired.name()),
+        ]);
+    }
+    names
 }
 
 /// What the template sees: the config's fields, the problem's names, the derived sizes.
@@ -202,15 +227,21 @@ fn context(problem: &Problem, config: &Config, template: &'static str) -> Result
         Config::MmaDirect(config) => Context::from_serialize(config),
         Config::MmaSync(config) => Context::from_serialize(config),
         Config::WgmmaTma(config) => Context::from_serialize(config),
+        Config::Elementwise(config) => Context::from_serialize(config),
+        Config::SimtGemm(config) => Context::from_serialize(config),
+        Config::WgmmaGemm(config) => Context::from_serialize(config),
         Config::Cpu(_) => return Err(RenderError::NoSource),
     };
     let mut context = fields.map_err(|source| RenderError::Template { template, source })?;
     for field in LAUNCH_FIELDS.into_iter().chain(TEMPLATE_FIELDS) {
         context.remove(field);
     }
-    insert_problem(&mut context, problem);
-    context.insert("op", problem.op.name());
-    context.insert("smem_bytes", &config.launch_shape(problem).map_or(0, |shape| shape.smem_bytes));
+    for (name, value) in problem_names(problem) {
+        context.insert(name, value);
+    }
+    if let Some(shape) = config.launch_shape(problem).filter(|shape| shape.smem_bytes > 0) {
+        context.insert("smem_bytes", &shape.smem_bytes);
+    }
     Ok(context)
 }
 
@@ -257,14 +288,16 @@ fn write_out(
 mod tests {
     use super::*;
     use crate::arch;
-    use crate::problem::{DType, WeightMajor};
+    use crate::problem::{DType, Op, WeightMajor};
 
     /// Tera takes an unknown name in `if` for false, so the names a template uses are held to those it gets.
     #[test]
     fn templates_use_exactly_the_names_they_are_given() {
         let arch = arch::by_name("sm_90a").unwrap();
         let mut seen = BTreeSet::new();
-        let problems = [DType::Bf16, DType::Bf16E4m3].map(|dtype| Problem::forward(dtype, WeightMajor::K, 64, 64, 64));
+        let forward = Problem::forward(DType::Bf16, WeightMajor::K, 64, 64, 64);
+        let weight_only = Problem::forward(DType::Bf16E4m3, WeightMajor::K, 64, 64, 64);
+        let problems = [forward, weight_only, forward.with_op(Op::Gate), forward.with_op(Op::Dgated)];
         let candidates = |&problem: &Problem| {
             crate::families::candidates(&problem, Target::Gpu(arch)).into_iter().map(move |config| (problem, config))
         };
@@ -281,7 +314,8 @@ mod tests {
             }
             let given = serde_names(&config)
                 .into_iter()
-                .chain(["op", "dtype", "activation", "weight_major", "smem_bytes"].map(String::from));
+                .chain(problem_names(&problem).into_iter().map(|(name, _)| name.into()))
+                .chain(context.contains_key("smem_bytes").then(|| "smem_bytes".into()));
             let exempt = |name: &str| LAUNCH_FIELDS.contains(&name) || TEMPLATE_FIELDS.contains(&name);
             for name in given.filter(|name| !exempt(name)) {
                 assert!(used.contains(name.as_str()), "{template} does not use `{name}`");

@@ -4,9 +4,10 @@
 use proptest::prelude::*;
 use swiglu_kernels::arch::{self, ARCHES};
 use swiglu_kernels::families::{
-    self, Family, MmaDirectConfig, MmaSyncConfig, Raster, Schedule, SimtConfig, Staging, Target, WgmmaTmaConfig,
+    self, ElementwiseConfig, Family, MmaDirectConfig, MmaSyncConfig, Raster, Schedule, SimtConfig, SimtGemmConfig,
+    Staging, Target, WgmmaGemmConfig, WgmmaTmaConfig,
 };
-use swiglu_kernels::{Config, DType, Format, Problem, WeightMajor, render};
+use swiglu_kernels::{Config, DType, Format, Op, Problem, WeightMajor, render};
 
 fn problems() -> impl Iterator<Item = Problem> {
     DType::ALL.into_iter().flat_map(|dtype| {
@@ -14,7 +15,8 @@ fn problems() -> impl Iterator<Item = Problem> {
             [1, 16, 100, 4096].into_iter().flat_map(move |m| {
                 let aligned = Problem::forward(dtype, major, m, 14336, 4096);
                 let alignments = [16, 8, 4, 2].into_iter().filter(move |&alignment| alignment >= dtype.bytes());
-                alignments.map(move |alignment| Problem { alignment, ..aligned })
+                let problems = alignments.map(move |alignment| Problem { alignment, ..aligned });
+                problems.flat_map(|problem| Op::ALL.into_iter().map(move |op| problem.with_op(op)))
             })
         })
     })
@@ -25,8 +27,9 @@ fn every_architecture_has_a_legal_default_for_every_problem_it_supports() {
     for arch in &ARCHES {
         for problem in problems() {
             let default = families::default_config(&problem, arch);
-            let Problem { dtype, weight_major, alignment, .. } = problem;
+            let Problem { op, dtype, weight_major, alignment, .. } = problem;
             let supported = match (dtype, dtype.weights()) {
+                _ if !op.is_forward() => !dtype.is_scaled(),
                 (DType::Tf32, _) => arch.has_cp_async,
                 (DType::E4m3, _) => arch.has_wgmma && weight_major == WeightMajor::K && alignment == 16,
                 (_, Format::E4m3) => arch.has_cp_async && weight_major == WeightMajor::K && alignment == 16,
@@ -50,18 +53,40 @@ fn every_space_has_candidates_and_they_survive_toml_and_json() {
         for dtype in DType::ALL {
             let major = if dtype.weights() == Format::Int4 { WeightMajor::N } else { WeightMajor::K };
             let problem = Problem::forward(dtype, major, 512, 14336, 4096);
-            let candidates = families::candidates(&problem, Target::Gpu(arch));
-            for family in Family::GPU {
-                let count = candidates.iter().filter(|config| config.family() == family).count();
-                let possible = families::default_of(family, &problem, arch).is_ok();
-                assert_eq!(possible, count > 0, "{family} {dtype} on {arch}");
-            }
-            for config in candidates {
-                let text = toml::to_string(&config).unwrap();
-                assert_eq!(toml::from_str::<Config>(&text).unwrap(), config);
+            for problem in [Op::Forward, Op::Gate, Op::Dgated].map(|op| problem.with_op(op)) {
+                let candidates = families::candidates(&problem, Target::Gpu(arch));
+                for family in Family::GPU {
+                    let count = candidates.iter().filter(|config| config.family() == family).count();
+                    let possible = families::default_of(family, &problem, arch).is_ok();
+                    assert_eq!(possible, count > 0, "{family} {dtype} on {arch}");
+                }
+                for config in candidates {
+                    let text = toml::to_string(&config).unwrap();
+                    assert_eq!(toml::from_str::<Config>(&text).unwrap(), config);
+                }
             }
         }
     }
+}
+
+#[test]
+fn a_step_is_refused_by_the_families_of_the_forward_and_its_own_say_why() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    let problem = Problem::forward(DType::Bf16, WeightMajor::K, 512, 512, 512).with_op(Op::Dgated);
+    let rule = |config: Config, problem: &Problem| config.check(problem, Target::Gpu(arch)).unwrap_err().rule;
+    let forward = families::default_config(&problem.with_op(Op::Forward), arch).unwrap();
+    assert_eq!(rule(forward, &problem), "the family computes this op");
+    let Config::WgmmaGemm(good) = families::default_config(&problem, arch).unwrap() else { panic!("wgmma_gemm") };
+    let gemm = |config| Config::WgmmaGemm(config);
+    assert_eq!(rule(gemm(good), &problem.with_op(Op::Gate)), "the family computes this op");
+    let boxes = "columns that are contiguous in the right operand load in boxes of 64";
+    assert_eq!(rule(gemm(WgmmaGemmConfig { block_n: 160, ..good }), &problem), boxes);
+    let slots = WgmmaGemmConfig { store_buffers: 1, ..good };
+    assert_eq!(rule(gemm(slots), &problem), "pre-activations arrive while others are used");
+    assert_eq!(rule(gemm(WgmmaGemmConfig { stages: 9, ..good }), &problem), "the stages fit in shared memory");
+    // The strips of the same store are twice as wide in fp32.
+    let plain = families::default_config(&problem.with_op(Op::WeightGrad), arch).unwrap();
+    assert_eq!(rule(plain, &problem.with_op(Op::WeightGradAdd)), "a store is whole boxes of 32, 64 or 128 bytes");
 }
 
 #[test]
@@ -112,9 +137,13 @@ proptest! {
             Config::MmaDirect(MmaDirectConfig { block_m: a, block_n: b, warps: c, loads: d, fast_silu: tma }),
             Config::WgmmaTma(WgmmaTmaConfig { block_m: a, block_n: b, block_k: c, stages: d, consumers: e, schedule: if tma { Schedule::Pingpong } else { Schedule::Cooperative }, cluster_m: f, cluster_n: g, cluster_k: 1 + f % 2, store_cols: h, store_buffers: e, blocks_per_sm: 1 + b % 2, fill: 1 + c % 2, prefetch: a, fast_silu: tma, raster: Raster::AlongM, raster_group: d }),
             Config::Simt(SimtConfig { block_m: a, block_n: b, block_k: c, thread_m: d, thread_n: e, stages: f, access_bytes: g, raster: Raster::AlongN, raster_group: h }),
+            Config::Elementwise(ElementwiseConfig { threads: a, rows: b, access_bytes: c }),
+            Config::SimtGemm(SimtGemmConfig { block_m: a, block_n: b, block_k: c, thread_m: d, thread_n: e, access_bytes: g, raster: Raster::AlongN, raster_group: h }),
+            Config::WgmmaGemm(WgmmaGemmConfig { block_m: a, block_n: b, block_k: c, stages: d, consumers: e, schedule: if tma { Schedule::Pingpong } else { Schedule::Cooperative }, cluster_m: f, cluster_n: g, store_cols: h, store_buffers: e, raster: Raster::AlongM, raster_group: d }),
         ];
+        let problems = Op::ALL.map(|op| problem.with_op(op));
         for arch in &ARCHES {
-            for config in configs {
+            for (config, problem) in configs.into_iter().flat_map(|config| problems.map(|problem| (config, problem))) {
                 if config.check(&problem, Target::Gpu(arch)).is_ok() {
                     render::render(&problem, &config, arch).unwrap();
                 }

@@ -9,6 +9,7 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DriverError};
 use std::ffi::c_void;
 use std::path::PathBuf;
 use std::sync::Arc;
+use swiglu_kernels::problem::{OperandMajor, Paired, Product};
 use swiglu_kernels::{DType, WeightMajor};
 
 /// Scratch memory that algorithms may use; what NVIDIA recommends for Hopper.
@@ -53,8 +54,10 @@ pub struct CublasLt {
     stream: Arc<CudaStream>,
 }
 
-/// `out[m, n] = x[m, k] · w`, row-major, one algorithm per entry of `algorithms`.
+/// `out = left · right` of contiguous row-major matrices, one algorithm per entry of `algorithms`.
 pub struct Gemm {
+    /// What `out` is multiplied with before the product is added to it: 0 or 1.
+    beta: f32,
     description: sys::cublasLtMatmulDesc_t,
     layouts: [sys::cublasLtMatrixLayout_t; 3],
     algorithms: Vec<sys::cublasLtMatmulAlgo_t>,
@@ -76,11 +79,24 @@ impl CublasLt {
         Ok(Self { handle, workspace, stream: Arc::clone(stream) })
     }
 
-    /// Descriptors and algorithms for one size. `n` counts columns of `out`; the rows of x, w and out are contiguous.
+    /// `out[m, n] = x[m, k] · w`; `n` counts columns of `out`.
     ///
     /// # Errors
     /// When no algorithm supports it.
     pub fn gemm(&self, dtype: DType, weight_major: WeightMajor, m: u32, n: u32, k: u32) -> Result<Gemm, CublasLtError> {
+        let right = match weight_major {
+            WeightMajor::K => OperandMajor::Depth,
+            WeightMajor::N => OperandMajor::Outer,
+        };
+        let left = OperandMajor::Depth;
+        self.product(dtype, &Product { rows: m, cols: n, depth: k, left, right, paired: Paired::Nothing }, false)
+    }
+
+    /// Descriptors and algorithms for one size; halves that are paired are packed in one matrix. `adds` to an fp32 output.
+    ///
+    /// # Errors
+    /// When no algorithm supports it.
+    pub fn product(&self, dtype: DType, product: &Product, adds: bool) -> Result<Gemm, CublasLtError> {
         let (data, compute) = match dtype {
             DType::F32 => (sys::cudaDataType::CUDA_R_32F, sys::cublasComputeType_t::CUBLAS_COMPUTE_32F),
             DType::Tf32 => (sys::cudaDataType::CUDA_R_32F, sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32),
@@ -90,28 +106,46 @@ impl CublasLt {
                 return Err(CublasLtError::Scaled(dtype));
             }
         };
-        // cuBLASLt is column-major: a row-major matrix is its transpose, so out^T = w^T x^T.
-        let transpose_w = weight_major == WeightMajor::K;
-        let (w_rows, w_cols) = if transpose_w { (k, n) } else { (n, k) };
+        let out_data = if adds { sys::cudaDataType::CUDA_R_32F } else { data };
+        let twice = |paired, size: u32| if product.paired == paired { 2 * u64::from(size) } else { size.into() };
+        let rows = twice(Paired::Rows, product.rows);
+        let cols = twice(Paired::Columns, product.cols);
+        let depth = twice(Paired::Depth, product.depth);
+        // cuBLASLt is column-major: a row-major matrix is its transpose, so out^T = right^T left^T.
+        let (right, transpose_right) = match product.right {
+            OperandMajor::Depth => ((depth, cols), true),
+            OperandMajor::Outer => ((cols, depth), false),
+        };
+        let (left, transpose_left) = match product.left {
+            OperandMajor::Depth => ((depth, rows), false),
+            OperandMajor::Outer => ((rows, depth), true),
+        };
         let description =
             result::create_matmul_desc(compute, sys::cudaDataType::CUDA_R_32F).map_err(failed("describe a GEMM"))?;
-        let mut layouts = [std::ptr::null_mut(); 3];
-        for (layout, (rows, cols)) in layouts.iter_mut().zip([(w_rows, w_cols), (k, m), (n, m)]) {
-            *layout = result::create_matrix_layout(data, rows.into(), cols.into(), rows.into())
+        let layouts = [std::ptr::null_mut(); 3];
+        let mut gemm = Gemm { beta: f32::from(u8::from(adds)), description, layouts, algorithms: Vec::new() };
+        let shapes = [(right, data), (left, data), ((cols, rows), out_data)];
+        for (layout, ((rows, cols), data)) in gemm.layouts.iter_mut().zip(shapes) {
+            *layout = result::create_matrix_layout(data, rows, cols, rows.cast_signed())
                 .map_err(failed("describe a matrix"))?;
         }
-        let mut gemm = Gemm { description, layouts, algorithms: Vec::new() };
-        let operation = i32::from(transpose_w);
-        // SAFETY: the descriptor is live; the attribute is a 32-bit integer.
-        unsafe {
-            result::set_matmul_desc_attribute(
-                gemm.description,
-                sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA,
-                (&raw const operation).cast::<c_void>(),
-                std::mem::size_of::<i32>(),
-            )
+        let attributes = [
+            (sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA, transpose_right),
+            (sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB, transpose_left),
+        ];
+        for (attribute, transpose) in attributes {
+            let operation = i32::from(transpose);
+            // SAFETY: the descriptor is live; the attribute is a 32-bit integer.
+            unsafe {
+                result::set_matmul_desc_attribute(
+                    gemm.description,
+                    attribute,
+                    (&raw const operation).cast::<c_void>(),
+                    std::mem::size_of::<i32>(),
+                )
+            }
+            .map_err(failed("set the transpose"))?;
         }
-        .map_err(failed("set the transpose"))?;
         gemm.algorithms = self.algorithms(&gemm)?;
         Ok(gemm)
     }
@@ -167,11 +201,18 @@ impl CublasLt {
     /// When cuBLASLt refuses.
     ///
     /// # Safety
-    /// `x`, `w` and `out` are addresses of device memory of this stream's GPU that hold the GEMM's matrices, `out`
+    /// `left`, `right` and `out` are addresses of device memory of this stream's GPU that hold the GEMM's matrices, `out`
     /// apart from the others, all allocated until the work has finished.
-    pub unsafe fn launch(&self, gemm: &Gemm, index: usize, x: u64, w: u64, out: u64) -> Result<(), CublasLtError> {
-        let (alpha, beta) = (1.0f32, 0.0f32);
-        let [w_layout, x_layout, out_layout] = gemm.layouts;
+    pub unsafe fn launch(
+        &self,
+        gemm: &Gemm,
+        index: usize,
+        left: u64,
+        right: u64,
+        out: u64,
+    ) -> Result<(), CublasLtError> {
+        let (alpha, beta) = (1.0f32, gemm.beta);
+        let [right_layout, left_layout, out_layout] = gemm.layouts;
         let pointer = |address: u64| address as *mut c_void;
         let (workspace, _guard) = self.workspace.device_ptr(&self.stream);
         let algorithm = gemm.algorithms.get(index).map_or(std::ptr::null(), std::ptr::from_ref);
@@ -182,10 +223,10 @@ impl CublasLt {
                 gemm.description,
                 (&raw const alpha).cast(),
                 (&raw const beta).cast(),
-                pointer(w),
-                w_layout,
-                pointer(x),
-                x_layout,
+                pointer(right),
+                right_layout,
+                pointer(left),
+                left_layout,
                 pointer(out),
                 out_layout,
                 pointer(out),

@@ -19,7 +19,11 @@ use std::path::Path;
 use std::process::Command;
 use swiglu_kernels::families::{Config, Family, Schedule, Staging, Target, WgmmaTmaConfig, candidates};
 use swiglu_kernels::problem::INT4_GROUP;
-use swiglu_kernels::{Activation, ArchSpec, DType, Format, Op, Problem, WeightMajor, arch, oracle, quant, render};
+use swiglu_kernels::{
+    Activation, ArchSpec, DType, Format, KernelSource, Op, Problem, WeightMajor, arch, oracle, quant, render,
+};
+
+mod steps;
 
 /// `TensorMap` of `emulation/ptx/tma.hpp`.
 #[repr(C, align(64))]
@@ -52,11 +56,11 @@ impl Map {
 }
 
 /// The source for the CPU: other headers, shared memory from the machine, the written-out product called by name.
-fn translate(source: &str) -> String {
+fn translate(source: &KernelSource) -> String {
     let mut text = String::from("#include \"machine.hpp\"\n");
     let mut file = String::new();
     let mut in_product = false;
-    for line in source.lines() {
+    for line in source.text.lines() {
         if let Some(rest) = line.strip_prefix("#line ") {
             let (number, name) = rest.split_once(' ').unwrap();
             file = name.trim_matches('"').to_owned();
@@ -64,10 +68,10 @@ fn translate(source: &str) -> String {
                 writeln!(text, "#include \"ptx/{}\"", header.replace(".cuh", ".hpp")).unwrap();
             }
         } else if file.starts_with("shared/ptx/") {
-        } else if line.contains("void wgmma(float (&d)[kBlockN], u64 a, u64 b, bool accumulate) {") {
+        } else if line.contains("void wgmma(float (&d)[") {
             in_product = true;
             text += line;
-            text += "wgmma_product<kDType, kWeightMajor == WeightMajor::n_major>(d, a, b, accumulate); }\n";
+            text += "wgmma_product<kDType, kTransposeA, kTransposeB>(d, a, b, accumulate); }\n";
         } else if in_product {
             in_product = line != "}";
         } else if line.trim_start().starts_with("extern __shared__") {
@@ -80,14 +84,17 @@ fn translate(source: &str) -> String {
             text.push('\n');
         }
     }
-    text + "extern \"C\" bool run(const void* const* arguments, unsigned grid, unsigned block, unsigned cluster, \
-            unsigned long shared_bytes) {\n\
-            return machine::launch(swiglu_forward, arguments, grid, block, cluster, shared_bytes);\n}\n"
+    text + &format!(
+        "extern \"C\" bool run(const void* const* arguments, unsigned grid, unsigned block, unsigned cluster, \
+         unsigned long shared_bytes) {{\n\
+         return machine::launch({}, arguments, grid, block, cluster, shared_bytes);\n}}\n",
+        source.entry
+    )
 }
 
 type Run = unsafe extern "C" fn(*const *const c_void, u32, u32, u32, u64) -> bool;
 
-fn compile(source: &str, folder: &Path) -> libloading::Library {
+fn compile(source: &KernelSource, folder: &Path) -> libloading::Library {
     let (text, library) = (folder.join("kernel.cpp"), folder.join("kernel.so"));
     std::fs::write(&text, translate(source)).unwrap();
     let headers = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/emulation");
@@ -257,7 +264,7 @@ impl Case {
         let problem = &self.problem;
         let source = render::render(problem, config, arch).map_err(|error| error.to_string())?;
         let folder = tempfile::tempdir().unwrap();
-        let library = compile(&source.text, folder.path());
+        let library = compile(&source, folder.path());
         // SAFETY: `translate` gives every library this function.
         let run = unsafe { library.get::<Run>(b"run") }.unwrap();
 
@@ -293,7 +300,7 @@ impl Case {
             Config::MmaSync(config) if config.staging == Staging::Tma => {
                 tensor_map::of_mma_sync(config, problem, &args).to_vec()
             }
-            Config::Simt(_) | Config::MmaDirect(_) | Config::MmaSync(_) | Config::Cpu(_) => Vec::new(),
+            _ => Vec::new(),
         }
         .iter()
         .map(Map::new)
@@ -347,8 +354,9 @@ fn way(config: &Config) -> (Family, Option<Staging>, Option<Schedule>, u32) {
     match config {
         Config::MmaSync(sync) => (Family::MmaSync, Some(sync.staging), None, 1),
         Config::WgmmaTma(tma) => (Family::WgmmaTma, None, Some(tma.schedule), cluster(tma)),
+        Config::WgmmaGemm(gemm) => (Family::WgmmaGemm, None, Some(gemm.schedule), gemm.cluster_m + 2 * gemm.cluster_n),
         Config::MmaDirect(direct) => (Family::MmaDirect, None, None, direct.loads.min(5)),
-        Config::Simt(_) | Config::Cpu(_) => (config.family(), None, None, 1),
+        _ => (config.family(), None, None, 1),
     }
 }
 

@@ -4,6 +4,7 @@
 #![allow(unsafe_code, reason = "hands raw device pointers to the driver")]
 
 use crate::gpu::Kernel;
+use crate::step::{RawStep, StepParams};
 use crate::tensor_map;
 use cudarc::driver::{CudaFunction, DeviceRepr, DriverError, sys};
 use std::ffi::c_void;
@@ -188,11 +189,65 @@ pub unsafe fn forward(kernel: &Kernel, stream: sys::CUstream, args: &RawForward)
             // SAFETY: the kernel takes three tensor maps and a `Params` by value, all alive here; addresses by contract.
             unsafe { launch(kernel, stream, args.m, &mut [x, gate, up, params]) }
         }
-        Config::Simt(_) | Config::MmaDirect(_) | Config::MmaSync(_) | Config::Cpu(_) => {
+        Config::Simt(_) | Config::MmaDirect(_) | Config::MmaSync(_) => {
             // SAFETY: the kernel takes one `Params` by value, alive here; addresses by contract.
             unsafe { launch(kernel, stream, args.m, &mut [params]) }
         }
+        Config::Elementwise(_) | Config::SimtGemm(_) | Config::WgmmaGemm(_) | Config::Cpu(_) => Err(invalid()),
     }
+}
+
+/// Launches the kernel of a step on `stream`. Without tokens gradients of weights are zero, or nothing to add; all else is
+/// empty.
+///
+/// # Safety
+/// Every address is of device memory of the kernel's GPU that holds its whole matrix, in the number format that [`RawStep`]
+/// says, and stays allocated until the launch has finished; the outputs overlap no other operand but where [`RawStep`] allows
+/// it; addresses and strides are multiples of the config's `access_bytes`; `stream` is live and of the kernel's context.
+pub unsafe fn step(kernel: &Kernel, stream: sys::CUstream, args: &RawStep) -> Result<(), DriverError> {
+    let Kernel { shape, problem, .. } = kernel;
+    if args.m == 0 {
+        // SAFETY: by this function's own contract.
+        return unsafe { clear(problem, stream, args) };
+    }
+    let mut params = StepParams::new(problem, shape.raster, shape.raster_group, args).ok_or_else(invalid)?;
+    let params = (&raw mut params).cast::<c_void>();
+    match &kernel.config {
+        Config::WgmmaGemm(config) => {
+            let boxes = tensor_map::of_wgmma_gemm(config, problem, args).ok_or_else(invalid)?;
+            let mut maps = tensor_map::encode(&boxes)?;
+            // SAFETY: the kernel takes a struct of nine tensor maps and a `StepParams` by value, both alive here; addresses
+            // by contract.
+            unsafe { launch(kernel, stream, args.m, &mut [maps.as_mut_ptr().cast::<c_void>(), params]) }
+        }
+        Config::Elementwise(_) | Config::SimtGemm(_) => {
+            // SAFETY: the kernel takes one `StepParams` by value, alive here; addresses by contract.
+            unsafe { launch(kernel, stream, args.m, &mut [params]) }
+        }
+        Config::Simt(_) | Config::MmaDirect(_) | Config::MmaSync(_) | Config::WgmmaTma(_) | Config::Cpu(_) => {
+            Err(invalid())
+        }
+    }
+}
+
+/// Writes the gradients of no tokens.
+///
+/// # Safety
+/// As [`step`].
+unsafe fn clear(problem: &Problem, stream: sys::CUstream, args: &RawStep) -> Result<(), DriverError> {
+    let Some(product) = problem.with_m(0).product().filter(|product| product.depth == 0) else { return Ok(()) };
+    if problem.op.accumulates() {
+        return Ok(());
+    }
+    let bytes = u64::from(problem.dtype.bytes());
+    let width = product.cols as usize * bytes as usize;
+    for out in args.out.iter().take(product.outputs() as usize) {
+        let pitch = (out.stride.unsigned_abs() * bytes) as usize;
+        // SAFETY: the output holds `rows` rows of `cols` elements, `stride` apart, by contract.
+        let status = unsafe { sys::cuMemsetD2D8Async(out.address, pitch, 0, width, product.rows as usize, stream) };
+        status.result()?;
+    }
+    Ok(())
 }
 
 /// # Safety
@@ -284,7 +339,7 @@ pub unsafe fn entry(
 /// Blocks: one per tile, or as many as fit where blocks walk over the tiles.
 fn grid(kernel: &Kernel, m: u32) -> Option<u32> {
     let shape = &kernel.shape;
-    let tiles = u64::from(m.div_ceil(shape.block_m)) * u64::from(kernel.problem.n.div_ceil(shape.block_n));
+    let tiles = shape.tiles(&kernel.problem.with_m(m));
     let fit = u64::from((kernel.resident_blocks / shape.cluster).max(1));
     let clusters = if shape.per_sm.is_some() { tiles.min(fit) } else { tiles };
     i32::try_from(clusters * u64::from(shape.cluster)).ok().and_then(|blocks| u32::try_from(blocks).ok())

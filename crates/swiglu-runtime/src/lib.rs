@@ -11,6 +11,7 @@ pub mod cubin_cache;
 pub mod cublaslt;
 #[cfg(test)]
 mod emulation;
+pub mod ffn;
 pub mod gpu;
 pub mod launch;
 pub mod library;
@@ -20,14 +21,17 @@ pub mod options;
 pub mod plan;
 pub mod runtime;
 pub mod scaled;
+pub mod step;
 mod tensor_map;
 
 pub use buckets::serving_anchor;
 pub use cudarc;
+pub use ffn::{FfnPlan, FfnSpec};
 pub use launch::{RawForward, RawScales};
 pub use operands::{ArgumentError, Element, Forward, ForwardSpec, Matrix, Preactivations, Weights};
 pub use options::Options;
-pub use plan::{Choice, LaunchError, Plan};
+pub use plan::{Choice, LaunchError, Plan, StepPlan};
 pub use runtime::{Backend, CpuRuntime, PrepareError, Runtime};
 pub use scaled::{ScaledForward, Stored, WeightScales};
+pub use step::{RawMatrix, RawStep};
 pub use swiglu_kernels::{DType, GateOrder, WeightLayout};

@@ -5,9 +5,10 @@ use crate::buckets::BucketTable;
 use crate::gpu::{Gpu, Kernel};
 use crate::launch::{self, RawForward, RawScales};
 use crate::operands::{ArgumentError, Element, Forward, ForwardSpec, MAX_ROWS, Preactivations, Weights};
+use crate::step::RawStep;
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, DriverError, sys};
 use swiglu_db::Match;
-use swiglu_kernels::Config;
+use swiglu_kernels::{Config, Problem};
 
 /// Why a launch did not happen.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -40,16 +41,86 @@ pub struct Choice {
     pub matched: Match,
 }
 
-/// A prepared forward problem on one GPU. `Send` and `Sync`; launches take no lock.
+/// The kernels of one problem, loaded, and which of them serves which M and alignment.
 #[derive(Debug)]
-pub struct Plan {
-    pub(crate) gpu: Gpu,
-    pub(crate) spec: ForwardSpec,
+pub(crate) struct Selection {
     pub(crate) table: BucketTable,
     /// One per anchor, ascending.
     pub(crate) anchors: Vec<(Choice, Kernel)>,
     /// Legal for every address and stride; the scaled formats have none.
     pub(crate) fallback: Option<Kernel>,
+}
+
+impl Selection {
+    fn choice(&self, m: u32) -> &Choice {
+        &self.anchors[self.table.anchor(m)].0
+    }
+
+    /// Two array reads; `None` where no kernel is legal for the alignment.
+    fn select(&self, m: u32, alignment: u32) -> Option<&Kernel> {
+        let (_, kernel) = &self.anchors[self.table.anchor(m)];
+        if alignment.is_multiple_of(kernel.shape.access_bytes) { Some(kernel) } else { self.fallback.as_ref() }
+    }
+}
+
+/// A prepared forward problem on one GPU. `Send` and `Sync`; launches take no lock.
+#[derive(Debug)]
+pub struct Plan {
+    pub(crate) gpu: Gpu,
+    pub(crate) spec: ForwardSpec,
+    pub(crate) selection: Selection,
+}
+
+/// A prepared step of the FFN on one GPU: the gate, its backward, or one GEMM. `Send` and `Sync`; launches take no lock.
+#[derive(Debug)]
+pub struct StepPlan {
+    pub(crate) gpu: Gpu,
+    /// M comes with each launch.
+    pub(crate) problem: Problem,
+    pub(crate) selection: Selection,
+}
+
+impl StepPlan {
+    /// The problem it was prepared for, at M = 1.
+    pub fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    /// The GPU it launches on.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// What is launched for `m` well aligned tokens, and why.
+    pub fn choice(&self, m: u32) -> &Choice {
+        self.selection.choice(m)
+    }
+
+    /// Launches without checks. Of no tokens gradients of weights are zero, or nothing to add.
+    ///
+    /// # Errors
+    /// [`LaunchError::Argument`] when an operand that the op needs has no address; [`LaunchError::Driver`] when the driver
+    /// refuses the launch.
+    ///
+    /// # Safety
+    /// Every address that is not 0 is of memory of this plan's GPU that holds its whole matrix, as [`RawStep`] says, and
+    /// stays allocated until the launch has finished; outputs overlap no other operand but where [`RawStep`] allows it;
+    /// addresses are multiples of the element's size; `stream` is live and of the GPU's context, which is current on this
+    /// thread.
+    pub unsafe fn launch_raw(&self, stream: sys::CUstream, args: &RawStep) -> Result<(), LaunchError> {
+        if args.m as usize > MAX_ROWS {
+            return Err(ArgumentError::new("m", format!("is {}, at most {MAX_ROWS} are supported", args.m)).into());
+        }
+        if let Some(argument) = args.missing(&self.problem) {
+            return Err(ArgumentError::new(argument, format!("is 0, but `{}` needs it", self.problem.op)).into());
+        }
+        let alignment = args.alignment(&self.problem);
+        let kernel =
+            self.selection.select(args.m, alignment).ok_or_else(|| not_aligned("left", alignment, &self.problem))?;
+        // SAFETY: by this function's own contract; `select` has held the alignment to `access_bytes`.
+        let launched = unsafe { launch::step(kernel, stream, args) };
+        launched.map_err(|error| LaunchError::Driver { config: Box::new(kernel.config), error })
+    }
 }
 
 impl Plan {
@@ -65,13 +136,12 @@ impl Plan {
 
     /// What is launched for `m` well aligned tokens, and why.
     pub fn choice(&self, m: u32) -> &Choice {
-        &self.anchors[self.table.anchor(m)].0
+        self.selection.choice(m)
     }
 
     /// The kernel for `m` tokens at this alignment: two array reads. `None` where none is legal for it.
     pub fn select(&self, m: u32, alignment: u32) -> Option<&Kernel> {
-        let (_, kernel) = &self.anchors[self.table.anchor(m)];
-        if alignment.is_multiple_of(kernel.shape.access_bytes) { Some(kernel) } else { self.fallback.as_ref() }
+        self.selection.select(m, alignment)
     }
 
     /// Launches on `stream`; every shape is checked first. Empty M or N returns without a launch.
@@ -179,13 +249,8 @@ impl Plan {
             }
         }
         let alignment = args.alignment(self.spec.dtype);
-        let kernel = self.select(args.m, alignment).ok_or_else(|| {
-            let reason = format!(
-                "and the other operands start or step at multiples of {alignment} bytes; `{}` needs 16, copy them",
-                self.spec.dtype
-            );
-            ArgumentError::new("x", reason)
-        })?;
+        let kernel =
+            self.select(args.m, alignment).ok_or_else(|| not_aligned("x", alignment, &self.spec.problem(args.m)))?;
         // SAFETY: by this function's own contract; `select` has held the alignment to `access_bytes`.
         let launched = unsafe { launch::forward(kernel, stream, args) };
         launched.map_err(|error| LaunchError::Driver { config: Box::new(kernel.config), error })
@@ -200,6 +265,14 @@ impl Plan {
             format!("is on GPU {}, the plan on GPU {} or another context of it", there.ordinal(), here.ordinal());
         Err(ArgumentError::new(argument, reason))
     }
+}
+
+fn not_aligned(argument: &'static str, alignment: u32, problem: &Problem) -> ArgumentError {
+    let reason = format!(
+        "and the other operands start or step at multiples of {alignment} bytes; `{}` needs 16, copy them",
+        problem.dtype
+    );
+    ArgumentError::new(argument, reason)
 }
 
 /// The inputs with their names.

@@ -7,7 +7,7 @@ use crate::gpu::{self, Gpu, GpuError, Kernel};
 use crate::nvrtc::{CompileError, Nvrtc};
 use crate::operands::ForwardSpec;
 use crate::options::Options;
-use crate::plan::{Choice, Plan};
+use crate::plan::{Choice, Plan, Selection, StepPlan};
 use cudarc::driver::CudaContext;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
@@ -16,7 +16,7 @@ use swiglu_db::{Match, Record, TuningTable};
 use swiglu_kernels::families::{Target, default_config};
 use swiglu_kernels::problem::Problem;
 use swiglu_kernels::render::{self, RenderError, SharedSource};
-use swiglu_kernels::{Config, Rejected};
+use swiglu_kernels::{Config, Op, Rejected};
 
 /// The values of M that have a default config of their own where nothing was tuned.
 pub const UNTUNED_ANCHORS: [u32; 5] = [1, 16, 64, 512, 4096];
@@ -47,6 +47,15 @@ pub enum PrepareError {
         /// The largest that is supported.
         most: u32,
     },
+    /// A step has no such size.
+    #[error("argument `{argument}` is 0; a step needs at least 1")]
+    Empty {
+        /// `n` or `k`.
+        argument: &'static str,
+    },
+    /// The forward is prepared from a [`ForwardSpec`].
+    #[error("`{0}` is no step; prepare it with `Runtime::prepare`")]
+    NotAStep(Op),
     /// The CPU plan was refused.
     #[error(transparent)]
     Cpu(#[from] cpu::CpuError),
@@ -97,27 +106,41 @@ impl Runtime {
     /// When a size is out of range, or nothing compiles. A tuned config that no longer compiles is skipped with
     /// a warning; the default serves in its place.
     pub fn prepare(&self, spec: &ForwardSpec) -> Result<Plan, PrepareError> {
-        check_sizes(spec)?;
-        let tuned = self.table.anchors(&self.gpu.device.class, &spec.problem(1), Target::Gpu(self.gpu.arch));
+        check_sizes(&spec.problem(1))?;
+        Ok(Plan { gpu: self.gpu.clone(), spec: *spec, selection: self.selection(&spec.problem(1))? })
+    }
+
+    /// The same for a step of the FFN; the problem's M does not matter.
+    ///
+    /// # Errors
+    /// As [`Runtime::prepare`], and for the forward, which has a plan of its own.
+    pub fn prepare_step(&self, problem: &Problem) -> Result<StepPlan, PrepareError> {
+        let problem = problem.with_m(1);
+        check_step(&problem)?;
+        Ok(StepPlan { gpu: self.gpu.clone(), problem, selection: self.selection(&problem)? })
+    }
+
+    fn selection(&self, problem: &Problem) -> Result<Selection, PrepareError> {
+        let tuned = self.table.anchors(&self.gpu.device.class, problem, Target::Gpu(self.gpu.arch));
         let choice =
             |(anchor, record, matched): (u32, Record, Match)| Choice { anchor, config: record.config, matched };
         let tuned: Vec<Choice> = tuned.into_iter().map(choice).collect();
         if !tuned.is_empty() {
-            match self.kernels_of(spec, &tuned) {
-                Ok(kernels) => return self.assemble(spec, tuned, &kernels),
+            match self.kernels_of(problem, &tuned) {
+                Ok(kernels) => return self.assemble(problem, tuned, &kernels),
                 Err(error) => tracing::warn!(%error, "no tuned config can be used"),
             }
         }
-        let defaults = self.defaults(spec)?;
-        let kernels = self.kernels_of(spec, &defaults)?;
-        self.assemble(spec, defaults, &kernels)
+        let defaults = self.defaults(problem)?;
+        let kernels = self.kernels_of(problem, &defaults)?;
+        self.assemble(problem, defaults, &kernels)
     }
 
-    fn kernels_of(&self, spec: &ForwardSpec, choices: &[Choice]) -> Result<BTreeMap<Config, Kernel>, PrepareError> {
+    fn kernels_of(&self, problem: &Problem, choices: &[Choice]) -> Result<BTreeMap<Config, Kernel>, PrepareError> {
         let mut configs: Vec<Config> = choices.iter().map(|choice| choice.config).collect();
         configs.sort_unstable();
         configs.dedup();
-        self.kernels(&spec.problem(1), &configs)
+        self.kernels(problem, &configs)
     }
 
     /// As [`Runtime::prepare`], with one config for every M: for tests and for measuring.
@@ -125,10 +148,24 @@ impl Runtime {
     /// # Errors
     /// As [`Runtime::prepare`], and when the config is not legal for `spec` or does not compile.
     pub fn prepare_config(&self, spec: &ForwardSpec, config: Config) -> Result<Plan, PrepareError> {
-        check_sizes(spec)?;
-        config.check(&spec.problem(1), Target::Gpu(self.gpu.arch))?;
-        let kernels = self.kernels(&spec.problem(1), &[config])?;
-        self.assemble(spec, vec![Choice { anchor: 1, config, matched: Match::Untuned }], &kernels)
+        check_sizes(&spec.problem(1))?;
+        Ok(Plan { gpu: self.gpu.clone(), spec: *spec, selection: self.only(&spec.problem(1), config)? })
+    }
+
+    /// As [`Runtime::prepare_step`], with one config for every M.
+    ///
+    /// # Errors
+    /// As [`Runtime::prepare_step`], and when the config is not legal for `problem` or does not compile.
+    pub fn prepare_step_config(&self, problem: &Problem, config: Config) -> Result<StepPlan, PrepareError> {
+        let problem = problem.with_m(1);
+        check_step(&problem)?;
+        Ok(StepPlan { gpu: self.gpu.clone(), problem, selection: self.only(&problem, config)? })
+    }
+
+    fn only(&self, problem: &Problem, config: Config) -> Result<Selection, PrepareError> {
+        config.check(problem, Target::Gpu(self.gpu.arch))?;
+        let kernels = self.kernels(problem, &[config])?;
+        self.assemble(problem, vec![Choice { anchor: 1, config, matched: Match::Untuned }], &kernels)
     }
 
     /// Compiles every source once, side by side; a config of a source that fails is left out with a warning.
@@ -153,14 +190,14 @@ impl Runtime {
         }
     }
 
-    /// A plan of the choices that have a kernel; the fallback serves where none has.
+    /// The choices that have a kernel; the fallback serves where none has.
     fn assemble(
         &self,
-        spec: &ForwardSpec,
+        problem: &Problem,
         choices: Vec<Choice>,
         kernels: &BTreeMap<Config, Kernel>,
-    ) -> Result<Plan, PrepareError> {
-        let unaligned = Problem { alignment: spec.dtype.bytes(), ..spec.problem(1) };
+    ) -> Result<Selection, PrepareError> {
+        let unaligned = Problem { alignment: problem.dtype.output().bytes(), ..*problem };
         let fallback = match default_config(&unaligned.with_m(256), self.gpu.arch) {
             Ok(config) => Some(self.kernel(&unaligned, config)?),
             // The scaled formats ask for alignment.
@@ -173,13 +210,13 @@ impl Runtime {
             anchors.push((Choice { anchor: 1, config: kernel.config, matched: Match::Untuned }, kernel.clone()));
         }
         let table = BucketTable::new(&anchors.iter().map(|(choice, _)| choice.anchor).collect::<Vec<_>>());
-        Ok(Plan { gpu: self.gpu.clone(), spec: *spec, table, anchors, fallback })
+        Ok(Selection { table, anchors, fallback })
     }
 
     /// Untuned: the default config of a few sizes of M.
-    fn defaults(&self, spec: &ForwardSpec) -> Result<Vec<Choice>, PrepareError> {
+    fn defaults(&self, problem: &Problem) -> Result<Vec<Choice>, PrepareError> {
         let choice = |anchor| {
-            let config = default_config(&spec.problem(anchor), self.gpu.arch)?;
+            let config = default_config(&problem.with_m(anchor), self.gpu.arch)?;
             Ok(Choice { anchor, config, matched: Match::Untuned })
         };
         UNTUNED_ANCHORS.into_iter().map(choice).collect()
@@ -208,15 +245,27 @@ pub fn load_table(options: &Options) -> TuningTable {
     table
 }
 
-fn check_sizes(spec: &ForwardSpec) -> Result<(), PrepareError> {
-    for (argument, value) in [("n", spec.n), ("k", spec.k)] {
+fn check_sizes(problem: &Problem) -> Result<(), PrepareError> {
+    for (argument, value) in [("n", problem.n), ("k", problem.k)] {
         // A packed weight has 2N columns, and kernels count the bytes of a row in 32 bits.
-        let most = i32::MAX as u32 / 2 / spec.dtype.output().bytes().max(spec.dtype.weights().bytes());
+        let most = i32::MAX as u32 / 2 / problem.dtype.output().bytes().max(problem.dtype.weights().bytes());
         if value > most {
             return Err(PrepareError::TooLarge { argument, value, most });
         }
     }
     Ok(())
+}
+
+fn check_step(problem: &Problem) -> Result<(), PrepareError> {
+    if problem.op.is_forward() {
+        return Err(PrepareError::NotAStep(problem.op));
+    }
+    for (argument, value) in [("n", problem.n), ("k", problem.k)] {
+        if value == 0 {
+            return Err(PrepareError::Empty { argument });
+        }
+    }
+    check_sizes(problem)
 }
 
 /// The CPU side of the same path.
@@ -236,14 +285,20 @@ impl CpuRuntime {
     /// # Errors
     /// When the CPU does not support the number format.
     pub fn prepare(&self, spec: &ForwardSpec) -> Result<CpuPlan, PrepareError> {
-        check_sizes(spec)?;
+        check_sizes(&spec.problem(1))?;
         let target = Target::Cpu { threads: cpu::threads() };
         let tuned = self.table.anchors(&cpu::device().class, &spec.problem(1), target);
         let entries: Vec<_> = tuned
             .into_iter()
             .filter_map(|(anchor, record, _)| match record.config {
                 Config::Cpu(config) => Some((anchor, config)),
-                Config::Simt(_) | Config::MmaDirect(_) | Config::MmaSync(_) | Config::WgmmaTma(_) => None,
+                Config::Simt(_)
+                | Config::MmaDirect(_)
+                | Config::MmaSync(_)
+                | Config::WgmmaTma(_)
+                | Config::Elementwise(_)
+                | Config::SimtGemm(_)
+                | Config::WgmmaGemm(_) => None,
             })
             .collect();
         Ok(CpuPlan::new(*spec, &entries)?)

@@ -5,10 +5,11 @@
 #![allow(unsafe_code, reason = "cudarc has no safe layer for tensor maps")]
 
 use crate::launch::RawForward;
+use crate::step::{RawMatrix, RawStep};
 use cudarc::driver::{DriverError, sys};
 use std::mem::MaybeUninit;
-use swiglu_kernels::families::{MmaSyncConfig, WgmmaTmaConfig};
-use swiglu_kernels::problem::MAX_ACCESS_BYTES;
+use swiglu_kernels::families::{MmaSyncConfig, WgmmaGemmConfig, WgmmaTmaConfig};
+use swiglu_kernels::problem::{MAX_ACCESS_BYTES, OperandMajor};
 use swiglu_kernels::{Format, Problem, WeightMajor};
 
 /// A row-major matrix and the box of it that one copy moves.
@@ -75,6 +76,49 @@ pub(crate) fn of_mma_sync(config: &MmaSyncConfig, problem: &Problem, args: &RawF
         weight_cols: config.weight_cols(problem.dtype),
     };
     tile.of(problem, args)
+}
+
+/// `StepMaps` of `templates/wgmma_gemm/kernel.cu.tera`: two left, two right, three out, two saved. What the step has not
+/// is its first of that kind again.
+pub(crate) fn of_wgmma_gemm(config: &WgmmaGemmConfig, problem: &Problem, args: &RawStep) -> Option<[BoxedMatrix; 9]> {
+    let product = problem.with_m(args.m).product()?;
+    let operand = |matrix: RawMatrix, major: OperandMajor, outer: u32, block: u32, sharers: u32| {
+        let (rows, cols, box_rows) = match major {
+            OperandMajor::Depth => (outer, product.depth, block / sharers),
+            OperandMajor::Outer => (product.depth, outer, config.block_k / sharers),
+        };
+        BoxedMatrix {
+            format: problem.dtype.output(),
+            address: matrix.address,
+            rows,
+            cols,
+            row_stride: matrix.stride,
+            box_rows,
+            box_cols: config.block_k,
+            swizzled: true,
+        }
+    };
+    let left = |matrix| operand(matrix, product.left, product.rows, config.block_m, config.cluster_n);
+    let right = |matrix| operand(matrix, product.right, product.cols, config.block_n, config.cluster_m);
+    let strip = |format| {
+        move |matrix: RawMatrix| BoxedMatrix {
+            format,
+            address: matrix.address,
+            rows: product.rows,
+            cols: product.cols,
+            row_stride: matrix.stride,
+            box_rows: 16,
+            box_cols: config.store_cols,
+            swizzled: true,
+        }
+    };
+    let present = |matrix: RawMatrix, first: RawMatrix| if matrix.address == 0 { first } else { matrix };
+    let [[left0, left1], [right0, right1]] =
+        [args.left, args.right].map(|[first, second]| [first, present(second, first)]);
+    let [out0, out1, out2] =
+        args.out.map(|matrix| strip(args.output_dtype(problem).output())(present(matrix, args.out[0])));
+    let [gate, up] = args.saved.map(|matrix| strip(problem.dtype.output())(present(matrix, args.out[0])));
+    Some([left(left0), left(left1), right(right0), right(right1), out0, out1, out2, gate, up])
 }
 
 /// The boxes in which a tile of the operands comes.

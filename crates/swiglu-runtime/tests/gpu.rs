@@ -14,6 +14,11 @@ use swiglu_runtime::{
     Runtime, WeightLayout, Weights,
 };
 
+#[path = "gpu/ffn.rs"]
+mod ffn;
+#[path = "gpu/steps.rs"]
+mod steps;
+
 struct Gpu {
     stream: Arc<CudaStream>,
     runtime: Runtime,

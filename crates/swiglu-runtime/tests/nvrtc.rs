@@ -67,6 +67,42 @@ fn every_family_compiles_for_every_architecture_within_the_recorded_spills() {
     assert!(broken.is_empty(), "{}", broken.join("\n"));
 }
 
+/// The default and a sampled config of every family for every step.
+#[test]
+fn every_step_compiles_within_the_budget() {
+    let nvrtc = nvrtc();
+    let mut rng = SmallRng::seed_from_u64(2);
+    let mut jobs: Vec<(&'static ArchSpec, String, KernelSource)> = Vec::new();
+    for (name, dtype) in [("sm_75", DType::F16), ("sm_80", DType::F32), ("sm_90a", DType::Bf16)] {
+        let arch = arch::by_name(name).unwrap();
+        for op in Op::ALL.into_iter().filter(|op| !op.is_forward()) {
+            for major in WeightMajor::ALL {
+                let aligned = Problem::forward(dtype, major, 2048, 14336, 4096).with_op(op);
+                for problem in [aligned, Problem { alignment: dtype.bytes(), ..aligned }] {
+                    let legal = candidates(&problem, Target::Gpu(arch));
+                    for family in Family::GPU {
+                        let of_family: Vec<_> = legal.iter().filter(|config| config.family() == family).collect();
+                        let sampled = of_family.choose(&mut rng).map(|&&config| config);
+                        for config in default_of(family, &problem, arch).into_iter().chain(sampled) {
+                            let source = render::render(&problem, &config, arch).unwrap();
+                            jobs.push((arch, format!("{name} {op} {dtype} {major} {config}"), source));
+                        }
+                    }
+                }
+            }
+        }
+    }
+    assert!(jobs.len() > 100, "{} kernels", jobs.len());
+    let broken: Vec<String> = jobs
+        .into_par_iter()
+        .filter_map(|(arch, what, source)| match nvrtc.compile(&source, arch).map(|it| it.resources) {
+            Ok(resources) => resources.objection().map(|objection| format!("{what}: {objection}")),
+            Err(error) => Some(format!("{what}: {error}")),
+        })
+        .collect();
+    assert!(broken.is_empty(), "{}", broken.join("\n"));
+}
+
 #[test]
 fn the_tuners_helper_kernels_compile_everywhere() {
     let nvrtc = nvrtc();

@@ -2,12 +2,14 @@
 
 mod own;
 
+use crate::arena::Arena;
+use crate::bench_steps;
 use crate::cli::open_gpu_lab;
-use crate::gpu_subject::{Arena, GpuLab, Stopwatch, TimedGraph};
+use crate::gpu_subject::{GpuLab, Stopwatch, TimedGraph};
 use crate::race::{Failure, quantile};
 use crate::report::geometric_mean;
 use crate::{records, workload};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use rand::seq::SliceRandom;
 use serde::Serialize;
@@ -18,7 +20,7 @@ use swiglu_kernels::{Config, DType, Op, Problem, WeightLayout, render};
 use swiglu_runtime::cublaslt::{CublasLt, Gemm};
 use swiglu_runtime::gpu::{Gpu, Kernel};
 use swiglu_runtime::runtime::UNTUNED_ANCHORS;
-use swiglu_runtime::{Options, runtime, serving_anchor};
+use swiglu_runtime::{Options, RawMatrix, RawStep, launch, runtime, serving_anchor};
 
 /// What to time against.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -49,7 +51,9 @@ pub(crate) struct BenchArgs {
     /// Hidden size.
     #[arg(long, requires = "n")]
     k: Option<u32>,
-    /// forward, or forward_save; the peer's packed GEMM leaves the pre-activations in either case.
+    /// forward or forward_save, whose peer's packed GEMM leaves the pre-activations in either case; or a step of the FFN: a
+    /// GEMM's peer is the library's, for dgated followed by gate_backward; that of gate and gate_backward a copy of as many
+    /// bytes.
     #[arg(long, default_value = "forward")]
     op: Op,
     /// Number format.
@@ -169,18 +173,14 @@ fn config_for(
 }
 
 fn bench(lab: &GpuLab, problem: Problem, config: Config, source: String, rounds: usize) -> Result<Row> {
-    if !problem.n.is_multiple_of(8) {
-        bail!("n is {}; the peer's gate kernel takes multiples of 8", problem.n);
-    }
-    if problem.m > u32::from(u16::MAX) {
-        bail!("m is {}; the peer's gate kernel takes at most {}", problem.m, u16::MAX);
-    }
     let watch = Stopwatch::new(lab).map_err(|failure| as_error(&failure))?;
     let (arena, kernel) = verified(lab, problem, config, &watch)?;
-    let peer = CublasLtPeer::new(lab, &arena)?;
-    let times =
-        peer.race(&watch, |index| arena.launch(lab, &kernel, index), rounds).map_err(|failure| as_error(&failure))?;
-    let [ours_us, gemm_us, gemm_and_gate_us, read_us] = times;
+    let ours = |index: usize| arena.launch(lab, &kernel, index);
+    let [ours_us, gemm_us, gemm_and_gate_us, read_us] = if problem.op.is_forward() {
+        CublasLtPeer::new(lab, &arena)?.race(&watch, ours, rounds).map_err(|failure| as_error(&failure))?
+    } else {
+        bench_steps::race(lab, &arena, &watch, ours, rounds)?
+    };
     Ok(Row {
         problem,
         config,
@@ -196,25 +196,33 @@ fn bench(lab: &GpuLab, problem: Problem, config: Config, source: String, rounds:
 }
 
 /// Operands, and the kernel of `config`, which has matched the oracle on them.
-fn verified(lab: &GpuLab, problem: Problem, config: Config, watch: &Stopwatch) -> Result<(Arena, Kernel)> {
-    let sources = render::shared_sources(&problem, &[config], lab.gpu.arch)?;
-    let mut compiled = lab.compile(&problem, &sources, || ());
-    let kernel = compiled.remove(&config).context("nothing was compiled")?.kernel.map_err(|why| as_error(&why))?;
+fn verified(lab: &GpuLab, problem: Problem, config: Config, watch: &Stopwatch<'_>) -> Result<(Arena, Kernel)> {
+    let kernel = kernel_of(lab, &problem, config)?;
     let arena = Arena::new(lab, problem, rand::random()).map_err(|failure| as_error(&failure))?;
     let reference = arena.reference().map_err(|failure| as_error(&failure))?;
     arena.verify(lab, &kernel, &reference, watch).map_err(|failure| as_error(&failure))?;
     Ok((arena, kernel))
 }
 
-/// Medians of graphs that take turns, in microseconds; the one that `settling` counts runs first, until clocks are those
-/// of steady load.
-fn interleave<const COUNT: usize>(
-    watch: &Stopwatch,
-    graphs: &[TimedGraph; COUNT],
-    settling: usize,
+/// `config`, compiled and loaded.
+pub(crate) fn kernel_of(lab: &GpuLab, problem: &Problem, config: Config) -> Result<Kernel> {
+    let sources = render::shared_sources(problem, &[config], lab.gpu.arch)?;
+    let mut compiled = lab.compile(problem, &sources, || ());
+    compiled.remove(&config).context("nothing was compiled")?.kernel.map_err(|failure| as_error(&failure))
+}
+
+/// A launch on the buffer set of that index.
+pub(crate) type Launch<'a> = &'a dyn Fn(usize) -> Result<(), Failure>;
+
+/// Medians of launches that take turns, in microseconds; the second runs first, until clocks are those of steady load.
+pub(crate) fn interleave<const COUNT: usize>(
+    watch: &Stopwatch<'_>,
+    launches: [Launch<'_>; COUNT],
     rounds: usize,
 ) -> Result<[f64; COUNT], Failure> {
-    watch.sample(&vec![&graphs[settling]; SETTLING_SAMPLES])?;
+    let graphs = launches.map(|launch| watch.capture(launch));
+    let graphs = graphs.into_iter().collect::<Result<Vec<TimedGraph>, Failure>>()?;
+    watch.sample(&vec![&graphs[1]; SETTLING_SAMPLES])?;
     // In random order: clocks lag behind power by milliseconds, so that a fixed order would favour whoever follows
     // the lightest load.
     let mut order: Vec<usize> = Vec::new();
@@ -231,7 +239,7 @@ fn interleave<const COUNT: usize>(
     Ok(samples.map(|samples| quantile(&samples, 0.5)))
 }
 
-fn as_error(failure: &Failure) -> anyhow::Error {
+pub(crate) fn as_error(failure: &Failure) -> anyhow::Error {
     anyhow::anyhow!("{}: {}", failure.stage, failure.reason)
 }
 
@@ -239,23 +247,28 @@ fn as_error(failure: &Failure) -> anyhow::Error {
 struct CublasLtPeer<'a> {
     library: CublasLt,
     gemm: Gemm,
+    /// The second launch: act(gate) * up.
+    gate: Kernel,
+    lab: &'a GpuLab,
     arena: &'a Arena,
     /// One per set, so that the output is as cold as ours.
     outputs: Vec<crate::device_memory::GuardedBuffer>,
 }
 
 impl<'a> CublasLtPeer<'a> {
-    fn new(lab: &GpuLab, arena: &'a Arena) -> Result<Self> {
+    fn new(lab: &'a GpuLab, arena: &'a Arena) -> Result<Self> {
         let library = CublasLt::new(&lab.stream)?;
         let Problem { m, n, k, dtype, weight_major, .. } = arena.problem;
         let gemm = library.gemm(dtype, weight_major, m, 2 * n, k)?;
         let bytes = 2 * m as usize * n as usize * dtype.bytes() as usize;
         let outputs: Result<Vec<_>, Failure> = (0..arena.set_count()).map(|_| arena.support.allocate(bytes)).collect();
-        Ok(Self { library, gemm, arena, outputs: outputs.map_err(|failure| as_error(&failure))? })
+        let gate = arena.problem.with_op(Op::Gate);
+        let gate = kernel_of(lab, &gate, families::default_config(&gate, lab.gpu.arch)?)?;
+        Ok(Self { library, gemm, gate, lab, arena, outputs: outputs.map_err(|failure| as_error(&failure))? })
     }
 
     fn launch_gemm(&self, algorithm: usize, index: usize) -> Result<(), Failure> {
-        let args = self.arena.args(index);
+        let args = self.arena.forward(index);
         let out = self.outputs[index % self.outputs.len()].address();
         self.launch_on(algorithm, args.x, args.gate, out)
     }
@@ -266,10 +279,18 @@ impl<'a> CublasLtPeer<'a> {
         unsafe { self.library.launch(&self.gemm, algorithm, x, w, out) }.map_err(|error| Failure::new("launch", error))
     }
 
+    #[allow(unsafe_code, reason = "hands the arena's addresses to the gate")]
     fn launch_both(&self, algorithm: usize, index: usize) -> Result<(), Failure> {
         self.launch_gemm(algorithm, index)?;
         let packed = self.outputs[index % self.outputs.len()].address();
-        self.arena.support.gate_packed(&self.arena.problem, packed, self.arena.args(index).z)
+        let Problem { m, n, dtype, .. } = self.arena.problem;
+        let half = |offset: u64| RawMatrix { address: packed + offset, stride: 2 * i64::from(n) };
+        let z = RawMatrix { address: self.arena.forward(index).z, stride: i64::from(n) };
+        let saved = [half(0), half(u64::from(n) * u64::from(dtype.bytes()))];
+        let args = RawStep { m, saved, out: [z, RawMatrix::default(), RawMatrix::default()], ..RawStep::default() };
+        // SAFETY: `outputs` hold [m, 2n], the arena's z [m, n]; both outlive the work and are as aligned as the problem says.
+        unsafe { launch::step(&self.gate, self.lab.stream.cu_stream(), &args) }
+            .map_err(|error| Failure::new("launch", format!("the driver refused the gate: {error}")))
     }
 
     /// Medians of ours, of the GEMM, of GEMM + gate and of reading the weights; the GEMM with the fastest of its algorithms,
@@ -283,19 +304,16 @@ impl<'a> CublasLtPeer<'a> {
         let algorithm =
             fastest(watch, 0..self.gemm.algorithm_count(), |&algorithm, index| self.launch_gemm(algorithm, index))?;
         let per_sm = fastest(watch, [2, 4].into_iter(), |&per_sm, index| self.arena.read_weights(index, per_sm))?;
-        let graphs: [TimedGraph; 4] = [
-            watch.capture(&ours)?,
-            watch.capture(|index| self.launch_gemm(algorithm, index))?,
-            watch.capture(|index| self.launch_both(algorithm, index))?,
-            watch.capture(|index| self.arena.read_weights(index, per_sm))?,
-        ];
-        interleave(watch, &graphs, 1, rounds)
+        let gemm = |index: usize| self.launch_gemm(algorithm, index);
+        let both = |index: usize| self.launch_both(algorithm, index);
+        let read = |index: usize| self.arena.read_weights(index, per_sm);
+        interleave(watch, [&ours, &gemm, &both, &read], rounds)
     }
 }
 
 /// The choice whose launches take least; one that fails is none.
-fn fastest<T>(
-    watch: &Stopwatch,
+pub(crate) fn fastest<T>(
+    watch: &Stopwatch<'_>,
     choices: impl Iterator<Item = T>,
     launch: impl Fn(&T, usize) -> Result<(), Failure>,
 ) -> Result<T, Failure> {
@@ -314,6 +332,7 @@ fn print_table(rows: &[Row]) {
     let mut table = comfy_table::Table::new();
     table.load_style(comfy_table::presets::ASCII_MARKDOWN);
     table.set_header([
+        "op",
         "dtype",
         "M",
         "N",
@@ -328,10 +347,12 @@ fn print_table(rows: &[Row]) {
         "GEMM+gate/ours",
         "ours/read",
         "TFLOP/s",
+        "TB/s",
     ]);
     for row in rows {
-        let Problem { dtype, m, n, k, .. } = row.problem;
+        let Problem { op, dtype, m, n, k, .. } = row.problem;
         table.add_row([
+            op.to_string(),
             dtype.to_string(),
             m.to_string(),
             n.to_string(),
@@ -346,6 +367,7 @@ fn print_table(rows: &[Row]) {
             format!("{:.3}", row.over_gemm_and_gate),
             format!("{:.3}", row.of_read),
             format!("{:.1}", row.problem.flops() / row.ours_us * 1e-6),
+            format!("{:.2}", row.problem.bytes() / row.ours_us * 1e-6),
         ]);
     }
     println!("{table}");

@@ -3,7 +3,7 @@
 use crate::gpu_subject::GpuLab;
 use crate::log::{LogFormat, notice};
 use crate::tune::{Lab, Summary, tune};
-use crate::workload::{self, Group};
+use crate::workload::{self, Group, OpChoice};
 use crate::{bench, compile, db, doctor, inspect, records, report, why};
 use anyhow::{Context, Result, bail};
 use clap::{Args, CommandFactory, Parser, Subcommand};
@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use swiglu_db::TuningDb;
 use swiglu_kernels::families::Family;
-use swiglu_kernels::{DType, Op, WeightLayout};
+use swiglu_kernels::{DType, WeightLayout};
 use swiglu_runtime::Options;
 use swiglu_runtime::cubin_cache::CubinCache;
 use swiglu_runtime::gpu::{Gpu, GpuError};
@@ -100,9 +100,10 @@ struct TuneArgs {
     /// TOML file of shapes: `[[shape]]` tables with n, k and optionally m, dtype, layout.
     #[arg(long, value_name = "FILE.toml")]
     shapes: Option<PathBuf>,
-    /// What to tune: forward, and forward_save, which also stores the pre-activations for a backward pass.
-    #[arg(long, value_delimiter = ',', default_value = "forward", value_name = "forward,forward_save")]
-    op: Vec<Op>,
+    /// What to tune: forward; forward_save, which also stores the pre-activations for a backward pass; a step of the FFN, e.g.
+    /// gate, down or dgated; backward, the steps of one; ffn, those and the forward's.
+    #[arg(long, value_delimiter = ',', default_value = "forward", value_name = "forward,gate,backward,ffn,...")]
+    op: Vec<OpChoice>,
     /// Number formats [default: bf16 on a GPU, f32 on the CPU].
     #[arg(long, value_delimiter = ',', value_name = "f32,tf32,f16,bf16,e4m3,bf16_e4m3,...")]
     dtype: Vec<DType>,
@@ -299,7 +300,11 @@ fn groups(args: &TuneArgs, lab: &Lab) -> Result<Vec<Group>> {
         Some(path) => workload::from_file(path, &dtypes, &args.layout),
         None => workload::preset(model, &dtypes, &args.layout),
     };
-    Ok(workload::for_ops(&groups?, &args.op))
+    let ops = workload::ops(&args.op);
+    if let (Lab::Cpu, Some(step)) = (lab, ops.iter().find(|op| !op.is_forward())) {
+        bail!("`{step}` runs on a GPU; on the CPU only forward and forward_save are tuned");
+    }
+    Ok(workload::for_ops(&groups?, &ops))
 }
 
 /// Ends the process as clap does for wrong usage.

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 use swiglu_kernels::families::{self, Family, Target};
 use swiglu_kernels::problem::WeightMajor;
-use swiglu_kernels::{ArchSpec, Config, DType, KernelSource, Problem, arch, render};
+use swiglu_kernels::{ArchSpec, Config, DType, KernelSource, Op, Problem, arch, render};
 use swiglu_runtime::Options;
 use swiglu_runtime::nvrtc::Nvrtc;
 
@@ -24,6 +24,9 @@ pub(crate) struct CompileArgs {
         value_name = "sm_80,..."
     )]
     arch: Vec<String>,
+    /// Operations.
+    #[arg(long, value_delimiter = ',', default_value = "forward", value_name = "forward,dgated,...")]
+    op: Vec<Op>,
     /// Number formats.
     #[arg(
         long,
@@ -69,7 +72,10 @@ pub(crate) fn run(args: &CompileArgs, options: &Options) -> Result<ExitCode> {
         nvrtc.check_arch(arch)?;
         for &dtype in &args.dtype {
             for weight_major in WeightMajor::ALL {
-                jobs.extend(jobs_of(args, arch, dtype, weight_major)?);
+                for &op in &args.op {
+                    let problem = Problem::forward(dtype, weight_major, 2048, 14336, 4096).with_op(op);
+                    jobs.extend(jobs_of(args, arch, problem)?);
+                }
             }
         }
     }
@@ -84,16 +90,16 @@ pub(crate) fn run(args: &CompileArgs, options: &Options) -> Result<ExitCode> {
                 entry.most_registers = entry.most_registers.max(cubin.resources.registers);
                 if let Some(objection) = cubin.resources.objection() {
                     notice(format!(
-                        "{} {} {}: {}: {objection}",
-                        job.arch, job.problem.dtype, job.problem.weight_major, job.config
+                        "{} {} {} {}: {}: {objection}",
+                        job.arch, job.problem.op, job.problem.dtype, job.problem.weight_major, job.config
                     ));
                 }
             }
             Err(error) => {
                 entry.failed += 1;
                 notice(format!(
-                    "{} {} {}: {}: {error}",
-                    job.arch, job.problem.dtype, job.problem.weight_major, job.config
+                    "{} {} {} {}: {}: {error}",
+                    job.arch, job.problem.op, job.problem.dtype, job.problem.weight_major, job.config
                 ));
             }
         }
@@ -120,11 +126,10 @@ pub(crate) fn run(args: &CompileArgs, options: &Options) -> Result<ExitCode> {
 
 /// Sources of one space, each once: the default, the last (largest) and a sample, or all; for aligned and for
 /// misaligned operands.
-fn jobs_of(args: &CompileArgs, arch: &'static ArchSpec, dtype: DType, weight_major: WeightMajor) -> Result<Vec<Job>> {
-    let aligned = Problem::forward(dtype, weight_major, 2048, 14336, 4096);
+fn jobs_of(args: &CompileArgs, arch: &'static ArchSpec, aligned: Problem) -> Result<Vec<Job>> {
     let mut sources: BTreeMap<String, Job> = BTreeMap::new();
     let mut rng = SmallRng::seed_from_u64(args.seed);
-    for problem in [aligned, Problem { alignment: dtype.bytes(), ..aligned }] {
+    for problem in [aligned, Problem { alignment: aligned.dtype.bytes(), ..aligned }] {
         let candidates = families::candidates(&problem, Target::Gpu(arch));
         for family in Family::GPU {
             let of_family: Vec<Config> =

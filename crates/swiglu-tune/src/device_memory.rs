@@ -2,22 +2,29 @@
 #![allow(unsafe_code, reason = "launches the helper kernels of templates/support on raw addresses")]
 
 use crate::race::Failure;
-use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, CudaView, DevicePtr, LaunchConfig, PushKernelArg};
+use cudarc::driver::{
+    CudaFunction, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, LaunchConfig, PushKernelArg,
+};
 use std::ffi::c_void;
 use std::sync::Arc;
 use swiglu_kernels::families::Raster;
+use swiglu_kernels::problem::{OperandMajor, Paired};
 use swiglu_kernels::{Problem, render};
 use swiglu_runtime::cubin_cache::CubinCache;
 use swiglu_runtime::gpu::{Gpu, GpuError};
 use swiglu_runtime::launch::{self, KernelParams};
 use swiglu_runtime::nvrtc::Nvrtc;
-use swiglu_runtime::{PrepareError, RawForward};
+use swiglu_runtime::step::StepParams;
+use swiglu_runtime::{PrepareError, RawForward, RawStep};
 
 /// Bytes before and after every buffer that no kernel may touch.
 const GUARD_BYTES: usize = 4096;
 const GUARD_PATTERN: u16 = 0xa5a5;
 /// NaN in bf16, fp16 and, twice, in fp32: an element that was not written cannot pass.
 const POISON_PATTERN: u16 = 0x7fff;
+
+/// What fp32 outputs hold before they are added to, twice the pattern: about a quarter.
+const SUMS_PATTERN: u16 = 0x3e80;
 
 /// A device buffer between two guards.
 pub(crate) struct GuardedBuffer {
@@ -44,7 +51,8 @@ pub(crate) struct Support {
     oracle_forward: CudaFunction,
     check_guard: CudaFunction,
     compare: CudaFunction,
-    gate_packed: CudaFunction,
+    compare_f32: CudaFunction,
+    oracle_step: CudaFunction,
     read_once: CudaFunction,
     sm_count: u32,
     dependent_launch: bool,
@@ -55,7 +63,7 @@ pub(crate) struct Support {
 /// What a buffer is filled with.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Fill {
-    /// x: normal numbers.
+    /// Normal numbers in the format of x.
     X,
     /// Weights: normal numbers; of int4 any code.
     Weights,
@@ -65,12 +73,22 @@ pub(crate) enum Fill {
     GroupScales,
 }
 
-/// Something `[m, n]` that a kernel wrote.
+/// `Finish` of `templates/support/kernels.cu.tera`: what becomes of the sums of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Finish {
+    Add,
+    GateBackward,
+    Gate,
+}
+
+/// An output matrix that a kernel wrote.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct OutputMatrix {
     pub(crate) address: u64,
     /// Elements from row to row.
     pub(crate) row_stride: i64,
+    /// fp32 whatever the problem's number format is.
+    pub(crate) f32: bool,
 }
 
 /// What `compare` found.
@@ -101,8 +119,8 @@ impl Support {
         let cubin = cache.get_or_compile(nvrtc, &source, gpu.arch)?;
         let fills = ["fill_x", "fill_weights", "fill_row_scales", "fill_group_scales", "fill_pattern"];
         let [fill_x, fill_weights, fill_row_scales, fill_group_scales, fill_pattern] = gpu.load(fills, &cubin)?;
-        let [oracle_forward, check_guard, compare, gate_packed, read_once] =
-            gpu.load(["oracle_forward", "check_guard", "compare", "gate_packed", "read_once"], &cubin)?;
+        let checks = ["oracle_forward", "oracle_step", "check_guard", "compare", "compare_f32", "read_once"];
+        let [oracle_forward, oracle_step, check_guard, compare, compare_f32, read_once] = gpu.load(checks, &cubin)?;
         let partial = stream
             .alloc_zeros::<f64>(4 * COMPARE_BLOCKS as usize)
             .map_err(|error| GpuError::Driver { act: "allocate memory", error })?;
@@ -117,7 +135,8 @@ impl Support {
             oracle_forward,
             check_guard,
             compare,
-            gate_packed,
+            compare_f32,
+            oracle_step,
             read_once,
             sm_count: gpu.sm_count,
             dependent_launch: gpu.dependent_launch(),
@@ -166,6 +185,11 @@ impl Support {
         self.pattern(buffer.address, buffer.bytes, POISON_PATTERN)
     }
 
+    /// What [`Support::oracle_step`] takes outputs that are added to for.
+    pub(crate) fn prepare_sums(&self, buffer: &GuardedBuffer) -> Result<(), Failure> {
+        self.pattern(buffer.address, buffer.bytes, SUMS_PATTERN)
+    }
+
     fn pattern(&self, address: u64, bytes: usize, pattern: u16) -> Result<(), Failure> {
         let count = bytes as u64 / 2;
         let mut launch = self.stream.launch_builder(&self.fill_pattern);
@@ -209,18 +233,49 @@ impl Support {
         Ok(reference)
     }
 
-    /// The unfused second half of a peer: `z = act(gate) ⊙ up` over packed `[m, 2n]` rows, N a multiple of 8.
-    pub(crate) fn gate_packed(&self, problem: &Problem, packed: u64, z: u64) -> Result<(), Failure> {
-        let (m, n) = (i32::try_from(problem.m).unwrap_or(i32::MAX), i32::try_from(problem.n).unwrap_or(i32::MAX));
+    /// Room for `elements` of a reference.
+    pub(crate) fn reference(&self, elements: usize) -> Result<CudaSlice<f64>, Failure> {
+        // SAFETY: the oracle writes every element.
+        unsafe { self.stream.alloc::<f64>(elements) }.map_err(driver("allocate the reference"))
+    }
+
+    /// The float64 oracle's output `half` of a step (of paired rows or columns), or all that `finish` makes of it.
+    pub(crate) fn oracle_step(
+        &self,
+        problem: &Problem,
+        args: &RawStep,
+        half: usize,
+        finish: Finish,
+        reference: &mut CudaViewMut<'_, f64>,
+    ) -> Result<(), Failure> {
+        let too_large = || Failure::new("launch", "a size is beyond 32 bits");
+        let params = StepParams::new(problem, Raster::AlongM, 1, args).ok_or_else(too_large)?;
+        let (rows, cols) = problem.output();
+        let product = problem.product();
+        let outer = |major: Option<OperandMajor>| i32::from(major == Some(OperandMajor::Outer));
+        let (left_outer, right_outer) = (outer(product.map(|it| it.left)), outer(product.map(|it| it.right)));
+        let half = half as i32;
+        let (pairs, left, right) = match product.map(|it| it.paired) {
+            None => (0, 0, 0),
+            Some(Paired::Nothing) => (1, 0, 0),
+            Some(Paired::Depth) => (2, 0, 0),
+            Some(Paired::Rows) => (1, half, 0),
+            Some(Paired::Columns) => (1, 0, half),
+        };
+        let finish = finish as i32;
+        let sums = u32::from(SUMS_PATTERN) << 16 | u32::from(SUMS_PATTERN);
+        let before = if problem.op.accumulates() { f64::from(f32::from_bits(sums)) } else { 0.0 };
         let config = LaunchConfig {
-            grid_dim: (problem.n.div_ceil(256 * 8), problem.m, 1),
+            grid_dim: (rows.div_ceil(64) * cols.div_ceil(64), 1, 1),
             block_dim: (256, 1, 1),
             shared_mem_bytes: 0,
         };
-        let mut launch = self.stream.launch_builder(&self.gate_packed);
-        launch.arg(&packed).arg(&z).arg(&m).arg(&n);
-        // SAFETY: `gate_packed(const Element*, Element*, int, int)`; the caller's buffers hold m·2n and m·n elements.
-        unsafe { launch.launch(config) }.map(drop).map_err(driver("launch the gate"))
+        let mut launch = self.stream.launch_builder(&self.oracle_step);
+        launch.arg(&params).arg(&left_outer).arg(&right_outer).arg(&pairs).arg(&left).arg(&right).arg(&finish);
+        launch.arg(&before).arg(reference);
+        // SAFETY: `oracle_step(StepParams, int x 6, double, double*)`; the operands hold the problem, the reference what
+        // `finish` makes of one output.
+        unsafe { launch.launch(config) }.map(drop).map_err(driver("run the oracle"))
     }
 
     /// Reads `buffer` once, with `per_sm` blocks a multiprocessor.
@@ -249,10 +304,11 @@ impl Support {
         rms: f64,
     ) -> Result<Comparison, Failure> {
         let int = |size: u32| i32::try_from(size).unwrap_or(i32::MAX);
-        let (m, n) = (int(problem.m), int(problem.n));
+        let (rows, cols) = problem.output();
+        let (m, n) = (int(rows), int(cols));
         // One element may be off by 16 times what all may be in the mean: rounding never is, a wrong tile always.
         let limit = 16.0 * problem.dtype.tolerance();
-        let mut launch = self.stream.launch_builder(&self.compare);
+        let mut launch = self.stream.launch_builder(if output.f32 { &self.compare_f32 } else { &self.compare });
         launch
             .arg(&output.address)
             .arg(&output.row_stride)

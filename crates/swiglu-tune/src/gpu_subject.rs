@@ -1,22 +1,20 @@
 //! Candidates on a GPU: compiled side by side, verified on poisoned memory, timed over rotating buffers.
-#![allow(unsafe_code, reason = "launches kernels on the addresses of its own buffers")]
+#![allow(unsafe_code, reason = "turns off the event tracking of a context of its own")]
 
-use crate::device_memory::{Fill, GuardedBuffer, OutputMatrix, Support, driver};
+use crate::arena::{Arena, Reference};
+use crate::device_memory::driver;
 use crate::race::{Failure, Subject};
-use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, CudaStream, CudaView, sys};
+use cudarc::driver::{CudaEvent, CudaGraph, CudaStream, sys};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use swiglu_kernels::problem::INT4_GROUP;
 use swiglu_kernels::render::SharedSource;
-use swiglu_kernels::{Config, Family, Format, Problem, WeightMajor};
+use swiglu_kernels::{Config, Family, Problem};
+use swiglu_runtime::PrepareError;
 use swiglu_runtime::cubin_cache::CubinCache;
 use swiglu_runtime::gpu::{Gpu, Kernel};
 use swiglu_runtime::nvrtc::{Nvrtc, Resources};
-use swiglu_runtime::{PrepareError, RawForward, RawScales, launch};
 
-/// Buffer sets together exceed the L2 cache by this factor, so that every launch finds it cold.
-const L2_FACTOR: usize = 3;
 /// A candidate whose first launch takes this many times the shortest one's is not timed more closely.
 const ABANDON_FACTOR: f64 = 1.4;
 /// What events and the launch itself add to a single launch, in microseconds.
@@ -104,236 +102,6 @@ impl GpuLab {
 /// Work before the last round, in microseconds.
 const SETTLING_US: f64 = 200_000.0;
 
-/// Standard deviation of random e4m3 codes: that of normal numbers whose largest is at the end of the range.
-const E4M3_SIGMA: f32 = 100.0;
-/// Standard deviation of int4 numbers that are all as likely.
-const INT4_SIGMA: f32 = 4.6;
-
-/// One set of operands: x, both weights in one packed matrix, their scales, z, what is saved beside it.
-struct BufferSet {
-    x: GuardedBuffer,
-    weights: GuardedBuffer,
-    x_scales: Option<GuardedBuffer>,
-    weight_scales: Option<GuardedBuffer>,
-    z: GuardedBuffer,
-    preactivations: Option<GuardedBuffer>,
-}
-
-/// Bytes of the scales of both weights: one a column, or one a group and column.
-fn weight_scale_bytes(problem: &Problem) -> Option<usize> {
-    let columns = 2 * problem.n as usize;
-    match problem.dtype.weights() {
-        Format::E4m3 => Some(4 * columns),
-        Format::Int4 => {
-            Some(columns * problem.k.div_ceil(INT4_GROUP) as usize * problem.dtype.output().bytes() as usize)
-        }
-        Format::F32 | Format::F16 | Format::Bf16 => None,
-    }
-}
-
-/// Operands of one problem, in as many sets as defeat the L2 cache.
-pub(crate) struct Arena {
-    pub(crate) problem: Problem,
-    pub(crate) support: Support,
-    sets: Vec<BufferSet>,
-}
-
-impl Arena {
-    /// Allocates and fills fresh operands.
-    pub(crate) fn new(lab: &GpuLab, problem: Problem, seed: u64) -> Result<Self, Failure> {
-        let support = Support::load(&lab.gpu, &lab.nvrtc, &lab.cache, &lab.stream, &problem)
-            .map_err(|error| Failure::new("compile", error))?;
-        let dtype = problem.dtype;
-        let (m, n, k) = (problem.m as usize, problem.n as usize, problem.k as usize);
-        let weights = 2 * n * k.div_ceil(dtype.weights().numbers() as usize);
-        let sizes = [(m * k, dtype.x()), (weights, dtype.weights()), (m * n, dtype.output())]
-            .map(|(elements, format)| (elements * format.bytes() as usize).next_multiple_of(2));
-        let saves = problem.op.saves_preactivations();
-        let count = (L2_FACTOR * lab.gpu.l2_bytes / sizes.iter().sum::<usize>().max(1) + 1).clamp(2, 256);
-        let mut sets = Vec::with_capacity(count);
-        for index in 0..count as u64 {
-            let set = BufferSet {
-                x: support.allocate(sizes[0])?,
-                weights: support.allocate(sizes[1])?,
-                x_scales: (dtype.x() == Format::E4m3).then(|| support.allocate(4 * m)).transpose()?,
-                weight_scales: weight_scale_bytes(&problem).map(|bytes| support.allocate(bytes)).transpose()?,
-                z: support.allocate(sizes[2])?,
-                preactivations: saves.then(|| support.allocate(2 * sizes[2])).transpose()?,
-            };
-            let seed = seed.wrapping_add(4 * index);
-            let codes = |format| match format {
-                Format::E4m3 => E4M3_SIGMA,
-                Format::Int4 => INT4_SIGMA,
-                Format::F32 | Format::F16 | Format::Bf16 => 1.0,
-            };
-            let x_codes = codes(dtype.x());
-            support.fill(&set.x, Fill::X, dtype.x().bytes(), seed, x_codes)?;
-            if let Some(scales) = &set.x_scales {
-                support.fill(scales, Fill::RowScales, 4, seed.wrapping_add(2), 1.0 / x_codes)?;
-            }
-            // Weights of 1/sqrt(K) keep gate and up near 1, where silu bends.
-            let (weight, codes) = (1.0 / (problem.k as f32).sqrt(), codes(dtype.weights()));
-            let of_codes = if dtype.is_scaled() { codes } else { weight };
-            support.fill(&set.weights, Fill::Weights, dtype.weights().bytes(), seed.wrapping_add(1), of_codes)?;
-            if let Some(scales) = &set.weight_scales {
-                let (fill, bytes) = match dtype.weights() {
-                    Format::Int4 => (Fill::GroupScales, dtype.output().bytes()),
-                    _ => (Fill::RowScales, 4),
-                };
-                support.fill(scales, fill, bytes, seed.wrapping_add(3), weight / codes)?;
-            }
-            sets.push(set);
-        }
-        Ok(Self { problem, support, sets })
-    }
-
-    /// Number of sets.
-    pub(crate) fn set_count(&self) -> usize {
-        self.sets.len()
-    }
-
-    /// The operands of set `index`, modulo their number.
-    pub(crate) fn args(&self, index: usize) -> RawForward {
-        let Problem { m, n, k, dtype, weight_major, .. } = self.problem;
-        let (wide_n, wide_k) = (u64::from(n), u64::from(k));
-        let (weight_stride, to_up) = match weight_major {
-            WeightMajor::K => (wide_k, wide_n * wide_k),
-            WeightMajor::N => (2 * wide_n, wide_n),
-        };
-        let set = &self.sets[index % self.sets.len()];
-        let output_bytes = u64::from(dtype.output().bytes());
-        let int4 = dtype.weights() == Format::Int4;
-        let scale_bytes = if int4 { output_bytes } else { 4 };
-        RawForward {
-            m,
-            x: set.x.address(),
-            x_stride: i64::from(k),
-            gate: set.weights.address(),
-            gate_stride: weight_stride as i64,
-            up: set.weights.address() + to_up * u64::from(dtype.weights().bytes()),
-            up_stride: weight_stride as i64,
-            gate_bias: 0,
-            up_bias: 0,
-            z: set.z.address(),
-            z_stride: i64::from(n),
-            saved_gate: set.preactivations.as_ref().map_or(0, GuardedBuffer::address),
-            saved_gate_stride: 2 * i64::from(n),
-            saved_up: set.preactivations.as_ref().map_or(0, |both| both.address() + wide_n * output_bytes),
-            saved_up_stride: 2 * i64::from(n),
-            scales: RawScales {
-                x: set.x_scales.as_ref().map_or(0, GuardedBuffer::address),
-                gate: set.weight_scales.as_ref().map_or(0, GuardedBuffer::address),
-                up: set.weight_scales.as_ref().map_or(0, |both| both.address() + wide_n * scale_bytes),
-                stride: if int4 { 2 * i64::from(n) } else { 0 },
-                x_rows: set.x_scales.is_some(),
-                weight_rows: set.weight_scales.is_some() && !int4,
-            },
-        }
-    }
-
-    /// Reads the weights of set `index` once, with `per_sm` blocks a multiprocessor.
-    pub(crate) fn read_weights(&self, index: usize, per_sm: u32) -> Result<(), Failure> {
-        self.support.read_once(&self.sets[index % self.sets.len()].weights, per_sm)
-    }
-
-    /// Launches `kernel` on set `index`.
-    pub(crate) fn launch(&self, lab: &GpuLab, kernel: &Kernel, index: usize) -> Result<(), Failure> {
-        let args = self.args(index);
-        // SAFETY: the buffers hold the problem, are apart, outlive the stream's work, and are as aligned as the
-        // problem says, since they start at multiples of 16 bytes with contiguous rows.
-        let launched = unsafe { launch::forward(kernel, lab.stream.cu_stream(), &args) };
-        launched.map_err(|error| Failure::new("launch", format!("the driver refused the launch: {error}")))
-    }
-}
-
-/// A launch whose output was right.
-pub(crate) struct Verified {
-    /// Relative error against the oracle.
-    pub(crate) error: f64,
-    /// Its time, in microseconds.
-    pub(crate) once_us: f64,
-}
-
-/// What the first set's outputs have to be.
-pub(crate) struct Reference {
-    /// Of one output after the other.
-    values: CudaSlice<f64>,
-    /// Each with the root mean square of its values.
-    outputs: Vec<(OutputMatrix, f64)>,
-}
-
-impl Arena {
-    /// The float64 oracle's outputs on the first set.
-    pub(crate) fn reference(&self) -> Result<Reference, Failure> {
-        let args = self.args(0);
-        let values = self.support.oracle(&self.problem, &args)?;
-        let matrix = |address, row_stride| OutputMatrix { address, row_stride };
-        let outputs = [
-            matrix(args.z, args.z_stride),
-            matrix(args.saved_gate, args.saved_gate_stride),
-            matrix(args.saved_up, args.saved_up_stride),
-        ];
-        let rms = |(index, output)| {
-            let rms = self.support.compare(&self.problem, &output, &self.part(&values, index), 0.0)?.rms;
-            Ok((output, rms))
-        };
-        let outputs = outputs
-            .into_iter()
-            .take(self.problem.op.outputs() as usize)
-            .enumerate()
-            .map(rms)
-            .collect::<Result<_, Failure>>()?;
-        Ok(Reference { values, outputs })
-    }
-
-    /// Elements of one output.
-    fn elements(&self) -> usize {
-        self.problem.m as usize * self.problem.n as usize
-    }
-
-    /// The values of output `index`.
-    fn part<'a>(&self, values: &'a CudaSlice<f64>, index: usize) -> CudaView<'a, f64> {
-        values.slice(index * self.elements()..(index + 1) * self.elements())
-    }
-
-    /// Launches `kernel` once on poisoned outputs; fails unless every error is within the format's tolerance and nothing
-    /// outside of the outputs was written. The error told is the largest.
-    pub(crate) fn verify(
-        &self,
-        lab: &GpuLab,
-        kernel: &Kernel,
-        reference: &Reference,
-        stopwatch: &Stopwatch,
-    ) -> Result<Verified, Failure> {
-        let Self { problem, support, sets } = self;
-        let set = sets.first().ok_or_else(|| Failure::new("launch", "no buffers"))?;
-        for output in std::iter::once(&set.z).chain(&set.preactivations) {
-            support.poison(output)?;
-        }
-        let once_us = stopwatch.time(|| self.launch(lab, kernel, 0))?;
-        let mut error = 0.0f64;
-        for (index, (output, rms)) in reference.outputs.iter().enumerate() {
-            let found = support.compare(problem, output, &self.part(&reference.values, index), *rms)?;
-            let tolerance = crate::race::tolerance(problem.dtype, found.rounding);
-            if found.wrong > 0.0 || found.error.is_nan() || found.error > tolerance {
-                let reason = format!(
-                    "{} wrong elements, relative error {:.2e} (limit {tolerance:.1e})",
-                    found.wrong, found.error
-                );
-                return Err(Failure::new("verify", reason));
-            }
-            error = error.max(found.error);
-        }
-        let optional = [&set.x_scales, &set.weight_scales, &set.preactivations];
-        let buffers: Vec<&GuardedBuffer> =
-            [&set.x, &set.weights, &set.z].into_iter().chain(optional.into_iter().flatten()).collect();
-        if !support.guards_intact(&buffers)? {
-            return Err(Failure::new("verify", "wrote outside of its outputs"));
-        }
-        Ok(Verified { error, once_us })
-    }
-}
-
 /// Times work on the lab's stream.
 pub(crate) struct Stopwatch<'a> {
     stream: &'a Arc<CudaStream>,
@@ -355,7 +123,7 @@ impl<'a> Stopwatch<'a> {
     }
 
     /// Time of `work`, in microseconds.
-    fn time(&self, work: impl FnOnce() -> Result<(), Failure>) -> Result<f64, Failure> {
+    pub(crate) fn time(&self, work: impl FnOnce() -> Result<(), Failure>) -> Result<f64, Failure> {
         self.start.record(self.stream).map_err(driver("record an event"))?;
         work()?;
         self.end.record(self.stream).map_err(driver("record an event"))?;
@@ -496,8 +264,8 @@ impl GpuSubject<'_> {
     /// What no launch of `config` can beat: for `simt` the rate of the FMA units, for tensor cores nothing is known.
     fn lower_bound_us(&self, config: &Config) -> f64 {
         match config.family() {
-            Family::Simt => self.arena.problem.flops() / self.lab.gpu.peak_fma_flops * 1e6,
-            Family::MmaDirect | Family::MmaSync | Family::WgmmaTma | Family::Cpu => 0.0,
+            Family::Simt | Family::SimtGemm => self.arena.problem.flops() / self.lab.gpu.peak_fma_flops * 1e6,
+            _ => 0.0,
         }
     }
 

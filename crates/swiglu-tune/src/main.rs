@@ -1,6 +1,8 @@
 //! `swiglu-tune`: tunes SwiGLU kernels for the machine it runs on.
 
+mod arena;
 mod bench;
+mod bench_steps;
 mod cli;
 mod compile;
 mod cpu_subject;

@@ -4,10 +4,33 @@ use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::str::FromStr;
 use swiglu_kernels::{DType, Op, Problem, WeightLayout};
 
 /// The values of M that are tuned when none are given.
 pub(crate) const ANCHORS: [u32; 14] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192];
+
+/// What `--op` takes: an op, or a word for several.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct OpChoice(Vec<Op>);
+
+impl FromStr for OpChoice {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        const BACKWARD: [Op; 4] = [Op::Dgated, Op::InputGrad, Op::WeightGrad, Op::DownWeightGrad];
+        match text {
+            "backward" => Ok(Self(BACKWARD.into())),
+            "ffn" => Ok(Self([Op::ForwardSave, Op::Down].into_iter().chain(BACKWARD).collect())),
+            op => op.parse().map(|op| Self(vec![op])).map_err(|error| format!("{error}; or of backward, ffn")),
+        }
+    }
+}
+
+/// The ops of all choices, each once, in their order.
+pub(crate) fn ops(choices: &[OpChoice]) -> Vec<Op> {
+    let mut seen = BTreeSet::new();
+    choices.iter().flat_map(|choice| &choice.0).copied().filter(|&op| seen.insert(op)).collect()
+}
 
 /// Problems that differ in M only.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -130,6 +153,16 @@ fn without_repeats(groups: impl Iterator<Item = Group>) -> Vec<Group> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_word_for_several_ops_names_each_once() {
+        let choices = |words: &[&str]| words.iter().map(|word| word.parse().unwrap()).collect::<Vec<OpChoice>>();
+        assert_eq!(ops(&choices(&["forward", "gate"])), [Op::Forward, Op::Gate]);
+        let all = ops(&choices(&["dgated", "backward", "ffn"]));
+        let backward = [Op::Dgated, Op::InputGrad, Op::WeightGrad, Op::DownWeightGrad];
+        assert_eq!(all, [&backward[..], &[Op::ForwardSave, Op::Down]].concat());
+        assert!("backwards".parse::<OpChoice>().unwrap_err().contains("dgated"));
+    }
 
     #[test]
     fn presets_are_the_ones_promised() {

@@ -11,12 +11,6 @@ __device__ __forceinline__ void ldmatrix_x4_trans(u32 (&out)[4], u32 smem) {
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(smem) : "memory");
 }
 
-__device__ __forceinline__ u32 ld_shared_u32(u32 smem) {
-    u32 value;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(smem) : "memory");
-    return value;
-}
-
 __device__ __forceinline__ void st_shared_u16(u32 smem, u16 value) {
     asm volatile("st.shared.u16 [%0], %1;" ::"r"(smem), "h"(value) : "memory");
 }

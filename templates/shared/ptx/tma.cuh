@@ -50,6 +50,13 @@ __device__ __forceinline__ void tma_store(const TensorMap* map, u32 source, int 
                  : "memory");
 }
 
+// Adds to what is there: one addition an element, so that its result does not depend on any order.
+__device__ __forceinline__ void tma_reduce_add(const TensorMap* map, u32 source, int inner, int outer) {
+    asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+                 "r"(source), "r"(inner), "r"(outer)
+                 : "memory");
+}
+
 __device__ __forceinline__ void tma_store_commit() {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }

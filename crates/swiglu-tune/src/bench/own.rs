@@ -63,11 +63,9 @@ fn bench(lab: &GpuLab, ours: Entrant, bf16: Entrant, rounds: usize) -> Result<Ro
     let (arena, kernel) = verified(lab, problem, config, &watch)?;
     let (bf16_arena, bf16_kernel) = verified(lab, bf16_problem, bf16_config, &watch)?;
     let race = || -> Result<[f64; 2], Failure> {
-        let graphs = [
-            watch.capture(|index| arena.launch(lab, &kernel, index))?,
-            watch.capture(|index| bf16_arena.launch(lab, &bf16_kernel, index))?,
-        ];
-        interleave(&watch, &graphs, 1, rounds)
+        let ours = |index: usize| arena.launch(lab, &kernel, index);
+        let bf16 = |index: usize| bf16_arena.launch(lab, &bf16_kernel, index);
+        interleave(&watch, [&ours, &bf16], rounds)
     };
     let [ours_us, bf16_us] = race().map_err(|failure| as_error(&failure))?;
     let over_bf16 = bf16_us / ours_us;

@@ -18,12 +18,6 @@ inline void ldmatrix(u32 (&out)[4], u32 smem, bool transposed) {
 inline void ldmatrix_x4(u32 (&out)[4], u32 smem) { ldmatrix(out, smem, false); }
 inline void ldmatrix_x4_trans(u32 (&out)[4], u32 smem) { ldmatrix(out, smem, true); }
 
-inline u32 ld_shared_u32(u32 smem) {
-    u32 value;
-    std::memcpy(&value, machine::shared(smem), 4);
-    return value;
-}
-
 inline void st_shared_u16(u32 smem, u16 value) { std::memcpy(machine::shared(smem), &value, 2); }
 
 inline u32 round_to_tf32(u32 bits) {

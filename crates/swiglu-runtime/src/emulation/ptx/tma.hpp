@@ -52,5 +52,17 @@ inline void tma_store(const TensorMap* map, u32 source, int inner, int outer) {
     });
 }
 
+inline void tma_reduce_add(const TensorMap* map, u32 source, int inner, int outer) {
+    for_each_in_box(*map, source, inner, outer, [](const char* staged, char* memory, int bytes) {
+        if (bytes != 4) machine::fail("only fp32 is added to");
+        if (!memory) return;
+        float sum, term;
+        std::memcpy(&sum, memory, 4);
+        std::memcpy(&term, staged, 4);
+        sum += term;
+        std::memcpy(memory, &sum, 4);
+    });
+}
+
 inline void tma_store_commit() {}
 template <int kPending> void tma_store_wait_read() {}

@@ -27,8 +27,8 @@ template <DType kType, int kCount> float wgmma_sum(const double (&terms)[kCount]
     return float(std::ldexp(sum, -shift));
 }
 
-// d[64 x 2 kColumns] += a[64xK] b[K x 2 kColumns], K = 32 bytes; each thread computes its own accumulators.
-template <DType kType, bool kNMajor, int kAccumulators>
+// d[64 x 2 kAccumulators] += a[64xK] b[K x 2 kAccumulators], K = 32 bytes; each thread computes its own accumulators.
+template <DType kType, bool kTransposeA, bool kTransposeB, int kAccumulators>
 void wgmma_product(float (&d)[kAccumulators], u64 a, u64 b, bool accumulate) {
     const int thread = machine::current->index.x % 128;
     const u32 a_address = u32(a) << 4, b_address = u32(b) << 4, leading = u32(b >> 32 << 4) & 0x3ffff;
@@ -37,10 +37,14 @@ void wgmma_product(float (&d)[kAccumulators], u64 a, u64 b, bool accumulate) {
     double row[2][kDepth];
     for (int half = 0; half < 2; ++half) {
         const int m = thread / 32 * 16 + thread % 32 / 4 + half * 8;
-        for (int k = 0; k < kDepth; ++k) row[half][k] = wgmma_number<kType>(swizzled(a_address + m * 128 + k * kBytes, 128));
+        for (int k = 0; k < kDepth; ++k) {
+            const u32 offset = kTransposeA ? k * 128 + m * kBytes : m * 128 + k * kBytes;
+            row[half][k] = wgmma_number<kType>(swizzled(a_address + offset, 128));
+        }
     }
     const auto b_number = [&](int n, int k) {
-        const u32 offset = kNMajor ? n / (b_span / 2) * leading + k * b_span + n % (b_span / 2) * 2 : n * 128 + k * kBytes;
+        const u32 offset =
+            kTransposeB ? n / (b_span / 2) * leading + k * b_span + n % (b_span / 2) * 2 : n * 128 + k * kBytes;
         return wgmma_number<kType>(swizzled(b_address + offset, b_span));
     };
     for (int i = 0; i < kAccumulators; ++i) {

@@ -1,0 +1,236 @@
+//! The steps beside the fused forward, emulated.
+
+use super::{GAP, Map, Run, compile, way};
+use crate::operands::Element;
+use crate::step::{RawMatrix, RawStep, StepParams};
+use crate::tensor_map;
+use half::{bf16, f16};
+use rand::rngs::SmallRng;
+use rand::{SeedableRng, seq::IndexedRandom};
+use rand_distr::{Distribution, StandardNormal};
+use rayon::prelude::*;
+use std::ffi::c_void;
+use swiglu_kernels::families::{Config, Target, candidates};
+use swiglu_kernels::problem::{OperandMajor, Paired};
+use swiglu_kernels::{ArchSpec, DType, Op, Problem, WeightMajor, arch, oracle, render};
+
+/// A matrix whose rows have gaps, so that strides count.
+struct Strided<T> {
+    data: Vec<T>,
+    cols: usize,
+}
+
+impl<T: Element> Strided<T> {
+    fn new((rows, cols): (usize, usize), mut value: impl FnMut() -> f32) -> Self {
+        Self { data: (0..rows * (cols + GAP)).map(|_| T::from_f32(value())).collect(), cols }
+    }
+
+    fn wide(&self) -> Vec<Vec<f64>> {
+        self.data
+            .chunks(self.cols + GAP)
+            .map(|row| row.iter().map(|value| f64::from(value.to_f32())).collect())
+            .collect()
+    }
+
+    fn raw(&self) -> RawMatrix {
+        RawMatrix { address: self.data.as_ptr() as u64, stride: (self.cols + GAP) as i64 }
+    }
+
+    fn inside(&self) -> impl Iterator<Item = f64> {
+        (0..self.data.len()).filter(|i| i % (self.cols + GAP) < self.cols).map(|i| f64::from(self.data[i].to_f32()))
+    }
+
+    fn gaps(&self) -> impl Iterator<Item = f32> {
+        (0..self.data.len()).filter(|i| i % (self.cols + GAP) >= self.cols).map(|i| self.data[i].to_f32())
+    }
+}
+
+/// Random operands of a step.
+struct StepCase<T> {
+    problem: Problem,
+    left: Vec<Strided<T>>,
+    right: Vec<Strided<T>>,
+    saved: Vec<Strided<T>>,
+    bias: Option<Vec<T>>,
+    with_z: bool,
+}
+
+/// What an fp32 output holds before it is added to.
+const BEFORE: f32 = 0.25;
+
+impl<T: Element> StepCase<T> {
+    fn new(problem: Problem, seed: u64) -> Self {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let mut normal = |scale: f32| scale * Distribution::<f32>::sample(&StandardNormal, &mut rng);
+        let (rows, cols) = problem.output();
+        let size = |rows: u32, cols: u32| (rows as usize, cols as usize);
+        let mut several = |count: usize, size: (usize, usize), scale: f32| -> Vec<Strided<T>> {
+            (0..count).map(|_| Strided::new(size, || normal(scale))).collect()
+        };
+        let (left, right) = match problem.product() {
+            Some(product) => {
+                let shape = |major, outer| match major {
+                    OperandMajor::Depth => size(outer, product.depth),
+                    OperandMajor::Outer => size(product.depth, outer),
+                };
+                let left = 1 + usize::from(matches!(product.paired, Paired::Depth | Paired::Rows));
+                let right = 1 + usize::from(matches!(product.paired, Paired::Depth | Paired::Columns));
+                let scale = 1.0 / (product.depth as f32).sqrt();
+                (several(left, shape(product.left, rows), 1.0), several(right, shape(product.right, cols), scale))
+            }
+            None => (several(1, size(rows, cols), 1.0), Vec::new()),
+        };
+        let saved = several(2, size(rows, cols), 1.5);
+        let bias = (problem.op == Op::Down).then(|| (0..cols).map(|_| T::from_f32(normal(1.0))).collect());
+        Self { problem, left, right, saved, bias, with_z: seed.is_multiple_of(2) }
+    }
+
+    /// The outputs in float64.
+    fn references(&self) -> Vec<Vec<f64>> {
+        let entry = |of: &[Strided<T>], index: usize| {
+            let wide = of.get(index).map(Strided::wide).unwrap_or_default();
+            move |row: usize, col: usize| wide[row][col]
+        };
+        let [left0, left1] = [0, 1].map(|index| entry(&self.left, index));
+        let [right0, right1] = [0, 1].map(|index| entry(&self.right, index));
+        let [gate, up] = [0, 1].map(|index| entry(&self.saved, index));
+        let bias: Option<Vec<f64>> =
+            self.bias.as_ref().map(|bias| bias.iter().map(|value| f64::from(value.to_f32())).collect());
+        let operands = oracle::Step {
+            left: [&left0, &left1],
+            right: [&right0, &right1],
+            saved: [&gate, &up],
+            bias: bias.as_deref(),
+        };
+        let mut outs = oracle::step(&self.problem, &operands);
+        if self.problem.op.accumulates() {
+            outs.iter_mut().flatten().for_each(|value| *value += f64::from(BEFORE));
+        }
+        outs
+    }
+
+    /// Runs `config`; says what is wrong.
+    fn check(&self, config: &Config, arch: &'static ArchSpec) -> Result<(), String> {
+        if self.problem.op.accumulates() {
+            self.check_as::<f32>(config, arch)
+        } else {
+            self.check_as::<T>(config, arch)
+        }
+    }
+
+    fn check_as<O: Element>(&self, config: &Config, arch: &'static ArchSpec) -> Result<(), String> {
+        let problem = &self.problem;
+        let source = render::render(problem, config, arch).map_err(|error| error.to_string())?;
+        let folder = tempfile::tempdir().unwrap();
+        let library = compile(&source, folder.path());
+        // SAFETY: `translate` gives every library this function.
+        let run = unsafe { library.get::<Run>(b"run") }.unwrap();
+
+        let (rows, cols) = problem.output();
+        let before = if problem.op.accumulates() { BEFORE } else { f32::NAN };
+        let outputs = [(); 3].map(|()| Strided::<O>::new((rows as usize, cols as usize), || before));
+        let raw = |of: &[Strided<T>]| [0, 1].map(|i| of.get(i).map_or(RawMatrix::default(), Strided::raw));
+        let mut out = outputs.each_ref().map(Strided::raw);
+        let references = self.references();
+        for (index, out) in out.iter_mut().enumerate() {
+            if index >= references.len() || index == 2 && !self.with_z {
+                *out = RawMatrix::default();
+            }
+        }
+        let args = RawStep {
+            m: problem.m,
+            left: raw(&self.left),
+            right: raw(&self.right),
+            saved: raw(&self.saved),
+            out,
+            bias: self.bias.as_ref().map_or(0, |bias| bias.as_ptr() as u64),
+        };
+        let shape = config.launch_shape(problem).unwrap();
+        let maps: Vec<Map> = match config {
+            Config::WgmmaGemm(config) => {
+                tensor_map::of_wgmma_gemm(config, problem, &args).unwrap().iter().map(Map::new).collect()
+            }
+            _ => Vec::new(),
+        };
+        let params = StepParams::new(problem, shape.raster, shape.raster_group, &args).unwrap();
+        let mut arguments: Vec<*const c_void> = Vec::new();
+        if !maps.is_empty() {
+            arguments.push(maps.as_ptr().cast());
+        }
+        arguments.push((&raw const params).cast());
+        let tiles = u32::try_from(shape.tiles(problem)).unwrap();
+        // Fewer than there are tiles, so that persistent kernels walk.
+        let clusters = if shape.per_sm.is_some() { tiles.div_ceil(3) } else { tiles };
+        let (grid, bytes) = (clusters * shape.cluster, u64::from(shape.smem_bytes));
+        // SAFETY: the arguments are the kernel's, in its order, and alive; the operands hold the problem.
+        let done = unsafe { run(arguments.as_ptr(), grid, shape.threads, shape.cluster, bytes) };
+        if !done {
+            return Err("its threads wait for each other for ever".into());
+        }
+
+        for (index, (output, reference)) in outputs.iter().zip(&references).enumerate() {
+            if out[index].address == 0 {
+                if output.inside().any(|value| !value.is_nan()) {
+                    return Err(format!("wrote output {index}, which was not asked for"));
+                }
+                continue;
+            }
+            let error = oracle::relative_error(output.inside(), reference.iter().copied());
+            if error.is_nan() || error > problem.dtype.tolerance() {
+                return Err(format!("output {index} has error {error:.2e}"));
+            }
+            if output.gaps().any(|value| value.to_bits() != O::from_f32(before).to_f32().to_bits()) {
+                return Err(format!("wrote between the rows of output {index}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check(problem: Problem, config: &Config, arch: &'static ArchSpec, seed: u64) -> Result<(), String> {
+    let result = match problem.dtype {
+        DType::F32 | DType::Tf32 => StepCase::<f32>::new(problem, seed).check(config, arch),
+        DType::F16 => StepCase::<f16>::new(problem, seed).check(config, arch),
+        DType::Bf16 => StepCase::<bf16>::new(problem, seed).check(config, arch),
+        scaled => Err(format!("no step takes {scaled}")),
+    };
+    result.map_err(|why| format!("{problem:?} {config}: {why}"))
+}
+
+#[test]
+fn every_way_through_every_step_matches_the_oracle() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    let mut rng = SmallRng::seed_from_u64(12);
+    let mut cases: Vec<(Problem, Config)> = Vec::new();
+    let ops = Op::ALL.into_iter().filter(|op| !op.is_forward());
+    for (index, op) in ops.enumerate() {
+        for (order, major) in WeightMajor::ALL.into_iter().enumerate() {
+            for dtype in DType::ALL {
+                // Ragged against every tile, and more than one tile of most.
+                let problem = Problem::forward(dtype, major, 150, 200, 136).with_op(op);
+                // Both 16-bit formats take the same ways.
+                if dtype == [DType::F16, DType::Bf16][(index + order) % 2] {
+                    continue;
+                }
+                for problem in [problem, Problem { alignment: dtype.bytes(), ..problem }] {
+                    let all = candidates(&problem, Target::Gpu(arch));
+                    let mut ways: Vec<_> = all.iter().map(way).collect();
+                    ways.sort_unstable();
+                    ways.dedup();
+                    // Every op takes the same ways through the main loop: a few of them each.
+                    for this in ways.sample(&mut rng, 3) {
+                        let of_this: Vec<&Config> = all.iter().filter(|config| way(config) == *this).collect();
+                        cases.extend(of_this.choose(&mut rng).map(|config| (problem, **config)));
+                    }
+                }
+            }
+        }
+    }
+    assert!(cases.len() > 50, "{} cases", cases.len());
+    let wrong: Vec<String> = cases
+        .par_iter()
+        .enumerate()
+        .filter_map(|(seed, (problem, config))| check(*problem, config, arch, seed as u64).err())
+        .collect();
+    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
+}

@@ -1,0 +1,163 @@
+//! Arguments of one step of the FFN beside the fused forward: the gate, its backward, and what is one GEMM.
+//!
+//! Contract: `StepParams` mirrors its namesake in `templates/shared/step_params.cuh`.
+
+use cudarc::driver::DeviceRepr;
+use swiglu_kernels::families::Raster;
+use swiglu_kernels::problem::{MAX_ACCESS_BYTES, Paired, alignment_of};
+use swiglu_kernels::{DType, Op, Problem};
+
+/// A row-major matrix in device memory, without its sizes.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RawMatrix {
+    /// Device address; 0 where the step has no such operand.
+    pub address: u64,
+    /// Elements from row to row.
+    pub stride: i64,
+}
+
+/// Addresses and strides of one launch of a step, without types. What an op has none of stays 0.
+///
+/// | op | left | right | saved | out |
+/// |---|---|---|---|---|
+/// | `gate` | | | gate, up `[M,N]` | z `[M,N]` |
+/// | `gate_backward` | dz `[M,N]` | | gate, up | dgate, dup, z or 0; may be dz, gate or up themselves |
+/// | `down` | z `[M,N]` | Wd | | y `[M,K]` |
+/// | `down_input_grad` | dy `[M,K]` | Wd | | dz `[M,N]` |
+/// | `dgated` | dy | Wd | gate, up | dgate, dup, z or 0; may be gate or up themselves |
+/// | `input_grad` | dgate, dup | Wg, Wu | | dx `[M,K]` |
+/// | `weight_grad`, k_major | dgate, dup | x, | | dWg, dWu `[N,K]` |
+/// | `weight_grad`, n_major | x | dgate, dup | | dWg, dWu `[K,N]` |
+/// | `down_weight_grad`, k_major | dy | z | | dWd `[K,N]` |
+/// | `down_weight_grad`, n_major | z | dy | | dWd `[N,K]` |
+///
+/// Outputs have the problem's number format; those of `weight_grad_add` and `down_weight_grad_add` are fp32.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RawStep {
+    /// Tokens.
+    pub m: u32,
+    /// The left operand, twice where it is paired.
+    pub left: [RawMatrix; 2],
+    /// The right operand, twice where it is paired.
+    pub right: [RawMatrix; 2],
+    /// The pre-activations of gate and up.
+    pub saved: [RawMatrix; 2],
+    /// The outputs.
+    pub out: [RawMatrix; 3],
+    /// Device address of bd `[K]`, or 0.
+    pub bias: u64,
+}
+
+impl RawStep {
+    /// An operand that the op needs and that has no address.
+    pub(crate) fn missing(&self, problem: &Problem) -> Option<&'static str> {
+        let needs = |wanted: usize, of: &[RawMatrix]| of.iter().take(wanted).any(|matrix| matrix.address == 0);
+        let paired = problem.product().map(|product| product.paired);
+        let both = |two: &[Paired]| 1 + usize::from(paired.is_some_and(|paired| two.contains(&paired)));
+        let left = if problem.op == Op::Gate { 0 } else { both(&[Paired::Depth, Paired::Rows]) };
+        let right = if problem.op.is_elementwise() { 0 } else { both(&[Paired::Depth, Paired::Columns]) };
+        let gated = matches!(problem.op, Op::Gate | Op::GateBackward | Op::Dgated);
+        // z of the last two is left out at will.
+        let out = if matches!(problem.op, Op::GateBackward | Op::Dgated) { 2 } else { problem.op.outputs() as usize };
+        // Without tokens no input is read.
+        let read = |wanted: usize| if self.m == 0 { 0 } else { wanted };
+        let operands = [
+            ("left", needs(read(left), &self.left)),
+            ("right", needs(read(right), &self.right)),
+            ("saved", needs(read(if gated { 2 } else { 0 }), &self.saved)),
+            ("out", needs(out, &self.out)),
+        ];
+        operands.into_iter().find_map(|(name, missing)| missing.then_some(name))
+    }
+
+    /// Number format of the outputs.
+    pub(crate) fn output_dtype(&self, problem: &Problem) -> DType {
+        if problem.op.accumulates() { DType::F32 } else { problem.dtype }
+    }
+
+    /// Largest power of two, at most 16, that divides every address and row stride in bytes.
+    pub fn alignment(&self, problem: &Problem) -> u32 {
+        let bytes = |matrix: &RawMatrix, dtype: DType| {
+            matrix.address | (matrix.stride.unsigned_abs() * u64::from(dtype.bytes()))
+        };
+        let inputs = self.left.iter().chain(&self.right).chain(&self.saved).map(|matrix| bytes(matrix, problem.dtype));
+        let outputs = self.out.iter().map(|matrix| bytes(matrix, self.output_dtype(problem)));
+        alignment_of(inputs.chain(outputs).fold(0, |all, one| all | one)).min(MAX_ACCESS_BYTES)
+    }
+}
+
+/// `StepParams` of `templates/shared/step_params.cuh`, as every kernel of a step takes them.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct StepParams {
+    left: [RawMatrix; 2],
+    right: [RawMatrix; 2],
+    saved: [RawMatrix; 2],
+    out: [RawMatrix; 3],
+    bias: u64,
+    rows: i32,
+    cols: i32,
+    depth: i32,
+    raster_along_n: i32,
+    raster_group: i32,
+}
+
+impl StepParams {
+    /// `None` when a size does not fit in 32 bits with a sign.
+    pub fn new(problem: &Problem, raster: Raster, raster_group: u32, args: &RawStep) -> Option<Self> {
+        let problem = problem.with_m(args.m);
+        let (rows, cols) = problem.output();
+        let int = |value: u32| i32::try_from(value).ok();
+        Some(Self {
+            left: args.left,
+            right: args.right,
+            saved: args.saved,
+            out: args.out,
+            bias: args.bias,
+            rows: int(rows)?,
+            cols: int(cols)?,
+            depth: int(problem.product().map_or(0, |product| product.depth))?,
+            raster_along_n: i32::from(raster == Raster::AlongN),
+            raster_group: int(raster_group)?,
+        })
+    }
+}
+
+#[allow(unsafe_code, reason = "says that the struct is plain data")]
+// SAFETY: `repr(C)`, integers only, mirrors the kernel's parameter.
+unsafe impl DeviceRepr for StepParams {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use swiglu_kernels::WeightMajor;
+
+    #[test]
+    fn what_an_op_needs_is_missed() {
+        let problem = Problem::forward(DType::Bf16, WeightMajor::K, 8, 16, 16);
+        let here = RawMatrix { address: 256, stride: 16 };
+        let all = RawStep { m: 8, left: [here; 2], right: [here; 2], saved: [here; 2], out: [here; 3], bias: 0 };
+        for op in Op::ALL.into_iter().filter(|op| !op.is_forward()) {
+            assert_eq!(all.missing(&problem.with_op(op)), None, "{op}");
+            assert!(RawStep::default().missing(&problem.with_op(op)).is_some(), "{op}");
+        }
+        let without = |op, step: RawStep| step.missing(&problem.with_op(op));
+        let one = [here, RawMatrix::default()];
+        assert_eq!(without(Op::InputGrad, RawStep { right: one, ..all }), Some("right"));
+        assert_eq!(without(Op::Down, RawStep { right: one, ..all }), None);
+        assert_eq!(without(Op::Down, RawStep { m: 0, out: [here; 3], ..RawStep::default() }), None);
+        assert_eq!(without(Op::Dgated, RawStep { saved: one, ..all }), Some("saved"));
+        assert_eq!(without(Op::Dgated, RawStep { out: [here, here, RawMatrix::default()], ..all }), None);
+        assert_eq!(without(Op::WeightGrad, RawStep { out: [here, RawMatrix::default(), here], ..all }), Some("out"));
+    }
+
+    #[test]
+    fn alignment_counts_fp32_outputs_by_their_own_size() {
+        let problem = Problem::forward(DType::Bf16, WeightMajor::K, 8, 16, 16).with_op(Op::DownWeightGradAdd);
+        let at = |stride| RawMatrix { address: 256, stride };
+        let step = RawStep { left: [at(8), at(8)], out: [at(4), at(4), at(4)], ..RawStep::default() };
+        assert_eq!(step.alignment(&problem), 16);
+        assert_eq!(step.alignment(&problem.with_op(Op::DownWeightGrad)), 8);
+    }
+}

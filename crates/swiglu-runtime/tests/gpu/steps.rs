@@ -1,0 +1,312 @@
+//! The steps beside the fused forward: every op, order, number format and alignment against the float64 oracle.
+
+use super::{FOREIGN, Gpu, Host, gpu, limit};
+use half::{bf16, f16};
+use rand::{SeedableRng, rngs::SmallRng, seq::IndexedRandom};
+use rand_distr::{Distribution, StandardNormal};
+use swiglu_kernels::families::{Config, Family, Target, candidates};
+use swiglu_kernels::problem::{OperandMajor, Paired, Problem, WeightMajor};
+use swiglu_kernels::{Op, oracle};
+use swiglu_runtime::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
+use swiglu_runtime::{DType, Element, LaunchError, RawMatrix, RawStep, StepPlan};
+
+/// What an fp32 output holds before it is added to.
+const BEFORE: f32 = 0.25;
+
+/// Random operands of a step.
+struct Case<T> {
+    problem: Problem,
+    gap: usize,
+    left: Vec<Host<T>>,
+    right: Vec<Host<T>>,
+    saved: Vec<Host<T>>,
+    bias: Option<Vec<T>>,
+    with_z: bool,
+}
+
+impl<T: Element + DeviceRepr> Case<T> {
+    fn new(problem: Problem, gap: usize, seed: u64) -> Self {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let (rows, cols) = problem.output();
+        let mut several = |count: usize, (rows, cols): (u32, u32), scale: f32| -> Vec<Host<T>> {
+            (0..count).map(|_| Host::normal(rows as usize, cols as usize, gap, scale, &mut rng)).collect()
+        };
+        let (left, right) = match problem.product() {
+            Some(product) => {
+                let shape = |major, outer| match major {
+                    OperandMajor::Depth => (outer, product.depth),
+                    OperandMajor::Outer => (product.depth, outer),
+                };
+                let left = 1 + usize::from(matches!(product.paired, Paired::Depth | Paired::Rows));
+                let right = 1 + usize::from(matches!(product.paired, Paired::Depth | Paired::Columns));
+                let scale = 1.0 / (product.depth.max(1) as f32).sqrt();
+                (several(left, shape(product.left, rows), 1.0), several(right, shape(product.right, cols), scale))
+            }
+            None => (several(1, (rows, cols), 1.0), Vec::new()),
+        };
+        let saved = several(2, (rows, cols), 1.5);
+        let bias = (problem.op == Op::Down && seed.is_multiple_of(2))
+            .then(|| (0..cols).map(|_| T::from_f32(StandardNormal.sample(&mut rng))).collect());
+        Self { problem, gap, left, right, saved, bias, with_z: !seed.is_multiple_of(3) }
+    }
+
+    fn references(&self) -> Vec<Vec<f64>> {
+        let entry = |of: &[Host<T>], index: usize| {
+            let wide: Vec<Vec<f64>> = of.get(index).map_or_else(Vec::new, |matrix| {
+                (0..matrix.rows).map(|row| (0..matrix.cols).map(|col| matrix.at(row, col)).collect()).collect()
+            });
+            move |row: usize, col: usize| wide[row][col]
+        };
+        let [left0, left1] = [0, 1].map(|index| entry(&self.left, index));
+        let [right0, right1] = [0, 1].map(|index| entry(&self.right, index));
+        let [gate, up] = [0, 1].map(|index| entry(&self.saved, index));
+        let bias: Option<Vec<f64>> =
+            self.bias.as_ref().map(|bias| bias.iter().map(|value| f64::from(value.to_f32())).collect());
+        let operands = oracle::Step {
+            left: [&left0, &left1],
+            right: [&right0, &right1],
+            saved: [&gate, &up],
+            bias: bias.as_deref(),
+        };
+        let mut outs = oracle::step(&self.problem, &operands);
+        if self.problem.op.accumulates() {
+            outs.iter_mut().flatten().for_each(|value| *value += f64::from(BEFORE));
+        }
+        outs
+    }
+
+    /// The outputs, each with its gaps; `None` of those that were not asked for. `in_place` puts dgate and dup where gate
+    /// and up are.
+    fn run<O: Element + DeviceRepr>(
+        &self,
+        gpu: &Gpu,
+        plan: &StepPlan,
+        in_place: bool,
+    ) -> Result<Vec<Option<Vec<O>>>, LaunchError> {
+        let stream = &gpu.stream;
+        let upload = |of: &[Host<T>]| -> Vec<CudaSlice<T>> {
+            let padded = |matrix: &Host<T>| [&matrix.data[..], &[T::from_f32(FOREIGN)]].concat();
+            of.iter().map(|matrix| stream.clone_htod(&padded(matrix)).unwrap()).collect()
+        };
+        let (left, right, saved) = (upload(&self.left), upload(&self.right), upload(&self.saved));
+        let bias = self.bias.as_ref().map(|bias| stream.clone_htod(bias).unwrap());
+        let raw = |of: &[Host<T>], on: &[CudaSlice<T>]| {
+            [0, 1].map(|i| {
+                of.get(i).zip(on.get(i)).map_or(RawMatrix::default(), |(host, data)| RawMatrix {
+                    address: data.device_ptr(stream).0,
+                    stride: host.row_stride as i64,
+                })
+            })
+        };
+        let (rows, cols) = self.problem.output();
+        let stride = cols as usize + self.gap;
+        let before = if self.problem.op.accumulates() { BEFORE } else { f32::NAN };
+        let count = self.problem.op.outputs() as usize;
+        let outputs: Vec<CudaSlice<O>> = (0..count)
+            .map(|_| stream.clone_htod(&vec![O::from_f32(before); rows as usize * stride + 1]).unwrap())
+            .collect();
+        let wanted = |index: usize| index < count && (index < 2 || self.with_z);
+        let mut out = [0, 1, 2].map(|index| {
+            let address = outputs.get(index).filter(|_| wanted(index)).map_or(0, |out| out.device_ptr(stream).0);
+            RawMatrix { address, stride: stride as i64 }
+        });
+        let saved_raw = raw(&self.saved, &saved);
+        if in_place {
+            out[..2].copy_from_slice(&saved_raw);
+        }
+        let args = RawStep {
+            m: self.problem.m,
+            left: raw(&self.left, &left),
+            right: raw(&self.right, &right),
+            saved: saved_raw,
+            out,
+            bias: bias.as_ref().map_or(0, |bias| bias.device_ptr(stream).0),
+        };
+        // SAFETY: the slices above hold the operands and live until the results are read back below.
+        unsafe { plan.launch_raw(stream.cu_stream(), &args) }?;
+        let read = |(index, output): (usize, &CudaSlice<O>)| {
+            if in_place && index < 2 {
+                let values = stream.clone_dtoh(&saved[index]).unwrap();
+                return Some(values.iter().map(|value| O::from_f32(value.to_f32())).collect());
+            }
+            wanted(index).then(|| stream.clone_dtoh(output).unwrap())
+        };
+        Ok(outputs.iter().enumerate().map(read).collect())
+    }
+
+    fn check(&self, gpu: &Gpu, plan: &StepPlan, what: &str) {
+        if self.problem.op.accumulates() {
+            self.check_as::<f32>(gpu, plan, what)
+        } else {
+            self.check_as::<T>(gpu, plan, what)
+        }
+    }
+
+    fn check_as<O: Element + DeviceRepr>(&self, gpu: &Gpu, plan: &StepPlan, what: &str) {
+        let what = format!("{:?} gap {} {what}", self.problem, self.gap);
+        let outputs = self.run::<O>(gpu, plan, false).unwrap_or_else(|error| panic!("{what}: {error}"));
+        let cols = self.problem.output().1 as usize;
+        let stride = cols + self.gap;
+        let before = if self.problem.op.accumulates() { BEFORE } else { f32::NAN };
+        for (index, (output, reference)) in outputs.iter().zip(self.references()).enumerate() {
+            let Some(output) = output else { continue };
+            let inside =
+                output.iter().enumerate().filter(|(i, _)| i % stride < cols && i / stride * cols < reference.len());
+            let error =
+                oracle::relative_error(inside.map(|(_, value)| f64::from(value.to_f32())), reference.iter().copied());
+            let limit = limit(self.problem.dtype, reference.len());
+            assert!(error <= limit, "{what}: output {index} has error {error:.2e}, limit {limit:.1e}");
+            let rows = reference.len() / cols;
+            let outside = output.iter().enumerate().filter(|(i, _)| i % stride >= cols || i / stride >= rows);
+            let before = O::from_f32(before).to_f32().to_bits();
+            assert!(outside.into_iter().all(|(_, value)| value.to_f32().to_bits() == before), "{what}: wrote outside");
+        }
+    }
+}
+
+macro_rules! for_formats {
+    (|$dtype:ident, $type:ident| $body:block) => {{
+        {
+            type $type = f32;
+            let $dtype = DType::F32;
+            $body
+        }
+        {
+            type $type = f32;
+            let $dtype = DType::Tf32;
+            $body
+        }
+        {
+            type $type = f16;
+            let $dtype = DType::F16;
+            $body
+        }
+        {
+            type $type = bf16;
+            let $dtype = DType::Bf16;
+            $body
+        }
+    }};
+}
+
+fn steps() -> impl Iterator<Item = Op> {
+    Op::ALL.into_iter().filter(|op| !op.is_forward())
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn every_step_order_alignment_and_edge_matches_the_oracle() {
+    let gpu = gpu();
+    for_formats!(|dtype, T| {
+        for op in steps() {
+            for major in WeightMajor::ALL {
+                for (seed, (m, n, k)) in
+                    [(1, 8, 8), (3, 1, 1), (65, 136, 264), (300, 200, 96), (130, 515, 77)].into_iter().enumerate()
+                {
+                    let problem = Problem::forward(dtype, major, m, n, k).with_op(op);
+                    let plan = gpu.runtime.prepare_step(&problem).unwrap();
+                    for gap in [0, 3, 8] {
+                        Case::<T>::new(problem, gap, seed as u64).check(&gpu, &plan, "default");
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn a_seeded_sample_of_every_steps_space_matches_the_oracle() {
+    let gpu = gpu();
+    let arch = gpu.runtime.gpu().arch;
+    let mut rng = SmallRng::seed_from_u64(17);
+    for_formats!(|dtype, T| {
+        for op in steps() {
+            for major in WeightMajor::ALL {
+                // More tiles than a GPU has multiprocessors where the kernels are persistent.
+                let (m, n, k) = if dtype.bytes() == 2 { (1096, 1544, 264) } else { (200, 264, 136) };
+                let problem = Problem::forward(dtype, major, m, n, k).with_op(op);
+                let all = candidates(&problem, Target::Gpu(arch));
+                let gemms: Vec<Config> = all.iter().copied().filter(|it| it.family() == Family::WgmmaGemm).collect();
+                let chosen: Vec<Config> = if gemms.is_empty() { &all } else { &gemms }
+                    .sample(&mut rng, 5)
+                    .copied()
+                    .chain(all.last().copied())
+                    .collect();
+                let case = Case::<T>::new(problem, 0, 4);
+                let references = case.references();
+                for config in chosen {
+                    let plan = gpu.runtime.prepare_step_config(&problem, config).unwrap();
+                    let outputs = if op.accumulates() {
+                        wide(case.run::<f32>(&gpu, &plan, false).unwrap())
+                    } else {
+                        wide(case.run::<T>(&gpu, &plan, false).unwrap())
+                    };
+                    for (index, (output, reference)) in outputs.iter().zip(&references).enumerate() {
+                        let Some(output) = output else { continue };
+                        let inside = output[..reference.len()].iter().copied();
+                        let error = oracle::relative_error(inside, reference.iter().copied());
+                        assert!(
+                            error <= dtype.tolerance(),
+                            "{problem:?} {config}: output {index} has error {error:.2e}"
+                        );
+                    }
+                }
+            }
+        }
+    });
+}
+
+fn wide<O: Element>(outputs: Vec<Option<Vec<O>>>) -> Vec<Option<Vec<f64>>> {
+    let widen = |output: Vec<O>| output.iter().map(|value| f64::from(value.to_f32())).collect();
+    outputs.into_iter().map(|output| output.map(widen)).collect()
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn the_gates_backward_works_in_place_and_twice_gives_the_same_bits() {
+    let gpu = gpu();
+    for op in [Op::GateBackward, Op::Dgated] {
+        for major in WeightMajor::ALL {
+            let problem = Problem::forward(DType::Bf16, major, 777, 1032, 264).with_op(op);
+            let plan = gpu.runtime.prepare_step(&problem).unwrap();
+            let case = Case::<bf16>::new(problem, 0, 1);
+            let bits = |in_place| -> Vec<Option<Vec<u16>>> {
+                let outputs = case.run::<bf16>(&gpu, &plan, in_place).unwrap();
+                let of = |output: Vec<bf16>| output.iter().take(777 * 1032).map(|value| value.to_bits()).collect();
+                outputs.into_iter().map(|output| output.map(of)).collect()
+            };
+            let first = bits(false);
+            assert_eq!(first, bits(false), "{op} {major}");
+            assert_eq!(first, bits(true), "{op} {major} in place");
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn of_no_tokens_weight_gradients_are_zero_and_sums_stay() {
+    let gpu = gpu();
+    for (op, expected) in [(Op::WeightGrad, 0.0), (Op::DownWeightGrad, 0.0), (Op::WeightGradAdd, BEFORE)] {
+        let problem = Problem::forward(DType::F32, WeightMajor::K, 0, 24, 40).with_op(op);
+        let plan = gpu.runtime.prepare_step(&problem).unwrap();
+        let outputs = Case::<f32>::new(problem, 0, 1).run::<f32>(&gpu, &plan, false).unwrap();
+        for output in outputs.into_iter().flatten() {
+            assert!(output[..24 * 40].iter().all(|&value| value == expected), "{op}");
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn a_missing_operand_is_named() {
+    let gpu = gpu();
+    let problem = Problem::forward(DType::Bf16, WeightMajor::K, 8, 16, 16).with_op(Op::Down);
+    let plan = gpu.runtime.prepare_step(&problem).unwrap();
+    // SAFETY: nothing is launched without its operands.
+    let result = unsafe { plan.launch_raw(gpu.stream.cu_stream(), &RawStep { m: 8, ..RawStep::default() }) };
+    match result {
+        Err(LaunchError::Argument(error)) => assert_eq!(error.argument, "left"),
+        other => panic!("{other:?}"),
+    }
+}

@@ -1,0 +1,80 @@
+//! The peers of the steps: the library's GEMM, followed by the gate's backward for `dgated`; a copy where there is no GEMM.
+#![allow(unsafe_code, reason = "hands the arena's addresses to the library and to kernels")]
+
+use crate::arena::Arena;
+use crate::bench::{as_error, fastest, interleave, kernel_of};
+use crate::device_memory::GuardedBuffer;
+use crate::gpu_subject::{GpuLab, Stopwatch};
+use crate::race::Failure;
+use anyhow::Result;
+use cudarc::driver::sys;
+use swiglu_kernels::{Op, families};
+use swiglu_runtime::cublaslt::CublasLt;
+use swiglu_runtime::{RawMatrix, RawStep, launch};
+
+/// Medians of ours, of the peer's first launch, of all of its launches and of a copy of as many bytes, in microseconds.
+pub(crate) fn race(
+    lab: &GpuLab,
+    arena: &Arena,
+    watch: &Stopwatch<'_>,
+    ours: impl Fn(usize) -> Result<(), Failure>,
+    rounds: usize,
+) -> Result<[f64; 4]> {
+    let problem = arena.problem;
+    let sets = copied(arena).map_err(|failure| as_error(&failure))?;
+    let copy = |index: usize| copy(lab, &sets[index % sets.len()]);
+    let Some(product) = problem.product() else {
+        let timed = interleave(watch, [&ours, &copy], rounds).map_err(|failure| as_error(&failure))?;
+        let [ours_us, copy_us] = timed;
+        return Ok([ours_us, copy_us, copy_us, copy_us]);
+    };
+    let library = CublasLt::new(&lab.stream)?;
+    let gemm = library.product(problem.dtype, &product, problem.op.accumulates())?;
+    // dz of the peer of dgated, one per set.
+    let dz: Vec<GuardedBuffer> = if problem.op == Op::Dgated {
+        let bytes = problem.m as usize * problem.n as usize * problem.dtype.bytes() as usize;
+        let all: Result<_, Failure> = (0..arena.set_count()).map(|_| arena.support.allocate(bytes)).collect();
+        all.map_err(|failure| as_error(&failure))?
+    } else {
+        Vec::new()
+    };
+    let launch_gemm = |algorithm: usize, index: usize| {
+        let RawStep { left, right, out, .. } = arena.step(index);
+        let out = dz.get(index % dz.len().max(1)).map_or(out[0].address, GuardedBuffer::address);
+        // SAFETY: the arena's buffers hold the operands, pairs packed in one; `dz` holds [m, n]; all outlive the work.
+        let launched = unsafe { library.launch(&gemm, algorithm, left[0].address, right[0].address, out) };
+        launched.map_err(|error| Failure::new("launch", error))
+    };
+    let backward = problem.with_op(Op::GateBackward);
+    let backward = kernel_of(lab, &backward, families::default_config(&backward, lab.gpu.arch)?)?;
+    let timed = || {
+        let algorithm = fastest(watch, 0..gemm.algorithm_count(), |&algorithm, index| launch_gemm(algorithm, index))?;
+        let alone = |index: usize| launch_gemm(algorithm, index);
+        let both = |index: usize| {
+            launch_gemm(algorithm, index)?;
+            let Some(dz) = dz.get(index % dz.len().max(1)) else { return Ok(()) };
+            let dz = RawMatrix { address: dz.address(), stride: problem.n.into() };
+            let args = RawStep { left: [dz, RawMatrix::default()], ..arena.step(index) };
+            // SAFETY: the arena's buffers hold the pre-activations and the outputs, `dz` its matrix; all outlive the work.
+            let launched = unsafe { launch::step(&backward, lab.stream.cu_stream(), &args) };
+            launched.map_err(|error| Failure::new("launch", error))
+        };
+        interleave(watch, [&ours, &alone, &both, &copy], rounds)
+    };
+    timed().map_err(|failure| as_error(&failure))
+}
+
+/// From where to where a copy of half the bytes reads and writes as many as the step.
+type Copied = (GuardedBuffer, GuardedBuffer, usize);
+
+fn copied(arena: &Arena) -> Result<Vec<Copied>, Failure> {
+    let bytes = (arena.problem.bytes() / 4.0) as usize * 2;
+    let set = |_| Ok((arena.support.allocate(bytes)?, arena.support.allocate(bytes)?, bytes));
+    (0..arena.set_count()).map(set).collect()
+}
+
+fn copy(lab: &GpuLab, (from, to, bytes): &Copied) -> Result<(), Failure> {
+    // SAFETY: both buffers hold the bytes and outlive the work.
+    let status = unsafe { sys::cuMemcpyDtoDAsync_v2(to.address(), from.address(), *bytes, lab.stream.cu_stream()) };
+    status.result().map_err(|error| Failure::new("launch", error))
+}

@@ -1,0 +1,49 @@
+// The epilogue's stores of the kernels on TMA and wgmma: 16-row strips of one warp, by the copy engine.
+// The including template has defined kDType, kStoreCols, kStoreRowBytes, kStoreBytes and kStoreBuffers.
+
+__device__ __forceinline__ u32 pack_elements(float low, float high) {
+    if constexpr (kDType == DType::f16) return f16x2_of_floats(low, high);
+    else return bf16x2_of_floats(low, high);
+}
+
+// Byte offset of 16-byte chunk `chunk` of row `row` in a swizzled store buffer.
+__device__ __forceinline__ u32 store_offset(int row, int chunk) {
+    const int twist = kStoreRowBytes == 128  ? row & 7
+                      : kStoreRowBytes == 64 ? (row >> 1) & 3
+                      : kStoreRowBytes == 32 ? (row >> 2) & 1
+                                             : 0;
+    return row * kStoreRowBytes + ((chunk ^ twist) << 4);
+}
+
+// Stores kStoreCols columns (from `first`, a compile-time constant after unrolling) of one warp's 16 rows;
+// value(i) is what the thread's accumulator i has become.
+template <typename Value>
+__device__ __forceinline__ void store_strip(const Value& value, int first, const TensorMap* map, u32 staging, int& buffer,
+                                            int row, int column, int lane) {
+    if (lane == 0) tma_store_wait_read<kStoreBuffers - 1>();
+    __syncwarp();
+    const u32 target = staging + buffer * kStoreBytes;
+#pragma unroll
+    for (int chunk = 0; chunk < kStoreCols / 8; chunk += 2) {  // 16 rows x 16 columns at a time, then perhaps 8
+        constexpr int kChunks = kStoreCols / 8;
+        u32 packed[4];
+#pragma unroll
+        for (int i = 0; i < (chunk + 1 < kChunks ? 4 : 2); ++i) {
+            const int index = (first + chunk * 8) / 2 + i * 2;
+            packed[i] = pack_elements(value(index), value(index + 1));
+        }
+        if (chunk + 1 < kChunks) {
+            stmatrix_x4(target + store_offset(lane & 15, chunk + (lane >> 4)), packed[0], packed[1], packed[2],
+                        packed[3]);
+        } else {
+            stmatrix_x2(target + store_offset(lane & 15, chunk), packed[0], packed[1]);
+        }
+    }
+    fence_async_shared();
+    __syncwarp();
+    if (lane == 0) {
+        tma_store(map, target, column + first, row);
+        tma_store_commit();
+    }
+    buffer = buffer + 1 == kStoreBuffers ? 0 : buffer + 1;
+}
