@@ -3,10 +3,11 @@
 use crate::gpu_subject::GpuLab;
 use crate::log::{LogFormat, notice};
 use crate::remote::{Recipe, Worker};
+use crate::search::Search;
 use crate::stop::Stop;
 use crate::tune::{Crew, Order, Summary, tune};
 use crate::workload::{self, Group};
-use crate::{bench, compile, db, doctor, fault, inspect, records, report, why, worker};
+use crate::{bench, compile, db, doctor, fault, inspect, records, regret, report, why, worker};
 use anyhow::{Context, Result, bail};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
@@ -120,8 +121,11 @@ struct TuneArgs {
     /// Measure again what is measured, instead of going on where the last run stopped.
     #[arg(long)]
     retune: bool,
+    /// Which candidates are measured.
+    #[arg(long, value_enum, default_value = "all")]
+    search: Search,
     /// Time every legal candidate properly, with nothing pruned: slow, and the reference for `regret`.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "search")]
     exhaustive: bool,
     /// Kill a worker that has not reported for this long; what it was running is recorded as failed.
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
@@ -146,6 +150,7 @@ impl TuneArgs {
             layout: _,
             budget,
             retune,
+            search: _,
             exhaustive,
             watchdog: _,
             quiet,
@@ -178,6 +183,8 @@ enum Command {
     List(inspect::ListArgs),
     /// Explain which config serves a problem, rung by rung, and what came second.
     Why(why::WhyArgs),
+    /// What `--search model` would have lost against an exhaustive run that is in the database.
+    Regret(regret::RegretArgs),
     /// Time what the runtime would launch against a peer, interleaved.
     Bench(bench::BenchArgs),
     /// Work with the tuning database.
@@ -235,6 +242,7 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
         Some(Command::List(args)) => inspect::list(args),
         Some(Command::Compile(args)) => compile::run(args, &options),
         Some(Command::Why(args)) => why::run(args, &options),
+        Some(Command::Regret(args)) => regret::run(args, &options),
         Some(Command::Bench(args)) => bench::run(args, &options),
         Some(Command::Db { command }) => db::run(command, &options),
         Some(Command::Worker(args)) => worker::run(args, &options),
@@ -289,13 +297,8 @@ fn run_tune(cli: &Cli, options: &Options) -> Result<ExitCode> {
     }
     let name = crew.measuring.first().map_or_else(String::new, |worker| worker.facts.device.name.clone());
     let name = if devices.len() > 1 { format!("{} devices, the first {name}", devices.len()) } else { name };
-    let order = Order {
-        groups: &groups,
-        exhaustive: args.exhaustive,
-        retune: args.retune,
-        quiet: args.quiet,
-        stop: stop.clone(),
-    };
+    let search = if args.exhaustive { Search::Exhaustive } else { args.search };
+    let order = Order { groups: &groups, search, retune: args.retune, quiet: args.quiet, stop: stop.clone() };
     let summary = tune(&order, crew, &mut db)?;
     tell(&summary, &name, begun.elapsed(), &stop);
     println!("{}", dir.display());

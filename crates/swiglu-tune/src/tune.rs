@@ -2,10 +2,12 @@
 //! database; it measures nothing itself.
 
 use crate::crew::{Compiler, Event, Finding, Station, Task};
+use crate::model::Chip;
 use crate::protocol::Facts;
 use crate::race::{EXHAUSTIVE, Failure, ROUNDS};
 use crate::remote::{Fault, Worker};
 use crate::report;
+use crate::search::{self, Search};
 use crate::share::{Item, Share};
 use crate::space::Space;
 use crate::stop::Stop;
@@ -16,7 +18,7 @@ use std::collections::BTreeMap;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
-use swiglu_db::{Environment, Origin, Outcome, Record, TuningDb, TuningKey, record};
+use swiglu_db::{Environment, Origin, Outcome, Record, TuningDb, TuningKey, record, shipped};
 use swiglu_kernels::families::Target;
 use swiglu_kernels::{Config, Problem};
 
@@ -24,8 +26,7 @@ use swiglu_kernels::{Config, Problem};
 pub(crate) struct Order<'a> {
     /// In this order.
     pub(crate) groups: &'a [Group],
-    /// Time every legal candidate properly.
-    pub(crate) exhaustive: bool,
+    pub(crate) search: Search,
     /// Measure again what is measured.
     pub(crate) retune: bool,
     pub(crate) quiet: bool,
@@ -94,7 +95,10 @@ struct Tuner<'a> {
 struct Front<'a> {
     facts: Facts,
     target: Target,
+    chip: Option<Chip>,
     groups: &'a [Group],
+    /// Winners on this class, of this database and of the shipped tables, stale ones too: what they won with may win again.
+    winners: Vec<Record>,
     /// Of the groups that were looked at.
     spaces: BTreeMap<usize, Space>,
     share: Share,
@@ -158,7 +162,7 @@ impl<'a> Tuner<'a> {
             let front = match known {
                 Some(front) => front,
                 None => {
-                    self.fronts.push(front(&station.facts, self.order.groups)?);
+                    self.fronts.push(front(&station.facts, self.order.groups, self.db)?);
                     self.fronts.len() - 1
                 }
             };
@@ -269,22 +273,32 @@ impl<'a> Tuner<'a> {
 
     /// The candidates to measure for a problem.
     fn candidates(&mut self, at: usize, group: usize, key: &TuningKey) -> Result<Vec<Config>> {
-        let space = self.fronts[at].space(group, &key.problem)?;
-        if self.order.retune {
-            return Ok(space.candidates.keys().copied().collect());
+        let (search, retune) = (self.order.search, self.order.retune);
+        let front = &mut self.fronts[at];
+        front.space(group, &key.problem)?;
+        let Some(space) = front.spaces.get(&group) else { return Ok(Vec::new()) };
+        let mut picked: Vec<Config> = match search {
+            Search::All | Search::Exhaustive => space.candidates.keys().copied().collect(),
+            Search::Model => {
+                let wanted = pinned(front, self.db.best(key)?.as_ref(), &key.problem);
+                search::pick(front.chip.as_ref(), &key.problem, &space.candidates, &wanted, &front.winners)
+            }
+        };
+        if !retune {
+            let missing = space.missing(self.db, key, search == Search::Exhaustive)?;
+            picked.retain(|config| missing.contains(config));
         }
-        space.missing(self.db, key, self.order.exhaustive)
+        Ok(picked)
     }
 
     /// The race of a problem; `None` where nothing is missing. What needs no race is stored at once.
     fn task(&mut self, at: usize, item: Item) -> Result<Option<Task>> {
         let Some(key) = self.fronts[at].key(item) else { return Ok(None) };
-        let exhaustive = self.order.exhaustive;
+        let exhaustive = self.order.search == Search::Exhaustive;
         let missing = self.candidates(at, item.0, &key)?;
         let best = self.db.best(&key)?;
-        let default = report::default_config(key.problem, self.fronts[at].target);
+        let pinned = pinned(&self.fronts[at], best.as_ref(), &key.problem);
         let space = self.fronts[at].space(item.0, &key.problem)?;
-        let pinned: Vec<Config> = default.into_iter().chain(best.as_ref().map(|best| best.config)).collect();
         let hopeless = |config: &Config| space.hopeless(config).filter(|_| !exhaustive && !pinned.contains(config));
         let mut candidates = Vec::new();
         let mut out = Vec::new();
@@ -301,7 +315,7 @@ impl<'a> Tuner<'a> {
         }
         if candidates.is_empty() {
             match self.db.best(&key)? {
-                Some(best) => self.note_slow(at, item.0, &key, &best)?,
+                Some(best) => self.note_winner(at, item.0, &key, &best)?,
                 None => self.summary.without_winner += 1,
             }
             self.summary.already += 1;
@@ -377,7 +391,7 @@ impl<'a> Tuner<'a> {
             (_, true) => self.summary.left += 1,
             (Some(best), false) => {
                 self.summary.tuned += 1;
-                self.note_slow(at, task.item.0, &key, &best)?;
+                self.note_winner(at, task.item.0, &key, &best)?;
             }
             (None, false) => {
                 self.summary.tuned += 1;
@@ -419,18 +433,29 @@ impl<'a> Tuner<'a> {
         self.db.insert(&records).context("storing measurements")
     }
 
-    fn note_slow(&mut self, at: usize, group: usize, key: &TuningKey, best: &Record) -> Result<()> {
+    fn note_winner(&mut self, at: usize, group: usize, key: &TuningKey, best: &Record) -> Result<()> {
+        self.fronts[at].winners.retain(|winner| winner.problem != key.problem);
+        self.fronts[at].winners.push(best.clone());
         self.fronts[at].space(group, &key.problem)?.note_slow(self.db, key, best)
     }
 }
 
-fn front<'a>(facts: &Facts, groups: &'a [Group]) -> Result<Front<'a>> {
-    let target = facts.device.target();
-    let target = target.with_context(|| format!("no kernels are known for `{}`", facts.device.class))?;
+/// The default and the present winner: in every race.
+fn pinned(front: &Front, best: Option<&Record>, problem: &Problem) -> Vec<Config> {
+    let default = report::default_config(*problem, front.target);
+    default.into_iter().chain(best.map(|best| best.config)).collect()
+}
+
+fn front<'a>(facts: &Facts, groups: &'a [Group], db: &TuningDb) -> Result<Front<'a>> {
+    let class = &facts.device.class;
+    let target = facts.device.target().with_context(|| format!("no kernels are known for `{class}`"))?;
+    let shipped = shipped::TABLES.iter().filter_map(|(name, text)| shipped::parse(name.as_ref(), text).ok()).flatten();
     Ok(Front {
         facts: facts.clone(),
         target,
+        chip: Chip::of(&facts.device),
         groups,
+        winners: db.winners()?.into_iter().chain(shipped).filter(|record| record.device.class == *class).collect(),
         spaces: BTreeMap::new(),
         share: Share::new(groups.iter().map(|group| group.m.len())),
         compiler: None,

@@ -54,16 +54,18 @@ impl Roofline {
 }
 
 /// Two transfers a clock over the bus: `…-bus6016-mem3201mhz`.
-fn bandwidth(class: &str) -> Option<f64> {
-    let part = |prefix: &str, suffix: &str| -> Option<f64> {
-        class.split('-').find_map(|part| part.strip_prefix(prefix)?.strip_suffix(suffix)?.parse().ok())
-    };
-    Some(2.0 * part("mem", "mhz")? * 1e6 * part("bus", "")? / 8.0)
+pub(crate) fn bandwidth(class: &str) -> Option<f64> {
+    Some(2.0 * part_of_class(class, "mem", "mhz")? * 1e6 * part_of_class(class, "bus", "")? / 8.0)
+}
+
+/// The number between `prefix` and `suffix` in one of the parts after the architecture.
+pub(crate) fn part_of_class(class: &str, prefix: &str, suffix: &str) -> Option<f64> {
+    class.split('-').skip(1).find_map(|part| part.strip_prefix(prefix)?.strip_suffix(suffix)?.parse().ok())
 }
 
 /// Dense operations a clock of one multiprocessor with fp32 sums, of the fastest product of the architecture;
 /// NVIDIA's architecture white papers. `None` where none of them says.
-fn flops_per_clock(arch: &str, dtype: DType) -> Option<f64> {
+pub(crate) fn flops_per_clock(arch: &str, dtype: DType) -> Option<f64> {
     let half = match arch {
         "sm_70" | "sm_75" | "sm_86" | "sm_89" | "sm_120" => 1024.0,
         "sm_80" => 2048.0,
