@@ -10,7 +10,7 @@ use clap::{Args, ValueEnum};
 use rand::seq::SliceRandom;
 use serde::Serialize;
 use std::process::ExitCode;
-use swiglu_db::{Match, TuningTable};
+use swiglu_db::TuningTable;
 use swiglu_kernels::families::{self, Family, Target};
 use swiglu_kernels::{Config, DType, Op, Problem, WeightLayout, render};
 use swiglu_runtime::cublaslt::{CublasLt, Gemm};
@@ -147,7 +147,8 @@ fn config_for(
         Some((m, record, matched)) => (record.config, format!("{matched}, M {m}")),
         None => {
             let m = serving_anchor(&UNTUNED_ANCHORS, problem.m).unwrap_or(problem.m);
-            (families::default_config(&problem.with_m(m), lab.gpu.arch)?, Match::Untuned.to_string())
+            let (config, rung) = runtime::untuned_config(&lab.gpu.device.class, &problem.with_m(m), lab.gpu.arch)?;
+            (config, rung.to_string())
         }
     })
 }

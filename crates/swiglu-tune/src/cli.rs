@@ -2,6 +2,7 @@
 
 use crate::gpu_subject::GpuLab;
 use crate::log::{LogFormat, notice};
+use crate::metrics::Logbook;
 use crate::remote::{Recipe, Worker};
 use crate::search::Search;
 use crate::stop::Stop;
@@ -58,6 +59,12 @@ pub(crate) struct Places {
     /// Tuning database [default: $SWIGLU_DB, else $XDG_DATA_HOME/swiglu-tune].
     #[arg(long, value_name = "DIR", global = true)]
     db: Option<PathBuf>,
+    /// Tuned records that go before all others, a database or an exported table [default: $SWIGLU_OVERRIDE].
+    #[arg(long = "override", value_name = "DIR|FILE.toml", global = true)]
+    overriding: Option<PathBuf>,
+    /// Tuned records of the site, likewise [default: $SWIGLU_SITE_DB, else /etc/swiglu-tune].
+    #[arg(long, value_name = "DIR|FILE.toml", global = true)]
+    site: Option<PathBuf>,
     /// libnvrtc or its folder [default: $SWIGLU_NVRTC, else a toolkit, the pip wheel, the loader path].
     #[arg(long, value_name = "PATH", global = true)]
     nvrtc: Option<PathBuf>,
@@ -66,7 +73,13 @@ pub(crate) struct Places {
 impl Places {
     fn options(&self) -> Options {
         let env = Options::from_env();
-        Options { db: self.db.clone().or(env.db), nvrtc: self.nvrtc.clone().or(env.nvrtc), ..env }
+        Options {
+            db: self.db.clone().or(env.db),
+            overriding: self.overriding.clone().or(env.overriding),
+            site: self.site.clone().or(env.site),
+            nvrtc: self.nvrtc.clone().or(env.nvrtc),
+            cubin_cache: env.cubin_cache,
+        }
     }
 }
 
@@ -130,6 +143,12 @@ struct TuneArgs {
     /// Kill a worker that has not reported for this long; what it was running is recorded as failed.
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     watchdog: u64,
+    /// Append a JSON line to this file for every candidate and every problem that is finished.
+    #[arg(long, value_name = "FILE")]
+    metrics: Option<PathBuf>,
+    /// Write TensorBoard events into this folder.
+    #[arg(long, value_name = "DIR")]
+    tensorboard: Option<PathBuf>,
     /// No progress bar.
     #[arg(long)]
     quiet: bool,
@@ -153,6 +172,8 @@ impl TuneArgs {
             search: _,
             exhaustive,
             watchdog: _,
+            metrics,
+            tensorboard,
             quiet,
             fault: _,
         } = self;
@@ -164,6 +185,8 @@ impl TuneArgs {
             ("--budget", budget.is_some()),
             ("--retune", *retune),
             ("--exhaustive", *exhaustive),
+            ("--metrics", metrics.is_some()),
+            ("--tensorboard", tensorboard.is_some()),
             ("--quiet", *quiet),
         ]
         .into_iter()
@@ -280,6 +303,7 @@ fn run_tune(cli: &Cli, options: &Options) -> Result<ExitCode> {
     }
     let begun = Instant::now();
     let devices = devices(choice)?;
+    let logbook = Logbook::open(args.metrics.as_deref(), args.tensorboard.as_deref())?;
     let groups = groups(args, devices.contains(&GpuChoice::Cpu))?;
     let dir = records::db_dir(options)?;
     // Before anything is started: a second tuner is told who holds the lock.
@@ -299,7 +323,7 @@ fn run_tune(cli: &Cli, options: &Options) -> Result<ExitCode> {
     let name = if devices.len() > 1 { format!("{} devices, the first {name}", devices.len()) } else { name };
     let search = if args.exhaustive { Search::Exhaustive } else { args.search };
     let order = Order { groups: &groups, search, retune: args.retune, quiet: args.quiet, stop: stop.clone() };
-    let summary = tune(&order, crew, &mut db)?;
+    let summary = tune(&order, crew, &mut db, logbook)?;
     tell(&summary, &name, begun.elapsed(), &stop);
     println!("{}", dir.display());
     Ok(if summary.without_winner > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })

@@ -5,11 +5,14 @@ use clap::Args;
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 use swiglu_kernels::families::{self, Family, Target};
-use swiglu_kernels::{Config, DType, Problem, WeightLayout, arch, render as generator};
+use swiglu_kernels::{Config, DType, Op, Problem, WeightLayout, arch, render as generator};
 
 /// A problem and an architecture, as arguments.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ProblemArgs {
+    /// forward, or forward_save, which also stores the pre-activations.
+    #[arg(long, default_value = "forward")]
+    pub(crate) op: Op,
     /// Number format.
     #[arg(long, default_value = "bf16")]
     pub(crate) dtype: DType,
@@ -29,7 +32,7 @@ pub(crate) struct ProblemArgs {
 
 impl ProblemArgs {
     pub(crate) fn problem(&self) -> Problem {
-        Problem::forward(self.dtype, self.layout.major(), self.m, self.n, self.k)
+        Problem::forward(self.dtype, self.layout.major(), self.m, self.n, self.k).with_op(self.op)
     }
 }
 

@@ -1,6 +1,5 @@
 //! `regret`: what the search by the model would have lost, told from a database of an exhaustive run, without measuring.
 
-use crate::model::Chip;
 use crate::race::quantile;
 use crate::records;
 use crate::report::{default_config, median_us};
@@ -12,6 +11,7 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 use swiglu_db::{Outcome, Record, TuningKey};
 use swiglu_kernels::families::candidates;
+use swiglu_kernels::model::Chip;
 use swiglu_kernels::{Config, Problem};
 use swiglu_runtime::Options;
 
@@ -79,7 +79,7 @@ fn rows(records: Vec<Record>) -> Vec<Row> {
 fn row(records: &[Record], found: &[Record]) -> Option<(Row, Record)> {
     let first = records.first()?;
     let (problem, device) = (first.problem, &first.device);
-    let (chip, target) = (Chip::of(device)?, device.target()?);
+    let (chip, target) = (Chip::of_class(&device.class)?, device.target()?);
     let tried = |record: &&Record| !matches!(&record.outcome, Outcome::Failed { stage, .. } if stage == "pruned");
     let tried: Vec<&Record> = records.iter().filter(tried).collect();
     // What an earlier version tried and this one does not is no candidate.

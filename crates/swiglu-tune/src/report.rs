@@ -18,7 +18,6 @@ use swiglu_runtime::Options;
 use swiglu_runtime::gpu::Gpu;
 
 pub(crate) use data::{default_config, geometric_mean, median_us, stale};
-pub(crate) use roofline::{bandwidth, flops_per_clock, part_of_class};
 
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ReportArgs {

@@ -2,7 +2,7 @@
 //! database; it measures nothing itself.
 
 use crate::crew::{Compiler, Event, Finding, Station, Task};
-use crate::model::Chip;
+use crate::metrics::{self, Logbook, Race};
 use crate::protocol::Facts;
 use crate::race::{EXHAUSTIVE, Failure, ROUNDS};
 use crate::remote::{Fault, Worker};
@@ -20,6 +20,7 @@ use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 use swiglu_db::{Environment, Origin, Outcome, Record, TuningDb, TuningKey, record, shipped};
 use swiglu_kernels::families::Target;
+use swiglu_kernels::model::Chip;
 use swiglu_kernels::{Config, Problem};
 
 /// What is to be done, and how.
@@ -62,10 +63,10 @@ const PUBLISH_EVERY: Duration = Duration::from_secs(2);
 const FAULTS: u32 = 3;
 
 /// Tunes until all is done, or until the order's stop.
-pub(crate) fn tune(order: &Order, crew: Crew, db: &mut TuningDb) -> Result<Summary> {
+pub(crate) fn tune(order: &Order, crew: Crew, db: &mut TuningDb, logbook: Logbook) -> Result<Summary> {
     let (events, happened) = mpsc::channel();
     thread::scope(|scope| {
-        let mut tuner = Tuner::new(order, db);
+        let mut tuner = Tuner::new(order, db, logbook);
         tuner.man(scope, crew, &events)?;
         drop(events);
         let ran = tuner.run(&happened);
@@ -83,6 +84,7 @@ pub(crate) fn tune(order: &Order, crew: Crew, db: &mut TuningDb) -> Result<Summa
 struct Tuner<'a> {
     order: &'a Order<'a>,
     db: &'a mut TuningDb,
+    logbook: Logbook,
     fronts: Vec<Front<'a>>,
     /// With the number of the front each works on.
     stations: Vec<(usize, Station)>,
@@ -148,10 +150,9 @@ impl<'a> Front<'a> {
 }
 
 impl<'a> Tuner<'a> {
-    fn new(order: &'a Order<'a>, db: &'a mut TuningDb) -> Self {
-        let summary = Summary::default();
-        let progress = ProgressBar::hidden();
-        Self { order, db, fronts: Vec::new(), stations: Vec::new(), summary, progress, published: Instant::now() }
+    fn new(order: &'a Order<'a>, db: &'a mut TuningDb, logbook: Logbook) -> Self {
+        let (summary, progress, published) = (Summary::default(), ProgressBar::hidden(), Instant::now());
+        Self { order, db, logbook, fronts: Vec::new(), stations: Vec::new(), summary, progress, published }
     }
 
     /// Puts the crew to work: a front for each device class.
@@ -375,7 +376,26 @@ impl<'a> Tuner<'a> {
                     power_w: raced.conditions.power_w.unwrap_or(0),
                     ..Environment::default()
                 };
+                let failed =
+                    raced.outcomes.iter().filter(|(_, outcome)| matches!(outcome, Outcome::Failed { .. })).count();
+                let race = Race {
+                    device: &self.fronts[at].facts.device.clone(),
+                    problem: key.problem,
+                    candidates: task.candidates.len(),
+                    failed,
+                    race_s: metrics::seconds(elapsed),
+                    drift: raced.drift,
+                    sm_mhz: raced.conditions.sm_mhz,
+                    power_w: raced.conditions.power_w,
+                    winner: None,
+                    median_us: None,
+                    tflops: None,
+                    left: self.fronts[at].share.left(),
+                };
                 self.store(at, task.item.0, &key, raced.outcomes, &conditions, Some(&registers))?;
+                if !stopped {
+                    self.logbook.problem(&race.won_by(self.db.best(&key)?.as_ref()));
+                }
             }
             Err(Fault::Stopped) => {}
             Err(fault) => {
@@ -430,7 +450,9 @@ impl<'a> Tuner<'a> {
         let mut records: Vec<Record> = finished.map(record).collect();
         let present = self.db.best(key)?.map(|best| best.config);
         record::choose(&mut records, present.as_ref());
-        self.db.insert(&records).context("storing measurements")
+        self.db.insert(&records).context("storing measurements")?;
+        self.logbook.candidates(&records);
+        Ok(())
     }
 
     fn note_winner(&mut self, at: usize, group: usize, key: &TuningKey, best: &Record) -> Result<()> {
@@ -453,7 +475,7 @@ fn front<'a>(facts: &Facts, groups: &'a [Group], db: &TuningDb) -> Result<Front<
     Ok(Front {
         facts: facts.clone(),
         target,
-        chip: Chip::of(&facts.device),
+        chip: Chip::of_class(&facts.device.class),
         groups,
         winners: db.winners()?.into_iter().chain(shipped).filter(|record| record.device.class == *class).collect(),
         spaces: BTreeMap::new(),

@@ -96,6 +96,22 @@ fn where_every_candidate_crashes_the_run_ends_and_says_so() {
 }
 
 #[test]
+fn a_run_tells_those_who_watch_it_what_is_finished() {
+    let home = TempDir::new().unwrap();
+    let (metrics, board) = (home.path().join("metrics.jsonl"), home.path().join("board"));
+    let places = ["--metrics", metrics.to_str().unwrap(), "--tensorboard", board.to_str().unwrap()];
+    run(&home, &places).success();
+    let text = std::fs::read_to_string(&metrics).unwrap();
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let of = |event: &str| lines.iter().filter(|line| line["event"] == event).collect::<Vec<_>>();
+    assert_eq!((of("candidate").len(), of("problem").len()), (records(&home).len(), 2));
+    assert!(of("problem").iter().all(|line| line["median_us"].as_f64().unwrap() > 0.0 && line["winner"].is_object()));
+    let events = std::fs::read_dir(&board).unwrap().next().unwrap().unwrap();
+    assert!(std::fs::read(events.path()).unwrap().windows(17).any(|window| window == b"problem/median_us"));
+    run(&home, &["--metrics", "/nowhere/metrics.jsonl"]).code(1).stderr(contains("/nowhere/metrics.jsonl"));
+}
+
+#[test]
 fn a_worker_ends_when_its_tuner_does() {
     let mut worker = std::process::Command::new(env!("CARGO_BIN_EXE_swiglu-tune"))
         .args(["worker", "--gpu", "cpu"])

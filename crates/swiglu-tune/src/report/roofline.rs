@@ -1,6 +1,7 @@
 //! What a device could reach at best, by the bytes that must move and the sums that must be made.
 
 use swiglu_db::Device;
+use swiglu_kernels::model::{bandwidth, flops_per_clock};
 use swiglu_kernels::{DType, Problem, Target};
 use swiglu_runtime::gpu::Gpu;
 
@@ -50,35 +51,6 @@ impl Roofline {
     /// Whether both ceilings are known.
     pub(crate) fn is_whole(&self, dtype: DType) -> bool {
         self.bytes_per_second.is_some() && self.flops_per_second(dtype).is_some()
-    }
-}
-
-/// Two transfers a clock over the bus: `…-bus6016-mem3201mhz`.
-pub(crate) fn bandwidth(class: &str) -> Option<f64> {
-    Some(2.0 * part_of_class(class, "mem", "mhz")? * 1e6 * part_of_class(class, "bus", "")? / 8.0)
-}
-
-/// The number between `prefix` and `suffix` in one of the parts after the architecture.
-pub(crate) fn part_of_class(class: &str, prefix: &str, suffix: &str) -> Option<f64> {
-    class.split('-').skip(1).find_map(|part| part.strip_prefix(prefix)?.strip_suffix(suffix)?.parse().ok())
-}
-
-/// Dense operations a clock of one multiprocessor with fp32 sums, of the fastest product of the architecture;
-/// NVIDIA's architecture white papers. `None` where none of them says.
-pub(crate) fn flops_per_clock(arch: &str, dtype: DType) -> Option<f64> {
-    let half = match arch {
-        "sm_70" | "sm_75" | "sm_86" | "sm_89" | "sm_120" => 1024.0,
-        "sm_80" => 2048.0,
-        "sm_90a" => 4096.0,
-        "sm_100a" => 8192.0,
-        _ => return None,
-    };
-    let has_tf32 = !matches!(arch, "sm_70" | "sm_75");
-    match dtype {
-        DType::F16 => Some(half),
-        DType::Bf16 => has_tf32.then_some(half),
-        DType::Tf32 => has_tf32.then_some(half / 2.0),
-        DType::F32 => Some(if matches!(arch, "sm_70" | "sm_75" | "sm_80") { 128.0 } else { 256.0 }),
     }
 }
 
