@@ -1,14 +1,18 @@
 //! `bench`: what the runtime would launch beside a peer, interleaved on the same operands in one process.
 
+mod seeds;
+mod sheet;
+
 use crate::cli::open_gpu_lab;
 use crate::gpu_subject::{Arena, GpuLab, Stopwatch, TimedGraph};
-use crate::race::{Failure, quantile};
+use crate::race::{Failure, interval, quantile};
 use crate::report::geometric_mean;
 use crate::{records, workload};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use rand::seq::SliceRandom;
 use serde::Serialize;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use swiglu_db::TuningTable;
 use swiglu_kernels::families::{self, Family, Target};
@@ -63,9 +67,18 @@ pub(crate) struct BenchArgs {
     /// Interleaved rounds.
     #[arg(long, default_value_t = 30)]
     rounds: usize,
+    /// The seed project's own table of the forward, B x D, with our times beside theirs.
+    #[arg(long, conflicts_with_all = ["m", "n", "k", "model", "op", "dtype", "layout", "family", "config"])]
+    seeds: bool,
     /// Print JSON.
     #[arg(long)]
     json: bool,
+    /// Write the rows as CSV.
+    #[arg(long, value_name = "FILE.csv")]
+    csv: Option<PathBuf>,
+    /// Write a plot of the ratios against M.
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
 }
 
 /// Samples, about a millisecond each, that precede those that count.
@@ -78,6 +91,8 @@ struct Row {
     config: Config,
     source: String,
     ours_us: f64,
+    /// Confidence interval of our median, where there are samples enough.
+    ours_interval_us: Option<[f64; 2]>,
     gemm_us: f64,
     gemm_and_gate_us: f64,
     /// Time of the GEMM alone over ours.
@@ -86,8 +101,33 @@ struct Row {
     over_gemm_and_gate: f64,
 }
 
-/// Times every M and prints the ratios.
-pub(crate) fn run(args: &BenchArgs, options: &Options) -> Result<ExitCode> {
+impl Row {
+    fn tflops(&self) -> f64 {
+        self.problem.flops() / self.ours_us * 1e-6
+    }
+
+    /// A row of these times of ours, of the GEMM and of GEMM + gate.
+    #[cfg(test)]
+    fn of_times(problem: Problem, [ours_us, gemm_us, gemm_and_gate_us]: [f64; 3]) -> Self {
+        Self {
+            problem,
+            config: Config::Cpu(families::cpu::default_config(1)),
+            source: "exact".into(),
+            ours_us,
+            ours_interval_us: None,
+            gemm_us,
+            gemm_and_gate_us,
+            over_gemm: gemm_us / ours_us,
+            over_gemm_and_gate: gemm_and_gate_us / ours_us,
+        }
+    }
+}
+
+/// What is to be timed.
+fn problems(args: &BenchArgs) -> Result<Vec<Problem>> {
+    if args.seeds {
+        return Ok(seeds::FORWARD.iter().map(seeds::Printed::problem).collect());
+    }
     let (n, k) = match (args.n, args.k) {
         (Some(n), Some(k)) => (n, k),
         _ => {
@@ -95,13 +135,19 @@ pub(crate) fn run(args: &BenchArgs, options: &Options) -> Result<ExitCode> {
             group.first().map(|group| (group.n, group.k)).context("the preset is empty")?
         }
     };
+    let problem = |&m: &u32| Problem::forward(args.dtype, args.layout.major(), m, n, k).with_op(args.op);
+    Ok(args.m.iter().map(problem).collect())
+}
+
+/// Times every problem and prints the ratios.
+pub(crate) fn run(args: &BenchArgs, options: &Options) -> Result<ExitCode> {
+    let problems = problems(args)?;
     let given: Result<Vec<Config>, _> = args.config.iter().map(|text| serde_json::from_str(text)).collect();
     let given = given.context("--config is no config")?;
     let lab = open_gpu_lab(Gpu::open(args.gpu)?, options)?;
     let table = runtime::load_table(options);
     let mut rows = Vec::new();
-    for &m in &args.m {
-        let problem = Problem::forward(args.dtype, args.layout.major(), m, n, k).with_op(args.op);
+    for problem in problems {
         for &config in &given {
             rows.push(bench(&lab, problem, config, "given".into(), args.rounds)?);
         }
@@ -109,6 +155,19 @@ pub(crate) fn run(args: &BenchArgs, options: &Options) -> Result<ExitCode> {
             let (config, source) = config_for(&lab, &table, args.family, &problem, options)?;
             rows.push(bench(&lab, problem, config, source, args.rounds)?);
         }
+    }
+    let device = &lab.gpu.device.name;
+    let write =
+        |path: &Path, text: String| std::fs::write(path, text).with_context(|| format!("writing {}", path.display()));
+    if let Some(path) = &args.csv {
+        write(path, sheet::csv(device, &rows)?)?;
+    }
+    if let Some(path) = &args.plot {
+        write(path, sheet::plot(device, &rows))?;
+    }
+    if args.seeds && !args.json {
+        println!("{device}\n{}", seeds::table(&seeds::FORWARD, &rows));
+        return Ok(ExitCode::SUCCESS);
     }
     if args.json {
         let date = jiff::Timestamp::now().to_string();
@@ -169,14 +228,15 @@ fn bench(lab: &GpuLab, problem: Problem, config: Config, source: String, rounds:
     arena.verify(lab, kernel, &reference, &watch).map_err(|failure| as_error(&failure))?;
     drop(reference);
     let peer = CublasLtPeer::new(lab, &arena)?;
-    let times =
+    let samples =
         peer.race(&watch, |index| arena.launch(lab, kernel, index), rounds).map_err(|failure| as_error(&failure))?;
-    let [ours_us, gemm_us, gemm_and_gate_us] = times;
+    let [ours_us, gemm_us, gemm_and_gate_us] = samples.each_ref().map(|samples| quantile(samples, 0.5));
     Ok(Row {
         problem,
         config,
         source,
         ours_us,
+        ours_interval_us: interval(&samples[0]),
         gemm_us,
         gemm_and_gate_us,
         over_gemm: gemm_us / ours_us,
@@ -225,13 +285,13 @@ impl<'a> CublasLtPeer<'a> {
         self.arena.support.gate_packed(&self.arena.problem, packed, self.arena.args(index).z)
     }
 
-    /// Medians of ours, of the GEMM and of GEMM + gate; the GEMM with the fastest of its algorithms.
+    /// Times of ours, of the GEMM and of GEMM + gate; the GEMM with the fastest of its algorithms.
     fn race(
         &self,
         watch: &Stopwatch,
         ours: impl Fn(usize) -> Result<(), Failure>,
         rounds: usize,
-    ) -> Result<[f64; 3], Failure> {
+    ) -> Result<[Vec<f64>; 3], Failure> {
         let mut best = (f64::INFINITY, 0);
         for algorithm in 0..self.gemm.algorithm_count() {
             let Ok(graph) = watch.capture(|index| self.launch_gemm(algorithm, index)) else { continue };
@@ -262,7 +322,7 @@ impl<'a> CublasLtPeer<'a> {
         for (which, time) in order.into_iter().zip(watch.sample(&shuffled)?) {
             samples[which].push(time);
         }
-        Ok(samples.map(|samples| quantile(&samples, 0.5)))
+        Ok(samples)
     }
 }
 
@@ -297,7 +357,7 @@ fn print_table(rows: &[Row]) {
             format!("{:.1}", row.gemm_and_gate_us),
             format!("{:.3}", row.over_gemm),
             format!("{:.3}", row.over_gemm_and_gate),
-            format!("{:.1}", row.problem.flops() / row.ours_us * 1e-6),
+            format!("{:.1}", row.tflops()),
         ]);
     }
     println!("{table}");

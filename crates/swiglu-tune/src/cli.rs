@@ -12,6 +12,7 @@ use crate::{bench, compile, db, doctor, fault, inspect, records, regret, report,
 use anyhow::{Context, Result, bail};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -314,8 +315,10 @@ fn run_tune(cli: &Cli, options: &Options) -> Result<ExitCode> {
     let stop = Stop::new(Arc::clone(&signal), budget);
     ctrlc::set_handler(move || signal.store(true, Ordering::Relaxed)).context("installing the Ctrl-C handler")?;
     let crew = crew(cli, &devices, &stop)?;
-    for class in crew.measuring.iter().map(|worker| &worker.facts.device.class) {
-        if let Some(whose) = records::foreign(&db.records()?, class) {
+    let records = db.records()?;
+    let classes: BTreeSet<&str> = crew.measuring.iter().map(|worker| worker.facts.device.class.as_str()).collect();
+    for class in classes {
+        if let Some(whose) = records::foreign(&records, class) {
             notice(format!("{}: {whose}; they stay, and this device is tuned from the start", dir.display()));
         }
     }

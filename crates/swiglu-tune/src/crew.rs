@@ -30,7 +30,13 @@ pub(crate) enum Event {
     /// A worker has run a race.
     Raced { worker: usize, task: Task, elapsed: Duration, result: Result<Finding, Fault> },
     /// The kernels of a group are compiled, but for these.
-    Compiled { group: usize, problem: Problem, elapsed: Duration, result: Result<Vec<(Config, Failure)>, Fault> },
+    Compiled {
+        front: usize,
+        group: usize,
+        problem: Problem,
+        elapsed: Duration,
+        result: Result<Vec<(Config, Failure)>, Fault>,
+    },
 }
 
 /// What a race has found.
@@ -86,20 +92,25 @@ fn run(worker: &mut Worker, task: &Task, stop: &Stop) -> Result<Finding, Fault> 
 /// What to compile ahead: the number of the group, one of its problems, its candidates.
 pub(crate) type Batch = (usize, Problem, Vec<Config>);
 
-/// Compiles ahead of those who measure.
+/// Compiles ahead of those who measure on one device class.
 pub(crate) struct Compiler {
     pub(crate) batches: Sender<Batch>,
     pub(crate) is_busy: bool,
 }
 
 impl Compiler {
-    pub(crate) fn start<'scope>(scope: &'scope Scope<'scope, '_>, mut worker: Worker, events: Sender<Event>) -> Self {
+    pub(crate) fn start<'scope>(
+        scope: &'scope Scope<'scope, '_>,
+        front: usize,
+        mut worker: Worker,
+        events: Sender<Event>,
+    ) -> Self {
         let (batches, received): (_, Receiver<Batch>) = mpsc::channel();
         scope.spawn(move || {
             for (group, problem, configs) in received {
                 let begun = Instant::now();
                 let result = worker.compile(problem, &configs);
-                if events.send(Event::Compiled { group, problem, elapsed: begun.elapsed(), result }).is_err() {
+                if events.send(Event::Compiled { front, group, problem, elapsed: begun.elapsed(), result }).is_err() {
                     return;
                 }
             }

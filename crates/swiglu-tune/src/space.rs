@@ -76,3 +76,28 @@ impl Space {
 fn is_pruned(record: &Record) -> bool {
     matches!(&record.outcome, Outcome::Failed { stage, .. } if stage == "pruned")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::workload::ANCHORS;
+    use swiglu_kernels::families::default_config;
+    use swiglu_kernels::{DType, WeightMajor, arch};
+
+    #[test]
+    fn the_default_is_always_a_candidate() {
+        let arch = arch::by_name("sm_90a").unwrap();
+        for (dtype, weight_major) in
+            DType::ALL.into_iter().flat_map(|dtype| WeightMajor::ALL.map(|major| (dtype, major)))
+        {
+            for (n, k) in [(14336, 4096), (8192, 2048), (1000, 1000), (1001, 999)] {
+                let problem = Problem::forward(dtype, weight_major, 1, n, k);
+                let space = Space::new(&problem, Target::Gpu(arch)).unwrap();
+                for m in ANCHORS {
+                    let default = default_config(&problem.with_m(m), arch).unwrap();
+                    assert!(space.candidates.contains_key(&default), "{dtype} {weight_major} {m} {n} {k}: {default}");
+                }
+            }
+        }
+    }
+}

@@ -1,46 +1,67 @@
 //! What NVML tells of a GPU while it is timed. A machine without NVML tells nothing, and all else goes on.
 
 use crate::race::Conditions;
-use nvml_wrapper::Nvml;
 use nvml_wrapper::bitmasks::device::ThrottleReasons;
 use nvml_wrapper::enum_wrappers::device::Clock;
+use nvml_wrapper::{Device, Nvml};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 /// How long a GPU that slowed itself down is left alone before it is timed again.
 const REST: Duration = Duration::from_secs(1);
+/// How often NVML is asked. By a thread of its own: while it answers, the GPU must not stand idle.
+const EVERY: Duration = Duration::from_millis(10);
 
-/// One GPU, as NVML knows it.
+/// What NVML told of one GPU last, and why it slowed itself down since somebody has asked.
 pub(crate) struct Telemetry {
-    nvml: Nvml,
-    pci_bus_id: String,
+    seen: Arc<Mutex<Conditions>>,
 }
 
 impl Telemetry {
     /// `None` without NVML. The address finds the GPU whatever order and subset CUDA was told to list.
-    pub(crate) fn new(pci_bus_id: String) -> Option<Self> {
-        Nvml::init().ok().map(|nvml| Self { nvml, pci_bus_id })
+    pub(crate) fn start(pci_bus_id: String) -> Option<Self> {
+        let nvml = Nvml::init().ok()?;
+        nvml.device_by_pci_bus_id(pci_bus_id.as_str()).ok()?;
+        let seen = Arc::new(Mutex::new(Conditions::default()));
+        let theirs = Arc::downgrade(&seen);
+        thread::spawn(move || {
+            let Ok(gpu) = nvml.device_by_pci_bus_id(pci_bus_id.as_str()) else { return };
+            while let Some(seen) = theirs.upgrade() {
+                let now = read(&gpu);
+                let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+                let slowdown = now.slowdown.or_else(|| seen.slowdown.take());
+                *seen = Conditions { slowdown, ..now };
+                drop(seen);
+                thread::sleep(EVERY);
+            }
+        });
+        Some(Self { seen })
     }
 
-    /// Does `work` and tells how the GPU fared before and after it; a GPU that slowed itself down is given a rest.
+    /// Does `work` and tells how the GPU fared meanwhile; one that slowed itself down is given a rest.
     pub(crate) fn around<T>(&self, work: impl FnOnce() -> T) -> (T, Conditions) {
-        let before = self.read();
+        self.take();
         let done = work();
-        let after = self.read();
-        let slowdown = after.slowdown.or(before.slowdown);
-        if slowdown.is_some() {
+        let conditions = self.take();
+        if conditions.slowdown.is_some() {
             thread::sleep(REST);
         }
-        (done, Conditions { slowdown, ..after })
+        (done, conditions)
     }
 
-    fn read(&self) -> Conditions {
-        let Ok(gpu) = self.nvml.device_by_pci_bus_id(self.pci_bus_id.as_str()) else { return Conditions::default() };
-        Conditions {
-            sm_mhz: gpu.clock_info(Clock::SM).ok(),
-            power_w: gpu.power_usage().ok().map(|milliwatts| milliwatts / 1000),
-            slowdown: gpu.current_throttle_reasons().ok().and_then(slowdown),
-        }
+    fn take(&self) -> Conditions {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let slowdown = seen.slowdown.take();
+        Conditions { slowdown, ..seen.clone() }
+    }
+}
+
+fn read(gpu: &Device) -> Conditions {
+    Conditions {
+        sm_mhz: gpu.clock_info(Clock::SM).ok(),
+        power_w: gpu.power_usage().ok().map(|milliwatts| milliwatts / 1000),
+        slowdown: gpu.current_throttle_reasons().ok().and_then(slowdown),
     }
 }
 

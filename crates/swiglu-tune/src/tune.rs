@@ -169,11 +169,11 @@ impl<'a> Tuner<'a> {
             };
             self.stations.push((front, station));
         }
-        for front in &mut self.fronts {
+        for (at, front) in self.fronts.iter_mut().enumerate() {
             match front.target {
                 Target::Gpu(arch) => {
                     let worker = (crew.compiling)(arch.name)?;
-                    front.compiler = Some(Compiler::start(scope, worker, events.clone()));
+                    front.compiler = Some(Compiler::start(scope, at, worker, events.clone()));
                 }
                 Target::Cpu { .. } => (0..front.groups.len()).for_each(|group| front.share.set_ready(group)),
             }
@@ -192,8 +192,8 @@ impl<'a> Tuner<'a> {
                 break;
             }
             match happened.recv().context("all workers are gone")? {
-                Event::Compiled { group, problem, elapsed, result } => {
-                    self.compiled(group, &problem, elapsed, result)?
+                Event::Compiled { front, group, problem, elapsed, result } => {
+                    self.compiled(front, group, &problem, elapsed, result)?
                 }
                 Event::Raced { worker, task, elapsed, result } => self.raced(worker, &task, elapsed, result)?,
             }
@@ -334,15 +334,13 @@ impl<'a> Tuner<'a> {
 
     fn compiled(
         &mut self,
+        at: usize,
         group: usize,
         problem: &Problem,
         elapsed: Duration,
         result: Result<Vec<(Config, Failure)>, Fault>,
     ) -> Result<()> {
-        let at = self.fronts.iter().position(|front| {
-            front.ahead == group + 1 && front.compiler.as_ref().is_some_and(|compiler| compiler.is_busy)
-        });
-        let Some(front) = at.and_then(|at| self.fronts.get_mut(at)) else { return Ok(()) };
+        let front = &mut self.fronts[at];
         if let Some(compiler) = &mut front.compiler {
             compiler.is_busy = false;
         }

@@ -96,7 +96,7 @@ fn on_cpu(faults: &[Fault], requests: &Receiver<Request>) -> Result<()> {
 fn on_gpu(ordinal: usize, options: &Options, faults: &[Fault], requests: &Receiver<Request>) -> Result<()> {
     let lab = &open_gpu_lab(Gpu::open(ordinal)?, options)?;
     let driver = driver_version().unwrap_or_default();
-    let telemetry = Telemetry::new(lab.gpu.pci_bus_id()?);
+    let telemetry = Telemetry::start(lab.gpu.pci_bus_id()?);
     reply(&Reply::Ready(Facts { device: lab.gpu.device.clone(), nvrtc: lab.nvrtc.version_string(), driver }))?;
     let (mut kind, mut kernels) = (None, BTreeMap::new());
     let mut next = requests.recv().ok();

@@ -4,7 +4,10 @@
 use assert_cmd::Command;
 use predicates::str::contains;
 use serde_json::Value;
-use std::time::Duration;
+use std::io::{BufRead, BufReader, Write};
+use std::time::{Duration, Instant};
+use swiglu_kernels::families::default_config;
+use swiglu_kernels::{DType, Problem, WeightMajor, arch};
 use tempfile::TempDir;
 
 /// `swiglu-tune` on the CPU, on two small problems, with every place it may write to inside `home`.
@@ -109,6 +112,50 @@ fn a_run_tells_those_who_watch_it_what_is_finished() {
     let events = std::fs::read_dir(&board).unwrap().next().unwrap().unwrap();
     assert!(std::fs::read(events.path()).unwrap().windows(17).any(|window| window == b"problem/median_us"));
     run(&home, &["--metrics", "/nowhere/metrics.jsonl"]).code(1).stderr(contains("/nowhere/metrics.jsonl"));
+}
+
+#[test]
+fn a_budget_is_kept_to_a_tenth() {
+    let home = TempDir::new().unwrap();
+    let shapes = home.path().join("many.toml");
+    let m: Vec<String> = (1..200).map(|m| m.to_string()).collect();
+    std::fs::write(&shapes, format!("[[shape]]\nn = 48\nk = 32\nm = [{}]\n", m.join(", "))).unwrap();
+    let begun = Instant::now();
+    let args = ["--gpu", "cpu", "--quiet", "--budget", "5", "--shapes"];
+    tune(&home).args(args).arg(shapes).assert().success().stderr(contains("the budget is spent"));
+    let took = begun.elapsed().as_secs_f64();
+    // Half a second for the processes to start and to end.
+    assert!((4.0..5.5 + 0.5).contains(&took), "{took:.2} s of 5");
+}
+
+#[test]
+fn a_worker_that_compiles_answers_each_request() {
+    let home = TempDir::new().unwrap();
+    let mut worker = std::process::Command::new(env!("CARGO_BIN_EXE_swiglu-tune"))
+        .args(["worker", "--compile-for", "sm_80"])
+        .env("SWIGLU_CUBIN_CACHE", home.path())
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let problem = Problem::forward(DType::Bf16, WeightMajor::K, 16, 64, 64);
+    let config = default_config(&problem, arch::by_name("sm_80").unwrap()).unwrap();
+    let mut requests = worker.stdin.take().unwrap();
+    let mut replies = BufReader::new(worker.stdout.take().unwrap()).lines();
+    let mut next = || -> Value { serde_json::from_str(&replies.next().unwrap().unwrap()).unwrap() };
+    assert!(next()["ready"]["nvrtc"].as_str().unwrap().contains('.'));
+    for configs in [&[config][..], &[]] {
+        writeln!(requests, "{}", serde_json::json!({ "compile": { "problem": problem, "configs": configs } })).unwrap();
+        let mut reply = next();
+        while reply == "alive" {
+            reply = next();
+        }
+        assert_eq!(reply, serde_json::json!({ "compiled": [] }));
+    }
+    let cached = std::fs::read_dir(home.path()).unwrap().count();
+    assert_eq!(cached, 1, "what was compiled is in the cache");
+    drop(requests);
+    worker.wait().unwrap();
 }
 
 #[test]
