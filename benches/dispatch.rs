@@ -3,7 +3,7 @@
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use std::hint::black_box;
-use swiglu_db::{Device, Environment, Layer, Measurement, Origin, Outcome, Record, TuningDb, TuningTable};
+use swiglu_db::{Device, Environment, Layer, Measurement, Origin, Outcome, Record, TuningDb, TuningTable, shipped};
 use swiglu_kernels::families::{Target, default_config};
 use swiglu_kernels::{DType, Problem, WeightMajor, arch, render};
 use swiglu_runtime::cpu::CpuPlan;
@@ -35,7 +35,10 @@ fn costs(criterion: &mut Criterion) {
     criterion.bench_function("load a snapshot of 2000 records", |bencher| {
         bencher.iter(|| TuningTable::load(black_box(&user)))
     });
-    criterion.bench_function("parse the shipped tables", |bencher| bencher.iter(|| TuningTable::load(black_box(&[]))));
+    criterion.bench_function("parse the shipped tables", |bencher| {
+        let parse = |(name, text): &(&str, &str)| shipped::parse(name.as_ref(), black_box(text)).unwrap();
+        bencher.iter(|| shipped::TABLES.iter().flat_map(parse).count());
+    });
     let options = Options { db: Some(folder.clone()), ..Options::default() };
     criterion.bench_function("start a runtime with 2000 records", |bencher| {
         bencher.iter(|| CpuRuntime::new(black_box(&options)))

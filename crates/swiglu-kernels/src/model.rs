@@ -25,6 +25,8 @@ const L2_BYTES_PER_SECOND: f64 = 64.0 * 1.7e9;
 const L2_SHARE: f64 = 0.5;
 /// Bytes one multiprocessor has to have on their way to draw its share of the memory's rate.
 const IN_FLIGHT: f64 = 32768.0;
+/// The architecture whose measurements the constants are from.
+const CALIBRATED: &str = "sm_90a";
 /// Times closer than this factor the model cannot tell apart.
 const ERROR: f64 = 1.15;
 /// Launch, the first loads, the last stores, in microseconds.
@@ -43,8 +45,12 @@ impl Chip {
     }
 
     /// What should serve `problem` where nothing was tuned: the best by this model, where it is better than `default` by more
-    /// than the model errs. Only of families that have run on a GPU.
+    /// than the model errs. Only where it was calibrated, on one architecture and for 16-bit formats, and only what has run
+    /// there.
     pub fn better_than(&self, default: &Config, problem: &Problem) -> Option<Config> {
+        if self.arch.name != CALIBRATED || !matches!(problem.dtype, DType::F16 | DType::Bf16) {
+            return None;
+        }
         let time = |config: &Config| self.predict_us(problem, config).filter(|us| us.is_finite());
         let candidates = families::candidates(problem, Target::Gpu(self.arch)).into_iter();
         let known = candidates.filter(|config| config.family() != Family::MmaDirect);
@@ -269,6 +275,12 @@ mod tests {
         let fma = families::default_of(Family::Simt, &problem, chip.arch).unwrap();
         let better = chip.better_than(&fma, &problem).unwrap();
         assert!(better.check(&problem, Target::Gpu(chip.arch)).is_ok() && matches!(better, Config::WgmmaTma(_)));
+        let single = Problem { dtype: DType::F32, ..problem };
+        let fma = families::default_of(Family::Simt, &single, chip.arch).unwrap();
+        assert_eq!(chip.better_than(&fma, &single), None, "not calibrated for fp32");
+        let other = Chip::of_class("sm_80-sm108-l2_40m-smem163k-bus5120-mem1215mhz").unwrap();
+        let fma = families::default_of(Family::Simt, &problem, other.arch).unwrap();
+        assert_eq!(other.better_than(&fma, &problem), None, "not calibrated");
         let cpu = Config::Cpu(families::cpu::default_config(1));
         assert_eq!(chip.better_than(&cpu, &problem), None, "no time, no comparison");
     }

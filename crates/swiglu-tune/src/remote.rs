@@ -59,6 +59,9 @@ pub(crate) enum Fault {
     Poisoned(Failure),
     #[error("the run was stopped")]
     Stopped,
+    /// The worker works, but not on this problem: its operands do not fit, say.
+    #[error("{0}")]
+    Refused(String),
     /// Not by anything a candidate did.
     #[error("the worker does not work: {0}")]
     Broken(String),
@@ -71,7 +74,7 @@ impl Fault {
             Self::Crashed => "crash",
             Self::Hung(_) => "hang",
             Self::Poisoned(failure) => return Failure { reason: self.to_string(), ..failure.clone() },
-            Self::Stopped | Self::Broken(_) => "interrupted",
+            Self::Stopped | Self::Refused(_) | Self::Broken(_) => "interrupted",
         };
         Failure::new(stage, self)
     }
@@ -91,13 +94,19 @@ impl Worker {
         }
     }
 
-    fn is_running(&self) -> bool {
+    /// Whether there is one to ask. That one has died while nobody asked it is held against no candidate.
+    fn is_running(&mut self) -> bool {
+        let has_ended = |process: &mut Process| process.child.try_wait().ok().flatten().is_some();
+        if self.process.as_mut().is_some_and(has_ended) {
+            self.process = None;
+        }
         self.process.is_some()
     }
 
     /// Its answer. After a fault it is gone until it is asked again.
     pub(crate) fn ask(&mut self, request: &Request, patience: Duration) -> Result<Reply, Fault> {
-        let mut process = match self.process.take() {
+        let running = if self.is_running() { self.process.take() } else { None };
+        let mut process = match running {
             Some(process) => process,
             None => launch(&self.recipe)?.0,
         };
@@ -242,10 +251,15 @@ impl<'a> Remote<'a> {
             conditions: Conditions::default(),
             is_lost: false,
         };
-        let blamed = culprits(configs, &mut |configs| remote.open_with(configs))?;
-        if !blamed.is_empty() {
-            remote.blamed.extend(blamed);
-            remote.configs.retain(|config| !remote.blamed.contains_key(config));
+        let mut attempts = 0;
+        let blamed = culprits(configs, &mut |configs| {
+            attempts += 1;
+            remote.open_with(configs)
+        })?;
+        remote.configs.retain(|config| !blamed.iter().any(|(blamed, _)| blamed == config));
+        remote.blamed.extend(blamed);
+        // The last attempt was made with some of them.
+        if attempts > 1 {
             remote.reopen()?;
         }
         Ok(remote)
@@ -261,6 +275,7 @@ impl<'a> Remote<'a> {
         let request = Request::Open { problem, configs: configs.to_vec(), pinned };
         match self.worker.ask(&request, self.patience)? {
             Reply::Opened(registers) => self.registers.extend(registers),
+            Reply::Refused(failure) => return Err(Fault::Refused(failure.reason)),
             other => return Err(unexpected(other)),
         }
         Ok(())

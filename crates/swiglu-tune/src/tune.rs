@@ -361,7 +361,7 @@ impl<'a> Tuner<'a> {
         let (at, station) = &mut self.stations[worker];
         let (at, stopped) = (*at, self.order.stop.is_set());
         station.is_busy = false;
-        station.faults = if result.is_ok() { 0 } else { station.faults + 1 };
+        station.faults = if matches!(result, Ok(_) | Err(Fault::Refused(_))) { 0 } else { station.faults + 1 };
         let front = &mut self.fronts[at];
         let Some(key) = front.key(task.item) else { return Ok(()) };
         match result {
