@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Stop {
     signal: Arc<AtomicBool>,
+    /// There is nothing left to be done, or no way to do it.
+    over: Arc<AtomicBool>,
     /// End of the budget, and what it may be overrun by.
     deadline: Option<(Instant, Duration)>,
 }
@@ -20,18 +22,19 @@ impl Stop {
     pub(crate) fn new(signal: Arc<AtomicBool>, budget: Option<Duration>) -> Self {
         // A budget that no clock can tell is none.
         let deadline = |budget: Duration| Some((Instant::now().checked_add(budget)?, budget.mul_f64(OVERRUN)));
-        Self { signal, deadline: budget.and_then(deadline) }
+        Self { signal, over: Arc::default(), deadline: budget.and_then(deadline) }
     }
 
     /// Whether what is being done must end.
     pub(crate) fn is_set(&self) -> bool {
         self.by_signal()
+            || self.over.load(Ordering::Relaxed)
             || self.deadline.is_some_and(|(end, overrun)| end.elapsed() >= overrun && Instant::now() >= end)
     }
 
-    /// Ends the run, as a signal does.
+    /// Ends what is still being done.
     pub(crate) fn set(&self) {
-        self.signal.store(true, Ordering::Relaxed);
+        self.over.store(true, Ordering::Relaxed);
     }
 
     pub(crate) fn by_signal(&self) -> bool {

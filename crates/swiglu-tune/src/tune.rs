@@ -73,9 +73,8 @@ pub(crate) fn tune(order: &Order, crew: Crew, db: &mut TuningDb, logbook: Logboo
         // Whatever happened, what is stored is seen.
         let published = tuner.db.publish().context("publishing the snapshot");
         tuner.progress.finish_and_clear();
-        if ran.is_err() {
-            order.stop.set();
-        }
+        // A compiler may be ahead of what nobody will measure any more.
+        order.stop.set();
         ran.and(published)?;
         Ok(tuner.summary)
     })
@@ -186,8 +185,10 @@ impl<'a> Tuner<'a> {
     fn run(&mut self, happened: &Receiver<Event>) -> Result<()> {
         loop {
             self.hand_out()?;
-            let is_busy = self.stations.iter().any(|(_, station)| station.is_busy)
-                || self.fronts.iter().any(|front| front.compiler.as_ref().is_some_and(|compiler| compiler.is_busy));
+            let awaited = |front: &Front| {
+                front.compiler.as_ref().is_some_and(|compiler| compiler.is_busy) && front.has_time(&self.order.stop)
+            };
+            let is_busy = self.stations.iter().any(|(_, station)| station.is_busy) || self.fronts.iter().any(awaited);
             if !is_busy {
                 break;
             }
@@ -238,7 +239,7 @@ impl<'a> Tuner<'a> {
             if !is_idle
                 || front.share.waiting() > workers
                 || front.ahead >= front.groups.len()
-                || self.order.stop.is_set()
+                || !front.has_time(&self.order.stop)
             {
                 return Ok(());
             }
