@@ -3,7 +3,7 @@
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use std::hint::black_box;
-use swiglu_db::{Device, Environment, Measurement, Origin, Outcome, Record, TuningDb, TuningTable};
+use swiglu_db::{Device, Environment, Layer, Measurement, Origin, Outcome, Record, TuningDb, TuningTable, shipped};
 use swiglu_kernels::families::{Target, default_config};
 use swiglu_kernels::{DType, Problem, WeightMajor, arch, render};
 use swiglu_runtime::cpu::CpuPlan;
@@ -15,7 +15,7 @@ fn costs(criterion: &mut Criterion) {
     let records: Vec<Record> = (0..2000)
         .map(|i| {
             let problem = Problem::forward(DType::Bf16, WeightMajor::K, 1 << (i % 14), 1024 + 64 * (i / 14), 4096);
-            let measurement = Measurement { median_us: 100.0, p10_us: 99.0, p90_us: 101.0, samples: 29, error: 1e-3 };
+            let measurement = Measurement { median_us: 100.0, samples: 29, ..Measurement::default() };
             Record {
                 device: Device { class: "sm_90a-bench".into(), name: "bench".into() },
                 problem,
@@ -31,17 +31,19 @@ fn costs(criterion: &mut Criterion) {
         db.insert(&records).unwrap();
         db.publish().unwrap();
     }
+    let user = [(Layer::User, folder.clone())];
     criterion.bench_function("load a snapshot of 2000 records", |bencher| {
-        bencher.iter(|| TuningTable::load(black_box(&folder)))
+        bencher.iter(|| TuningTable::load(black_box(&user)))
     });
     criterion.bench_function("parse the shipped tables", |bencher| {
-        bencher.iter(|| TuningTable::load(black_box(std::path::Path::new("/nowhere"))))
+        let parse = |(name, text): &(&str, &str)| shipped::parse(name.as_ref(), black_box(text)).unwrap();
+        bencher.iter(|| shipped::TABLES.iter().flat_map(parse).count());
     });
     let options = Options { db: Some(folder.clone()), ..Options::default() };
     criterion.bench_function("start a runtime with 2000 records", |bencher| {
         bencher.iter(|| CpuRuntime::new(black_box(&options)))
     });
-    let (table, _) = TuningTable::load(&folder);
+    let (table, _) = TuningTable::load(&user);
     let problem = records[1000].problem;
     criterion.bench_function("look one problem up", |bencher| {
         bencher.iter(|| table.lookup("sm_90a-bench", black_box(&problem), Target::Gpu(arch)));

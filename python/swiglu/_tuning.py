@@ -9,6 +9,7 @@ import torch
 from . import _native
 
 _TUNED = ("exact", "nearest M")
+_GUESSED = {"untuned": "the default config", "model": "a config that a model of the GPU chose"}
 _said: set[str] = set()
 
 
@@ -19,7 +20,7 @@ def note_untuned(plan: _native.Plan, device: int, n: int, k: int, m: int) -> Non
         return
     _said.add(matched)
     name = torch.cuda.get_device_name(device)
-    source = "the default config" if matched == "untuned" else f"the {matched} that was tuned"
+    source = _GUESSED.get(matched, f"the {matched} that was tuned")
     warnings.warn(
         f"swiglu: N={n}, K={k} was not tuned on {name}; it runs on {source} and may be slower than it could be. "
         "`python -m swiglu tune --gpu auto` tunes this machine (said once)",

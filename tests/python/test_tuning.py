@@ -84,6 +84,8 @@ def test_what_was_tuned_is_not_worth_a_word(nothing_said):
         _tuning.note_untuned(Plan("nearest M"), 0, 12, 8, 5)
     with pytest.warns(UserWarning, match="nearest shape that was tuned"):
         _tuning.note_untuned(Plan("nearest shape"), 0, 12, 8, 5)
+    with pytest.warns(UserWarning, match="runs on a config that a model of the GPU chose"):
+        _tuning.note_untuned(Plan("model"), 0, 12, 8, 5)
 
 
 def test_the_first_call_asks_and_the_cpu_needs_no_tuning(nothing_said, monkeypatch):

@@ -3,6 +3,7 @@
 //! Sizes are compared by the distance of their logarithms. An entry of another size is only an answer
 //! when its config is legal for the problem asked; else the next nearest is tried.
 
+use crate::error::{Context, FileError};
 use crate::journal;
 use crate::record::{InvalidRecord, Record, TuningKey, winners};
 use crate::shipped::{self, ShippedError};
@@ -11,7 +12,9 @@ use etcetera::BaseStrategy;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 use swiglu_kernels::families::Target;
 use swiglu_kernels::{Op, Problem};
 
@@ -29,7 +32,9 @@ pub enum Match {
     NearestShape,
     /// Tuned on another device class of this architecture.
     SameArch,
-    /// No record is of use.
+    /// No record is of use; the analytic model's choice serves.
+    Model,
+    /// No record is of use; the default serves.
     Untuned,
 }
 
@@ -41,6 +46,7 @@ impl fmt::Display for Match {
             Self::OtherOp => "other op",
             Self::NearestShape => "nearest shape",
             Self::SameArch => "same architecture",
+            Self::Model => "model",
             Self::Untuned => "untuned",
         })
     }
@@ -59,6 +65,17 @@ pub struct Lookup {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LayerError {
+    /// What the user named is not there.
+    #[error("the {layer} layer `{}` is not there", path.display())]
+    Absent {
+        /// The layer.
+        layer: Layer,
+        /// Where it was to be.
+        path: PathBuf,
+    },
+    /// A table cannot be read.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The user's snapshot cannot be used.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
@@ -83,12 +100,16 @@ pub fn default_dir() -> Result<PathBuf, NoHome> {
     Ok(etcetera::choose_base_strategy()?.data_dir().join("swiglu-tune"))
 }
 
-/// Where a table has an entry from.
+/// Where a table has an entry from, highest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Layer {
+    /// What the user named for this process.
+    Override,
     /// The user's published snapshot.
     User,
+    /// What the site's administrator provides for all users.
+    Site,
     /// The tables compiled in.
     Shipped,
     /// One that the caller gave, by its number.
@@ -98,7 +119,9 @@ pub enum Layer {
 impl fmt::Display for Layer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Override => f.pad("override"),
             Self::User => f.pad("user"),
+            Self::Site => f.pad("site"),
             Self::Shipped => f.pad("shipped"),
             Self::Given(number) => write!(f, "layer {number}"),
         }
@@ -109,7 +132,24 @@ impl fmt::Display for Layer {
 #[derive(Debug, Default)]
 pub struct TuningTable {
     /// Of equally near entries, the one of the first layer wins.
-    layers: Vec<(Layer, Snapshot)>,
+    layers: Vec<(Layer, Records)>,
+}
+
+#[derive(Debug)]
+enum Records {
+    Loaded(Snapshot),
+    /// Parsed at the first question, once for the process: a runtime starts without.
+    Shipped,
+}
+
+impl Records {
+    fn snapshot(&self) -> &Snapshot {
+        static SHIPPED: LazyLock<Snapshot> = LazyLock::new(shipped_records);
+        match self {
+            Self::Loaded(snapshot) => snapshot,
+            Self::Shipped => &SHIPPED,
+        }
+    }
 }
 
 /// A record that could serve, and from where.
@@ -152,36 +192,31 @@ pub struct Explanation {
 }
 
 impl TuningTable {
-    /// The user's snapshot in `dir` over the shipped tables. A layer that cannot be used is left out and
-    /// the reason returned; in place of a damaged snapshot the journal answers.
-    pub fn load(dir: &Path) -> (Self, Vec<LayerError>) {
+    /// The layers of `sources`, highest first, over the shipped tables. Each is a tuning directory or the file of an exported
+    /// table. A layer that cannot be used is left out and the reason returned; in place of a damaged snapshot its journal
+    /// answers. A directory without a snapshot is an empty layer, but for the override, which has to be there.
+    pub fn load(sources: &[(Layer, PathBuf)]) -> (Self, Vec<LayerError>) {
         let mut skipped = Vec::new();
-        let user = Snapshot::load(&dir.join(snapshot::FILE_NAME)).map_err(LayerError::from).or_else(|error| {
-            let from_journal = matches!(error, LayerError::Snapshot(SnapshotError::Damaged { .. }))
-                .then(|| journal::read(&dir.join(journal::FILE_NAME)).ok())
-                .flatten()
-                .and_then(|contents| Snapshot::from_records(&winners(contents.current().cloned())).ok());
-            match from_journal {
-                Some(snapshot) => {
-                    skipped.push(error);
-                    Ok(snapshot)
-                }
-                None => Err(error),
-            }
-        });
         let mut layers = Vec::new();
-        for (name, loaded) in [(Layer::User, user), (Layer::Shipped, shipped_layer(&mut skipped))] {
-            match loaded {
-                Ok(layer) => layers.push((name, layer)),
+        for (layer, path) in sources {
+            match load_layer(*layer, path, &mut skipped) {
+                Ok(snapshot) => layers.push((*layer, Records::Loaded(snapshot))),
                 Err(error) => skipped.push(error),
             }
         }
+        layers.push((Layer::Shipped, Records::Shipped));
         (Self { layers }, skipped)
+    }
+
+    /// The layers that are in use, highest first, and the number of records each has.
+    pub fn layers(&self) -> impl Iterator<Item = (Layer, usize)> {
+        self.layers.iter().map(|(layer, records)| (*layer, records.snapshot().len()))
     }
 
     /// The layers given, highest first.
     pub fn from_layers(layers: Vec<Snapshot>) -> Self {
-        Self { layers: layers.into_iter().enumerate().map(|(at, layer)| (Layer::Given(at + 1), layer)).collect() }
+        let given = |(at, layer)| (Layer::Given(at + 1), Records::Loaded(layer));
+        Self { layers: layers.into_iter().enumerate().map(given).collect() }
     }
 
     /// The nearest record whose config `target` can run `problem` with.
@@ -216,10 +251,18 @@ impl TuningTable {
                 rungs.push(rung(matched, layer, here, problem, target));
             }
         }
-        let mut answers = candidates.iter().filter_map(|entry| {
+        let answers = candidates.iter().filter_map(|entry| {
             let record = entry.legal_record(problem, target)?;
             Some(Answer { matched: entry.rank.matched, layer: entry.layer, record })
         });
+        let mut answers: Vec<Answer> = answers.take(2).collect();
+        if problem.op.saves_preactivations() {
+            let plain = self.explain(device_class, &problem.with_op(Op::Forward), target);
+            rungs.extend(self.layers.iter().map(|(layer, _)| other_op(*layer, &plain.rungs)));
+            let answer = |answer| Answer { matched: Match::OtherOp, ..answer };
+            answers.extend(plain.serving.into_iter().chain(plain.second).map(answer));
+        }
+        let mut answers = answers.into_iter();
         let (serving, second) = (answers.next(), answers.next());
         Explanation { rungs, serving, second }
     }
@@ -271,7 +314,7 @@ impl TuningTable {
         let mut candidates: Vec<_> = self
             .layers
             .iter()
-            .flat_map(|(name, layer)| layer.get_range(prefix).map(|entry| (*name, entry)))
+            .flat_map(|(name, layer)| layer.snapshot().get_range(prefix).map(|entry| (*name, entry)))
             .filter_map(|(layer, entry)| Candidate::new(layer, entry, asked))
             .collect();
         // Stable: equally near entries stay in the order of layers and keys.
@@ -372,6 +415,20 @@ fn rung<'a>(
     rung
 }
 
+/// What `layer` has for the plain operation, on whatever rung, as one rung of the operation asked for.
+fn other_op(layer: Layer, plain: &[Rung]) -> Rung {
+    let mut sum = Rung { matched: Match::OtherOp, layer, entries: 0, passed_over: 0, reason: None, nearest: None };
+    for rung in plain.iter().filter(|rung| rung.layer == layer) {
+        sum.entries += rung.entries;
+        if sum.nearest.is_none() {
+            sum.passed_over += rung.passed_over;
+            sum.reason = sum.reason.or_else(|| rung.reason.clone());
+            sum.nearest = rung.nearest.clone();
+        }
+    }
+    sum
+}
+
 /// `|log2(a / b)|` in millionths, which order exactly.
 fn distance(a: u32, b: u32) -> u32 {
     let log2 = |size: u32| f64::from(size.max(1)).log2();
@@ -383,13 +440,38 @@ fn arch_of(device_class: &str) -> &str {
     device_class.split_once('-').map_or(device_class, |(arch, _)| arch)
 }
 
-fn shipped_layer(skipped: &mut Vec<LayerError>) -> Result<Snapshot, LayerError> {
-    let mut records = Vec::new();
-    for (name, text) in shipped::TABLES {
-        match shipped::parse(Path::new(name), text) {
-            Ok(table) => records.extend(table),
-            Err(error) => skipped.push(error.into()),
-        }
+fn load_layer(layer: Layer, path: &Path, skipped: &mut Vec<LayerError>) -> Result<Snapshot, LayerError> {
+    if layer == Layer::Override && !path.exists() {
+        return Err(LayerError::Absent { layer, path: path.into() });
     }
-    Ok(Snapshot::from_records(&records)?)
+    if path.is_file() {
+        let text = fs::read_to_string(path).context("read", path)?;
+        return Ok(Snapshot::from_records(&winners(shipped::parse(path, &text)?))?);
+    }
+    let error = match Snapshot::load(&path.join(snapshot::FILE_NAME)) {
+        Ok(snapshot) => return Ok(snapshot),
+        Err(error) => error,
+    };
+    let from_journal = matches!(error, SnapshotError::Damaged { .. })
+        .then(|| journal::read(&path.join(journal::FILE_NAME)).ok())
+        .flatten()
+        .and_then(|contents| Snapshot::from_records(&winners(contents.current().cloned())).ok());
+    match from_journal {
+        Some(snapshot) => {
+            skipped.push(error.into());
+            Ok(snapshot)
+        }
+        None => Err(error.into()),
+    }
+}
+
+/// Tests hold every shipped table to be whole; should one not be, the others serve.
+fn shipped_records() -> Snapshot {
+    let table = |(name, text): &(&str, &str)| {
+        let parsed = shipped::parse(Path::new(name), text);
+        parsed.inspect_err(|error| tracing::warn!(%error, "a shipped table is left out")).ok()
+    };
+    let records: Vec<Record> = shipped::TABLES.iter().filter_map(table).flatten().collect();
+    let snapshot = Snapshot::from_records(&records);
+    snapshot.inspect_err(|error| tracing::warn!(%error, "the shipped tables are left out")).unwrap_or_default()
 }

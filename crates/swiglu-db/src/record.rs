@@ -92,7 +92,7 @@ fn parse_key(text: &str) -> Option<TuningKey> {
 }
 
 /// Time of one launch, in microseconds, over all samples.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Measurement {
     /// Median.
     pub median_us: f64,
@@ -104,6 +104,43 @@ pub struct Measurement {
     pub samples: u32,
     /// `‖out − ref‖ / ‖ref‖` against the float64 oracle.
     pub error: f64,
+    /// 95 % confidence interval of the median, by order statistics; of those that were in the last round.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interval_us: Option<[f64; 2]>,
+    /// Passes of its race that were taken again because the device had slowed itself down.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub repeated: u32,
+    /// Whether its race chose it among those that were as fast.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub chosen: bool,
+}
+
+/// Medians closer than this are one, however narrow their intervals: what two runs on one machine differ by at least.
+pub const NOISE: f64 = 0.005;
+
+impl Measurement {
+    /// Whether the two cannot be told apart: their intervals, at least [`NOISE`] wide, meet. Without an interval only
+    /// equal medians tie.
+    pub fn ties_with(&self, other: &Self) -> bool {
+        match (self.interval(), other.interval()) {
+            (Some([low, high]), Some([their_low, their_high])) => low <= their_high && their_low <= high,
+            _ => self.median_us == other.median_us,
+        }
+    }
+
+    fn interval(&self) -> Option<[f64; 2]> {
+        let margin = self.median_us * NOISE / 2.0;
+        let [low, high] = self.interval_us?;
+        Some([low.min(self.median_us - margin), high.max(self.median_us + margin)])
+    }
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 /// What became of a candidate.
@@ -114,7 +151,8 @@ pub enum Outcome {
     Measured(Measurement),
     /// It did not get that far.
     Failed {
-        /// Where it failed: `compile`, `spill`, `launch` or `verify`.
+        /// Where it failed: `compile`, `spill`, `launch` or `verify`; `crash` or `hang` of the process that ran it; or
+        /// `pruned`, when it was not tried.
         stage: String,
         /// What was reported.
         reason: String,
@@ -136,6 +174,12 @@ pub struct Environment {
     pub registers: u32,
     /// UTC date and time, RFC 3339.
     pub date: String,
+    /// Clock of the multiprocessors while it was timed, in MHz; 0 where it is not known.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub sm_mhz: u32,
+    /// Power drawn while it was timed, in watts; 0 where it is not known.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub power_w: u32,
 }
 
 /// Where a record was before it came into its database.
@@ -224,8 +268,11 @@ impl Record {
             return Err(self.invalid(format!("device class {class:?} is empty or holds `|` or a control character")));
         }
         // JSON has no NaN: it would be written as null and not be read again.
-        if let Some(Measurement { median_us, p10_us, p90_us, samples: _, error }) = self.measurement()
-            && ![median_us, p10_us, p90_us, error].into_iter().all(|number| number.is_finite())
+        if let Some(measured) = self.measurement()
+            && ![measured.median_us, measured.p10_us, measured.p90_us, measured.error]
+                .into_iter()
+                .chain(measured.interval_us.into_iter().flatten())
+                .all(f64::is_finite)
         {
             return Err(self.invalid("a time or error is not a finite number".into()));
         }
@@ -255,25 +302,54 @@ impl Record {
 
 /// The record that serves each key, in the order of the keys: of one origin the fastest, since only times of
 /// one machine compare; between origins the better supported of those, and what was measured here when equal.
-/// Equal medians: the first config in order.
+/// Of those that tie with the fastest: the one its race chose, then the least shared memory, the fewest registers, the
+/// first config in order.
 pub fn winners(records: impl IntoIterator<Item = Record>) -> Vec<Record> {
-    let mut fastest: BTreeMap<(String, Origin), (f64, Record)> = BTreeMap::new();
-    for record in records {
-        let Some(&Measurement { median_us, .. }) = record.measurement() else { continue };
-        let group = (record.key().to_string(), record.origin.clone());
-        let beaten = fastest.get(&group).is_some_and(|(best_us, best)| {
-            best_us.total_cmp(&median_us).then_with(|| best.config.cmp(&record.config)).is_le()
-        });
-        if !beaten {
-            fastest.insert(group, (median_us, record));
-        }
+    let mut groups: BTreeMap<(String, Origin), Vec<Record>> = BTreeMap::new();
+    for record in records.into_iter().filter(|record| record.measurement().is_some()) {
+        groups.entry((record.key().to_string(), record.origin.clone())).or_default().push(record);
     }
     let mut winners: BTreeMap<String, Record> = BTreeMap::new();
     // The origins of a key come in order, what was measured here first.
-    for ((key, _), (_, record)) in fastest {
+    for ((key, _), group) in groups {
+        let Some(record) = fastest(group) else { continue };
         if winners.get(&key).is_none_or(|winner| record.is_better_supported_than(winner)) {
             winners.insert(key, record);
         }
     }
     winners.into_values().collect()
+}
+
+/// The winner among measured records of one key and origin.
+fn fastest(group: Vec<Record>) -> Option<Record> {
+    let median_us = |record: &Record| record.measurement().map_or(f64::INFINITY, |measured| measured.median_us);
+    let best = *group.iter().min_by(|a, b| median_us(a).total_cmp(&median_us(b)))?.measurement()?;
+    let ties = |record: &Record| record.measurement().is_some_and(|measured| measured.ties_with(&best));
+    group.into_iter().filter(ties).min_by_key(Record::among_ties)
+}
+
+/// Marks the one of `records`, raced together, that is to serve: `present`, unless one is faster by more than the noise;
+/// then the least of those that tie with the fastest.
+pub fn choose(records: &mut [Record], present: Option<&Config>) {
+    mark(records, present.copied());
+    let measured = records.iter().filter(|record| record.measurement().is_some());
+    let winner = fastest(measured.cloned().collect()).map(|winner| winner.config);
+    mark(records, winner);
+}
+
+fn mark(records: &mut [Record], chosen: Option<Config>) {
+    for record in records {
+        if let Outcome::Measured(measurement) = &mut record.outcome {
+            measurement.chosen = Some(record.config) == chosen;
+        }
+    }
+}
+
+impl Record {
+    /// Which of several that are as fast serves: the least. Stable from run to run.
+    fn among_ties(&self) -> (bool, u32, u32, Config) {
+        let chosen = self.measurement().is_some_and(|measured| measured.chosen);
+        let smem = self.config.launch_shape(&self.problem).map_or(0, |shape| shape.smem_bytes);
+        (!chosen, smem, self.environment.registers, self.config)
+    }
 }

@@ -17,6 +17,7 @@
 pub mod arch;
 pub mod families;
 pub mod layout;
+pub mod model;
 pub mod oracle;
 pub mod problem;
 pub mod quant;

@@ -144,6 +144,18 @@ impl Gpu {
         self.arch.has_tma && self.driver_version >= 12_030
     }
 
+    /// Its address on the bus, by which NVML and other tools know it: `00000000:1b:00.0`.
+    ///
+    /// # Errors
+    /// When the driver does not answer.
+    pub fn pci_bus_id(&self) -> Result<String, GpuError> {
+        let attribute = |which| self.context.attribute(which).map_err(failed("read the GPU's properties"));
+        let domain = attribute(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?;
+        let bus = attribute(Attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?;
+        let device = attribute(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?;
+        Ok(format!("{domain:08x}:{bus:02x}:{device:02x}.0"))
+    }
+
     /// Loads one image and finds several entries in it. Not during stream capture.
     ///
     /// # Errors

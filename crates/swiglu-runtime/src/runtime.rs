@@ -14,9 +14,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use swiglu_db::{Match, Record, TuningTable};
 use swiglu_kernels::families::{Target, default_config};
+use swiglu_kernels::model::Chip;
 use swiglu_kernels::problem::Problem;
 use swiglu_kernels::render::{self, RenderError, SharedSource};
-use swiglu_kernels::{Config, Op, Rejected};
+use swiglu_kernels::{ArchSpec, Config, Op, Rejected};
 
 /// The values of M that have a default config of their own where nothing was tuned.
 pub const UNTUNED_ANCHORS: [u32; 5] = [1, 16, 64, 512, 4096];
@@ -131,9 +132,9 @@ impl Runtime {
                 Err(error) => tracing::warn!(%error, "no tuned config can be used"),
             }
         }
-        let defaults = self.defaults(problem)?;
-        let kernels = self.kernels_of(problem, &defaults)?;
-        self.assemble(problem, defaults, &kernels)
+        let untuned = self.untuned(problem)?;
+        let kernels = self.kernels_of(problem, &untuned)?;
+        self.assemble(problem, untuned, &kernels)
     }
 
     fn kernels_of(&self, problem: &Problem, choices: &[Choice]) -> Result<BTreeMap<Config, Kernel>, PrepareError> {
@@ -213,11 +214,11 @@ impl Runtime {
         Ok(Selection { table, anchors, fallback })
     }
 
-    /// Untuned: the default config of a few sizes of M.
-    fn defaults(&self, problem: &Problem) -> Result<Vec<Choice>, PrepareError> {
+    /// Untuned: a config for a few sizes of M.
+    fn untuned(&self, problem: &Problem) -> Result<Vec<Choice>, PrepareError> {
         let choice = |anchor| {
-            let config = default_config(&problem.with_m(anchor), self.gpu.arch)?;
-            Ok(Choice { anchor, config, matched: Match::Untuned })
+            let (config, matched) = untuned_config(&self.gpu.device.class, &problem.with_m(anchor), self.gpu.arch)?;
+            Ok(Choice { anchor, config, matched })
         };
         UNTUNED_ANCHORS.into_iter().map(choice).collect()
     }
@@ -235,10 +236,24 @@ impl Runtime {
     }
 }
 
+/// What serves `problem` where nothing was tuned: the default, or the model's choice where that is better by more than the
+/// model errs.
+///
+/// # Errors
+/// When no family runs the problem on `arch`.
+pub fn untuned_config(
+    device_class: &str,
+    problem: &Problem,
+    arch: &'static ArchSpec,
+) -> Result<(Config, Match), Rejected> {
+    let default = default_config(problem, arch)?;
+    let better = Chip::of_class(device_class).and_then(|chip| chip.better_than(&default, problem));
+    Ok(better.map_or((default, Match::Untuned), |config| (config, Match::Model)))
+}
+
 /// The layers of tuned records that `options` point at; damaged ones are skipped with a warning.
 pub fn load_table(options: &Options) -> TuningTable {
-    // Without a home there is no user layer; the shipped tables remain.
-    let (table, warnings) = TuningTable::load(&options.db_dir().unwrap_or_default());
+    let (table, warnings) = TuningTable::load(&options.layers());
     for warning in warnings {
         tracing::warn!(%warning, "a layer of the tuning table is skipped");
     }

@@ -1,20 +1,23 @@
 //! `bench`: what the runtime would launch beside a peer, interleaved on the same operands in one process.
 
 mod own;
+mod seeds;
+mod sheet;
 
 use crate::arena::Arena;
 use crate::bench_steps;
 use crate::cli::open_gpu_lab;
 use crate::gpu_subject::{GpuLab, Stopwatch, TimedGraph};
-use crate::race::{Failure, quantile};
+use crate::race::{Failure, interval, quantile};
 use crate::report::geometric_mean;
 use crate::{records, workload};
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use rand::seq::SliceRandom;
 use serde::Serialize;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use swiglu_db::{Match, TuningTable};
+use swiglu_db::TuningTable;
 use swiglu_kernels::families::{self, Family, Target};
 use swiglu_kernels::{Config, DType, Op, Problem, WeightLayout, render};
 use swiglu_runtime::cublaslt::{CublasLt, Gemm};
@@ -71,9 +74,18 @@ pub(crate) struct BenchArgs {
     /// Interleaved rounds.
     #[arg(long, default_value_t = 30)]
     rounds: usize,
+    /// The seed project's own table of the forward, B x D, with our times beside theirs.
+    #[arg(long, conflicts_with_all = ["m", "n", "k", "model", "op", "dtype", "layout", "family", "config"])]
+    seeds: bool,
     /// Print JSON.
     #[arg(long)]
     json: bool,
+    /// Write the rows as CSV.
+    #[arg(long, value_name = "FILE.csv")]
+    csv: Option<PathBuf>,
+    /// Write a plot of the ratios against M.
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
 }
 
 /// Samples, about a millisecond each, that precede those that count.
@@ -86,6 +98,8 @@ struct Row {
     config: Config,
     source: String,
     ours_us: f64,
+    /// Confidence interval of our median, where there are samples enough.
+    ours_interval_us: Option<[f64; 2]>,
     gemm_us: f64,
     gemm_and_gate_us: f64,
     /// A kernel that only reads the weights, the fastest of a few.
@@ -98,8 +112,35 @@ struct Row {
     of_read: f64,
 }
 
-/// Times every M and prints the ratios.
-pub(crate) fn run(args: &BenchArgs, options: &Options) -> Result<ExitCode> {
+impl Row {
+    fn tflops(&self) -> f64 {
+        self.problem.flops() / self.ours_us * 1e-6
+    }
+
+    /// A row of these times of ours, of the GEMM, of GEMM + gate and of reading the weights.
+    #[cfg(test)]
+    fn of_times(problem: Problem, [ours_us, gemm_us, gemm_and_gate_us, read_us]: [f64; 4]) -> Self {
+        Self {
+            problem,
+            config: Config::Cpu(families::cpu::default_config(1)),
+            source: "exact".into(),
+            ours_us,
+            ours_interval_us: None,
+            gemm_us,
+            gemm_and_gate_us,
+            read_us,
+            of_read: ours_us / read_us,
+            over_gemm: gemm_us / ours_us,
+            over_gemm_and_gate: gemm_and_gate_us / ours_us,
+        }
+    }
+}
+
+/// What is to be timed.
+fn problems(args: &BenchArgs) -> Result<Vec<Problem>> {
+    if args.seeds {
+        return Ok(seeds::FORWARD.iter().map(seeds::Printed::problem).collect());
+    }
     let (n, k) = match (args.n, args.k) {
         (Some(n), Some(k)) => (n, k),
         _ => {
@@ -107,16 +148,22 @@ pub(crate) fn run(args: &BenchArgs, options: &Options) -> Result<ExitCode> {
             group.first().map(|group| (group.n, group.k)).context("the preset is empty")?
         }
     };
+    let problem = |&m: &u32| Problem::forward(args.dtype, args.layout.major(), m, n, k).with_op(args.op);
+    Ok(args.m.iter().map(problem).collect())
+}
+
+/// Times every problem and prints the ratios.
+pub(crate) fn run(args: &BenchArgs, options: &Options) -> Result<ExitCode> {
+    let problems = problems(args)?;
     let given: Result<Vec<Config>, _> = args.config.iter().map(|text| serde_json::from_str(text)).collect();
     let given = given.context("--config is no config")?;
     let lab = open_gpu_lab(Gpu::open(args.gpu)?, options)?;
     let table = runtime::load_table(options);
     if args.against == Peer::OursBf16 {
-        return own::run(args, (n, k), &given, &lab, &table, options);
+        return own::run(args, &problems, &given, &lab, &table, options);
     }
     let mut rows = Vec::new();
-    for &m in &args.m {
-        let problem = Problem::forward(args.dtype, args.layout.major(), m, n, k).with_op(args.op);
+    for problem in problems {
         for &config in &given {
             rows.push(bench(&lab, problem, config, "given".into(), args.rounds)?);
         }
@@ -124,6 +171,19 @@ pub(crate) fn run(args: &BenchArgs, options: &Options) -> Result<ExitCode> {
             let (config, source) = config_for(&lab, &table, args.family, &problem, options)?;
             rows.push(bench(&lab, problem, config, source, args.rounds)?);
         }
+    }
+    let device = &lab.gpu.device.name;
+    let write =
+        |path: &Path, text: String| std::fs::write(path, text).with_context(|| format!("writing {}", path.display()));
+    if let Some(path) = &args.csv {
+        write(path, sheet::csv(device, &rows)?)?;
+    }
+    if let Some(path) = &args.plot {
+        write(path, sheet::plot(device, &rows))?;
+    }
+    if args.seeds && !args.json {
+        println!("{device}\n{}", seeds::table(&seeds::FORWARD, &rows));
+        return Ok(ExitCode::SUCCESS);
     }
     if args.json {
         print_json(&lab, &rows)?;
@@ -167,7 +227,8 @@ fn config_for(
         Some((m, record, matched)) => (record.config, format!("{matched}, M {m}")),
         None => {
             let m = serving_anchor(&UNTUNED_ANCHORS, problem.m).unwrap_or(problem.m);
-            (families::default_config(&problem.with_m(m), lab.gpu.arch)?, Match::Untuned.to_string())
+            let (config, rung) = runtime::untuned_config(&lab.gpu.device.class, &problem.with_m(m), lab.gpu.arch)?;
+            (config, rung.to_string())
         }
     })
 }
@@ -176,16 +237,18 @@ fn bench(lab: &GpuLab, problem: Problem, config: Config, source: String, rounds:
     let watch = Stopwatch::new(lab).map_err(|failure| as_error(&failure))?;
     let (arena, kernel) = verified(lab, problem, config, &watch)?;
     let ours = |index: usize| arena.launch(lab, &kernel, index);
-    let [ours_us, gemm_us, gemm_and_gate_us, read_us] = if problem.op.is_forward() {
+    let samples = if problem.op.is_forward() {
         CublasLtPeer::new(lab, &arena)?.race(&watch, ours, rounds).map_err(|failure| as_error(&failure))?
     } else {
         bench_steps::race(lab, &arena, &watch, ours, rounds)?
     };
+    let [ours_us, gemm_us, gemm_and_gate_us, read_us] = medians(&samples);
     Ok(Row {
         problem,
         config,
         source,
         ours_us,
+        ours_interval_us: interval(&samples[0]),
         gemm_us,
         gemm_and_gate_us,
         read_us,
@@ -214,12 +277,12 @@ pub(crate) fn kernel_of(lab: &GpuLab, problem: &Problem, config: Config) -> Resu
 /// A launch on the buffer set of that index.
 pub(crate) type Launch<'a> = &'a dyn Fn(usize) -> Result<(), Failure>;
 
-/// Medians of launches that take turns, in microseconds; the second runs first, until clocks are those of steady load.
+/// Times of launches that take turns, in microseconds; the second runs first, until clocks are those of steady load.
 pub(crate) fn interleave<const COUNT: usize>(
     watch: &Stopwatch<'_>,
     launches: [Launch<'_>; COUNT],
     rounds: usize,
-) -> Result<[f64; COUNT], Failure> {
+) -> Result<[Vec<f64>; COUNT], Failure> {
     let graphs = launches.map(|launch| watch.capture(launch));
     let graphs = graphs.into_iter().collect::<Result<Vec<TimedGraph>, Failure>>()?;
     watch.sample(&vec![&graphs[1]; SETTLING_SAMPLES])?;
@@ -236,7 +299,12 @@ pub(crate) fn interleave<const COUNT: usize>(
     for (which, time) in order.into_iter().zip(watch.sample(&shuffled)?) {
         samples[which].push(time);
     }
-    Ok(samples.map(|samples| quantile(&samples, 0.5)))
+    Ok(samples)
+}
+
+/// The median of each.
+pub(crate) fn medians<const COUNT: usize>(samples: &[Vec<f64>; COUNT]) -> [f64; COUNT] {
+    samples.each_ref().map(|samples| quantile(samples, 0.5))
 }
 
 pub(crate) fn as_error(failure: &Failure) -> anyhow::Error {
@@ -293,14 +361,14 @@ impl<'a> CublasLtPeer<'a> {
             .map_err(|error| Failure::new("launch", format!("the driver refused the gate: {error}")))
     }
 
-    /// Medians of ours, of the GEMM, of GEMM + gate and of reading the weights; the GEMM with the fastest of its algorithms,
+    /// Times of ours, of the GEMM, of GEMM + gate and of reading the weights; the GEMM with the fastest of its algorithms,
     /// the reader with the better of two grids.
     fn race(
         &self,
         watch: &Stopwatch,
         ours: impl Fn(usize) -> Result<(), Failure>,
         rounds: usize,
-    ) -> Result<[f64; 4], Failure> {
+    ) -> Result<[Vec<f64>; 4], Failure> {
         let algorithm =
             fastest(watch, 0..self.gemm.algorithm_count(), |&algorithm, index| self.launch_gemm(algorithm, index))?;
         let per_sm = fastest(watch, [2, 4].into_iter(), |&per_sm, index| self.arena.read_weights(index, per_sm))?;
@@ -366,7 +434,7 @@ fn print_table(rows: &[Row]) {
             format!("{:.3}", row.over_gemm),
             format!("{:.3}", row.over_gemm_and_gate),
             format!("{:.3}", row.of_read),
-            format!("{:.1}", row.problem.flops() / row.ours_us * 1e-6),
+            format!("{:.1}", row.tflops()),
             format!("{:.2}", row.problem.bytes() / row.ours_us * 1e-6),
         ]);
     }

@@ -12,21 +12,21 @@ use swiglu_kernels::{Op, families};
 use swiglu_runtime::cublaslt::CublasLt;
 use swiglu_runtime::{RawMatrix, RawStep, launch};
 
-/// Medians of ours, of the peer's first launch, of all of its launches and of a copy of as many bytes, in microseconds.
+/// Times of ours, of the peer's first launch, of all of its launches and of a copy of as many bytes, in microseconds.
 pub(crate) fn race(
     lab: &GpuLab,
     arena: &Arena,
     watch: &Stopwatch<'_>,
     ours: impl Fn(usize) -> Result<(), Failure>,
     rounds: usize,
-) -> Result<[f64; 4]> {
+) -> Result<[Vec<f64>; 4]> {
     let problem = arena.problem;
     let sets = copied(arena).map_err(|failure| as_error(&failure))?;
     let copy = |index: usize| copy(lab, &sets[index % sets.len()]);
     let Some(product) = problem.product() else {
         let timed = interleave(watch, [&ours, &copy], rounds).map_err(|failure| as_error(&failure))?;
-        let [ours_us, copy_us] = timed;
-        return Ok([ours_us, copy_us, copy_us, copy_us]);
+        let [ours, copied] = timed;
+        return Ok([ours, copied.clone(), copied.clone(), copied]);
     };
     let library = CublasLt::new(&lab.stream)?;
     let gemm = library.product(problem.dtype, &product, problem.op.accumulates())?;

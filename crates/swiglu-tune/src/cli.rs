@@ -2,25 +2,30 @@
 
 use crate::gpu_subject::GpuLab;
 use crate::log::{LogFormat, notice};
-use crate::tune::{Lab, Summary, tune};
+use crate::metrics::Logbook;
+use crate::remote::{Recipe, Worker};
+use crate::search::Search;
+use crate::stop::Stop;
+use crate::tune::{Crew, Order, Summary, tune};
 use crate::workload::{self, Group, OpChoice};
-use crate::{bench, compile, db, doctor, inspect, records, report, why};
+use crate::{bench, compile, db, doctor, fault, inspect, records, regret, report, why, worker};
 use anyhow::{Context, Result, bail};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use swiglu_db::TuningDb;
 use swiglu_kernels::families::Family;
 use swiglu_kernels::{DType, WeightLayout};
 use swiglu_runtime::Options;
 use swiglu_runtime::cubin_cache::CubinCache;
-use swiglu_runtime::gpu::{Gpu, GpuError};
+use swiglu_runtime::gpu::{self, Gpu, GpuError};
 use swiglu_runtime::nvrtc::Nvrtc;
 
 /// Tunes SwiGLU kernels, z = silu(x·Wg) ⊙ (x·Wu), for the machine it runs on.
@@ -55,6 +60,12 @@ pub(crate) struct Places {
     /// Tuning database [default: $SWIGLU_DB, else $XDG_DATA_HOME/swiglu-tune].
     #[arg(long, value_name = "DIR", global = true)]
     db: Option<PathBuf>,
+    /// Tuned records that go before all others, a database or an exported table [default: $SWIGLU_OVERRIDE].
+    #[arg(long = "override", value_name = "DIR|FILE.toml", global = true)]
+    overriding: Option<PathBuf>,
+    /// Tuned records of the site, likewise [default: $SWIGLU_SITE_DB, else /etc/swiglu-tune].
+    #[arg(long, value_name = "DIR|FILE.toml", global = true)]
+    site: Option<PathBuf>,
     /// libnvrtc or its folder [default: $SWIGLU_NVRTC, else a toolkit, the pip wheel, the loader path].
     #[arg(long, value_name = "PATH", global = true)]
     nvrtc: Option<PathBuf>,
@@ -63,7 +74,13 @@ pub(crate) struct Places {
 impl Places {
     fn options(&self) -> Options {
         let env = Options::from_env();
-        Options { db: self.db.clone().or(env.db), nvrtc: self.nvrtc.clone().or(env.nvrtc), ..env }
+        Options {
+            db: self.db.clone().or(env.db),
+            overriding: self.overriding.clone().or(env.overriding),
+            site: self.site.clone().or(env.site),
+            nvrtc: self.nvrtc.clone().or(env.nvrtc),
+            cubin_cache: env.cubin_cache,
+        }
     }
 }
 
@@ -74,6 +91,8 @@ pub(crate) enum GpuChoice {
     Auto,
     /// The CPU.
     Cpu,
+    /// Every GPU, side by side.
+    All,
     /// The GPU of this number.
     Ordinal(usize),
 }
@@ -84,15 +103,16 @@ impl FromStr for GpuChoice {
         match text {
             "auto" => Ok(Self::Auto),
             "cpu" => Ok(Self::Cpu),
-            number => number.parse().map(Self::Ordinal).map_err(|_| "use auto, cpu or a GPU's number".into()),
+            "all" => Ok(Self::All),
+            number => number.parse().map(Self::Ordinal).map_err(|_| "use auto, all, cpu or a GPU's number".into()),
         }
     }
 }
 
 #[derive(Debug, Clone, Args)]
 struct TuneArgs {
-    /// Device to tune: auto (the first GPU, else the CPU), cpu, or a GPU's number.
-    #[arg(long, value_name = "auto|cpu|N")]
+    /// Device to tune: auto (the first GPU, else the CPU), all (every GPU, side by side), cpu, or a GPU's number.
+    #[arg(long, value_name = "auto|all|cpu|N")]
     gpu: Option<GpuChoice>,
     /// Model preset to tune; without --model and --shapes all presets, most used first.
     #[arg(long, value_name = "NAME", conflicts_with = "shapes")]
@@ -113,21 +133,62 @@ struct TuneArgs {
     /// Stop after this long; a later run goes on from there [default: 600 without --model and --shapes].
     #[arg(long, value_name = "SECONDS")]
     budget: Option<u64>,
+    /// Measure again what is measured, instead of going on where the last run stopped.
+    #[arg(long)]
+    retune: bool,
+    /// Which candidates are measured.
+    #[arg(long, value_enum, default_value = "all")]
+    search: Search,
+    /// Time every legal candidate properly, with nothing pruned: slow, and the reference for `regret`.
+    #[arg(long, conflicts_with = "search")]
+    exhaustive: bool,
+    /// Kill a worker that has not reported for this long; what it was running is recorded as failed.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    watchdog: u64,
+    /// Append a JSON line to this file for every candidate and every problem that is finished.
+    #[arg(long, value_name = "FILE")]
+    metrics: Option<PathBuf>,
+    /// Write TensorBoard events into this folder.
+    #[arg(long, value_name = "DIR")]
+    tensorboard: Option<PathBuf>,
     /// No progress bar.
     #[arg(long)]
     quiet: bool,
+    /// Breaks workers at some candidates, to see what becomes of the run.
+    #[arg(long, hide = true, value_name = "STEP:KIND:CONFIG")]
+    fault: Vec<fault::Fault>,
 }
 
 impl TuneArgs {
     /// An option that was given, by its name.
     fn given(&self) -> Option<&'static str> {
-        let Self { gpu, model, shapes, op: _, dtype, layout: _, budget, quiet } = self;
+        let Self {
+            gpu,
+            model,
+            shapes,
+            op: _,
+            dtype,
+            layout: _,
+            budget,
+            retune,
+            search: _,
+            exhaustive,
+            watchdog: _,
+            metrics,
+            tensorboard,
+            quiet,
+            fault: _,
+        } = self;
         [
             ("--gpu", gpu.is_some()),
             ("--model", model.is_some()),
             ("--shapes", shapes.is_some()),
             ("--dtype", !dtype.is_empty()),
             ("--budget", budget.is_some()),
+            ("--retune", *retune),
+            ("--exhaustive", *exhaustive),
+            ("--metrics", metrics.is_some()),
+            ("--tensorboard", tensorboard.is_some()),
             ("--quiet", *quiet),
         ]
         .into_iter()
@@ -147,6 +208,8 @@ enum Command {
     List(inspect::ListArgs),
     /// Explain which config serves a problem, rung by rung, and what came second.
     Why(why::WhyArgs),
+    /// What `--search model` would have lost against an exhaustive run that is in the database.
+    Regret(regret::RegretArgs),
     /// Time what the runtime would launch against a peer, interleaved.
     Bench(bench::BenchArgs),
     /// Work with the tuning database.
@@ -165,6 +228,9 @@ enum Command {
         #[arg(long)]
         dir: Option<PathBuf>,
     },
+    /// Measure for a tuner that has started this process.
+    #[command(hide = true)]
+    Worker(worker::WorkerArgs),
     /// Say what is found, what is missing and how to mend it.
     Doctor {
         /// Print JSON.
@@ -173,20 +239,38 @@ enum Command {
     },
 }
 
+impl Cli {
+    /// What a worker is to be told of this command line.
+    fn for_workers(&self) -> Vec<String> {
+        let log = match self.log {
+            LogFormat::Text => "text",
+            LogFormat::Json => "json",
+        };
+        let mut args = vec!["--log".into(), log.into()];
+        args.extend(self.verbose.then(|| "--verbose".into()));
+        if let Some(nvrtc) = &self.places.nvrtc {
+            args.extend(["--nvrtc".into(), nvrtc.display().to_string()]);
+        }
+        args
+    }
+}
+
 pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
     let options = cli.places.options();
     if let Some(option) = cli.command.as_ref().and_then(|_| cli.tune.given()) {
         bail_usage(&format!("{option} tunes; before a subcommand it has no effect, give it after or leave it out"));
     }
     match &cli.command {
-        None => run_tune(&cli.tune, &options),
+        None => run_tune(cli, &options),
         Some(Command::Report(args)) => report::run(args, &options),
         Some(Command::Render(args)) => inspect::render(args),
         Some(Command::List(args)) => inspect::list(args),
         Some(Command::Compile(args)) => compile::run(args, &options),
         Some(Command::Why(args)) => why::run(args, &options),
+        Some(Command::Regret(args)) => regret::run(args, &options),
         Some(Command::Bench(args)) => bench::run(args, &options),
         Some(Command::Db { command }) => db::run(command, &options),
+        Some(Command::Worker(args)) => worker::run(args, &options),
         Some(Command::Doctor { json }) => doctor::run(*json, &options),
         Some(Command::Completions { shell }) => {
             // Into memory first: a closed pipe is an error to tell, and clap_complete would panic.
@@ -210,7 +294,8 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
     }
 }
 
-fn run_tune(args: &TuneArgs, options: &Options) -> Result<ExitCode> {
+fn run_tune(cli: &Cli, options: &Options) -> Result<ExitCode> {
+    let args = &cli.tune;
     let Some(choice) = args.gpu else {
         bail_usage("nothing to do: give --gpu auto to tune, or a subcommand");
     };
@@ -218,35 +303,41 @@ fn run_tune(args: &TuneArgs, options: &Options) -> Result<ExitCode> {
     if let Err(error) = rlimit::increase_nofile_limit(u64::MAX) {
         tracing::warn!(%error, "the limit of open files could not be raised");
     }
-    let lab = open_lab(choice, options)?;
-    let groups = groups(args, &lab)?;
+    let begun = Instant::now();
+    let devices = devices(choice)?;
+    let logbook = Logbook::open(args.metrics.as_deref(), args.tensorboard.as_deref())?;
+    let groups = groups(args, devices.contains(&GpuChoice::Cpu))?;
     let dir = records::db_dir(options)?;
+    // Before anything is started: a second tuner is told who holds the lock.
     let mut db = TuningDb::open(&dir).context("opening the tuning database")?;
-    if let Some(whose) = records::foreign(&db.records()?, &lab.device().class) {
-        notice(format!("{}: {whose}; they stay, and this device is tuned from the start", dir.display()));
-    }
     let whole_default = args.model.is_none() && args.shapes.is_none();
-    let budget =
-        args.budget.map_or(if whole_default { Duration::from_secs(600) } else { Duration::MAX }, Duration::from_secs);
-    let stop = Arc::new(AtomicBool::new(false));
-    let on_signal = Arc::clone(&stop);
-    ctrlc::set_handler(move || on_signal.store(true, Ordering::Relaxed)).context("installing the Ctrl-C handler")?;
-    let begun = std::time::Instant::now();
-    let summary = tune(&lab, &groups, &mut db, budget, args.quiet, &stop)?;
-    tell(&summary, &lab, begun.elapsed(), &stop);
+    let budget = args.budget.or(whole_default.then_some(600)).map(Duration::from_secs);
+    let signal = Arc::new(AtomicBool::new(false));
+    let stop = Stop::new(Arc::clone(&signal), budget);
+    ctrlc::set_handler(move || signal.store(true, Ordering::Relaxed)).context("installing the Ctrl-C handler")?;
+    let crew = crew(cli, &devices, &stop)?;
+    let records = db.records()?;
+    let classes: BTreeSet<&str> = crew.measuring.iter().map(|worker| worker.facts.device.class.as_str()).collect();
+    for class in classes {
+        if let Some(whose) = records::foreign(&records, class) {
+            notice(format!("{}: {whose}; they stay, and this device is tuned from the start", dir.display()));
+        }
+    }
+    let name = crew.measuring.first().map_or_else(String::new, |worker| worker.facts.device.name.clone());
+    let name = if devices.len() > 1 { format!("{} devices, the first {name}", devices.len()) } else { name };
+    let search = if args.exhaustive { Search::Exhaustive } else { args.search };
+    let order = Order { groups: &groups, search, retune: args.retune, quiet: args.quiet, stop: stop.clone() };
+    let summary = tune(&order, crew, &mut db, logbook)?;
+    tell(&summary, &name, begun.elapsed(), &stop);
     println!("{}", dir.display());
     Ok(if summary.without_winner > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-fn tell(summary: &Summary, lab: &Lab, elapsed: Duration, stop: &AtomicBool) {
+fn tell(summary: &Summary, device: &str, elapsed: Duration, stop: &Stop) {
     let Summary { tuned, already, left, without_winner } = *summary;
-    notice(format!(
-        "{}: {tuned} problems tuned in {:.1} s, {already} were tuned before",
-        lab.device().name,
-        elapsed.as_secs_f64()
-    ));
+    notice(format!("{device}: {tuned} problems tuned in {:.1} s, {already} were tuned before", elapsed.as_secs_f64()));
     if left > 0 {
-        let why = if stop.load(Ordering::Relaxed) { "interrupted" } else { "the budget is spent" };
+        let why = if stop.by_signal() { "interrupted" } else { "the budget is spent" };
         notice(format!("{why}: {left} problems are left; run the same command again to go on"));
     }
     if without_winner > 0 {
@@ -256,21 +347,51 @@ fn tell(summary: &Summary, lab: &Lab, elapsed: Duration, stop: &AtomicBool) {
     }
 }
 
-/// The device to tune on. `auto` falls to the CPU where there is no driver or GPU, and says so.
-pub(crate) fn open_lab(choice: GpuChoice, options: &Options) -> Result<Lab> {
-    let gpu = match choice {
-        GpuChoice::Cpu => return Ok(Lab::Cpu),
-        GpuChoice::Ordinal(ordinal) => Gpu::open(ordinal)?,
-        GpuChoice::Auto => match Gpu::open(0) {
-            Ok(gpu) => gpu,
-            Err(why @ (GpuError::Missing(_) | GpuError::NoDevice { .. })) => {
-                notice(format!("no GPU: {why}. Tuning the CPU backend"));
-                return Ok(Lab::Cpu);
-            }
-            Err(why) => return Err(why.into()),
-        },
+/// The devices to tune on, each by its number. `auto` falls to the CPU where there is no driver or GPU, and says so.
+fn devices(choice: GpuChoice) -> Result<Vec<GpuChoice>> {
+    match (choice, gpu::count()) {
+        (GpuChoice::Cpu, _) => Ok(vec![GpuChoice::Cpu]),
+        (GpuChoice::Ordinal(ordinal), Ok(count)) if ordinal < count => Ok(vec![choice]),
+        (GpuChoice::Ordinal(ordinal), Ok(count)) => {
+            Err(GpuError::NoDevice { ordinal, count: i32::try_from(count).unwrap_or(i32::MAX) }.into())
+        }
+        (GpuChoice::Auto, Ok(1..)) => Ok(vec![GpuChoice::Ordinal(0)]),
+        (GpuChoice::All, Ok(count @ 1..)) => Ok((0..count).map(GpuChoice::Ordinal).collect()),
+        (GpuChoice::Auto | GpuChoice::All, Ok(0)) => {
+            notice("no GPU: the driver lists none. Tuning the CPU backend");
+            Ok(vec![GpuChoice::Cpu])
+        }
+        (GpuChoice::Auto | GpuChoice::All, Err(why @ GpuError::Missing(_))) => {
+            notice(format!("no GPU: {why}. Tuning the CPU backend"));
+            Ok(vec![GpuChoice::Cpu])
+        }
+        (_, Err(why)) => Err(why.into()),
+    }
+}
+
+/// A worker for each device.
+fn crew(cli: &Cli, devices: &[GpuChoice], stop: &Stop) -> Result<Crew> {
+    let common = cli.for_workers();
+    let patience = Duration::from_secs(cli.tune.watchdog.max(1));
+    let recipe = move |role: &[String], patience, stop: &Stop| {
+        let args = [&["worker".to_owned()], role, &common].concat();
+        Recipe { args, patience, stop: stop.clone() }
     };
-    Ok(Lab::Gpu(Box::new(open_gpu_lab(gpu, options)?)))
+    let start = |device: &GpuChoice| {
+        let number = match device {
+            GpuChoice::Ordinal(ordinal) => ordinal.to_string(),
+            GpuChoice::Auto | GpuChoice::All | GpuChoice::Cpu => "cpu".into(),
+        };
+        let faults = cli.tune.fault.iter().flat_map(|fault| ["--fault".into(), fault.to_string()]);
+        let role: Vec<String> = ["--gpu".into(), number].into_iter().chain(faults).collect();
+        Worker::start(recipe(&role, patience, stop))
+    };
+    let measuring = devices.iter().map(start).collect::<Result<Vec<_>>>()?;
+    let stop = stop.clone();
+    // A large source alone may take a compiler longer than any candidate runs.
+    let compiling =
+        move |arch: &str| Worker::start(recipe(&["--compile-for".into(), arch.into()], 5 * patience, &stop));
+    Ok(Crew { measuring, compiling: Box::new(compiling) })
 }
 
 /// Compiler, cache and stream on `gpu`.
@@ -280,28 +401,21 @@ pub(crate) fn open_gpu_lab(gpu: Gpu, options: &Options) -> Result<GpuLab> {
     Ok(GpuLab::new(gpu, nvrtc, CubinCache::new(options.cubin_dir()))?)
 }
 
-fn groups(args: &TuneArgs, lab: &Lab) -> Result<Vec<Group>> {
-    let default = match lab {
-        Lab::Gpu(_) => DType::Bf16,
-        Lab::Cpu => DType::F32,
-    };
+fn groups(args: &TuneArgs, on_cpu: bool) -> Result<Vec<Group>> {
+    let default = if on_cpu { DType::F32 } else { DType::Bf16 };
     let dtypes = if args.dtype.is_empty() { vec![default] } else { args.dtype.clone() };
     let gpu_only = |dtype: &&DType| **dtype == DType::Tf32 || dtype.is_scaled();
-    if let (Lab::Cpu, Some(dtype)) = (lab, dtypes.iter().find(gpu_only)) {
+    if let (true, Some(dtype)) = (on_cpu, dtypes.iter().find(gpu_only)) {
         bail!("{dtype} is a GPU format; use f32 on the CPU");
     }
-    let model = match (&args.model, lab) {
-        (Some(name), _) => Some(name.as_str()),
-        // The whole default set would take a CPU hours.
-        (None, Lab::Cpu) => Some("tiny"),
-        (None, Lab::Gpu(_)) => None,
-    };
+    // The whole default set would take a CPU hours.
+    let model = args.model.as_deref().or(on_cpu.then_some("tiny"));
     let groups = match &args.shapes {
         Some(path) => workload::from_file(path, &dtypes, &args.layout),
         None => workload::preset(model, &dtypes, &args.layout),
     };
     let ops = workload::ops(&args.op);
-    if let (Lab::Cpu, Some(step)) = (lab, ops.iter().find(|op| !op.is_forward())) {
+    if let (true, Some(step)) = (on_cpu, ops.iter().find(|op| !op.is_forward())) {
         bail!("`{step}` runs on a GPU; on the CPU only forward and forward_save are tuned");
     }
     Ok(workload::for_ops(&groups?, &ops))

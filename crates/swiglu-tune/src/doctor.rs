@@ -3,7 +3,10 @@
 use crate::records;
 use anyhow::Result;
 use serde::Serialize;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::process::ExitCode;
+use swiglu_db::{Layer, TuningTable};
 use swiglu_runtime::Options;
 use swiglu_runtime::gpu::{self, Gpu};
 use swiglu_runtime::nvrtc::Nvrtc;
@@ -54,6 +57,7 @@ pub(crate) fn run(json: bool, options: &Options) -> Result<ExitCode> {
     }
     checks.push(Check::new("CPU", Ok::<_, String>(swiglu_runtime::cpu::device().class)));
     checks.push(Check::new("database", database(options)));
+    checks.push(Check::new("layers", layers(options)));
     checks.push(Check::new("compiled kernels", Ok::<_, String>(options.cubin_dir().display())));
     if json {
         println!("{}", serde_json::to_string_pretty(&checks)?);
@@ -83,4 +87,22 @@ fn database(options: &Options) -> Result<String, String> {
     let class = Gpu::open(0).map_or_else(|_| swiglu_runtime::cpu::device().class, |gpu| gpu.device.class);
     let whose = records::foreign(&records, &class).map(|whose| format!("; {whose}, so `swiglu-tune --gpu auto` pays"));
     Ok(format!("{} records in {}{}", records.len(), dir.display(), whose.unwrap_or_default()))
+}
+
+/// Where configs come from, highest first, with what each layer has.
+fn layers(options: &Options) -> Result<String, String> {
+    let (table, skipped) = TuningTable::load(&options.layers());
+    let used: BTreeMap<Layer, usize> = table.layers().collect();
+    let places: BTreeMap<Layer, PathBuf> = options.layers().into_iter().collect();
+    let layer = |layer: Layer| {
+        let place = places.get(&layer).map_or_else(String::new, |path| format!(" at {}", path.display()));
+        match used.get(&layer) {
+            Some(count) => format!("{layer} {count}{place}"),
+            None => format!("{layer} none{place}"),
+        }
+    };
+    let named = [Layer::Override, Layer::User, Layer::Site, Layer::Shipped].map(layer).join(", ");
+    let text = format!("records: {named}; then the model, then the default");
+    let reasons: Vec<String> = skipped.iter().map(ToString::to_string).collect();
+    if reasons.is_empty() { Ok(text) } else { Err(format!("{text}; {}", reasons.join("; "))) }
 }

@@ -33,7 +33,6 @@ pub(crate) struct GpuLab {
 
 /// A candidate that compiled, or why it did not.
 pub(crate) struct Compiled {
-    pub(crate) digest: String,
     pub(crate) resources: Resources,
     pub(crate) kernel: Result<Kernel, Failure>,
 }
@@ -72,11 +71,8 @@ impl GpuLab {
     }
 
     fn compile_one(&self, problem: &Problem, shared: &SharedSource) -> Vec<(Config, Compiled)> {
-        let digest = &shared.source.digest;
         let failed = |resources, failure: Failure| {
-            let one = |&config: &Config| {
-                (config, Compiled { digest: digest.clone(), resources, kernel: Err(failure.clone()) })
-            };
+            let one = |&config: &Config| (config, Compiled { resources, kernel: Err(failure.clone()) });
             shared.configs.iter().map(one).collect()
         };
         let cubin = match self.cache.get_or_compile(&self.nvrtc, &shared.source, self.gpu.arch) {
@@ -89,9 +85,7 @@ impl GpuLab {
         }
         match self.gpu.load_configs(shared, &cubin, problem) {
             Ok(kernels) => {
-                let one = |kernel: Kernel| {
-                    (kernel.config, Compiled { digest: digest.clone(), resources, kernel: Ok(kernel) })
-                };
+                let one = |kernel: Kernel| (kernel.config, Compiled { resources, kernel: Ok(kernel) });
                 kernels.into_iter().map(one).collect()
             }
             Err(error) => failed(resources, Failure::new("launch", error)),
@@ -188,6 +182,8 @@ pub(crate) struct GpuSubject<'a> {
     /// Time of the verified launch of each candidate, in microseconds.
     once: BTreeMap<Config, f64>,
     graphs: BTreeMap<Config, TimedGraph>,
+    /// Timed however slow they are.
+    pinned: &'a [Config],
 }
 
 impl<'a> GpuSubject<'a> {
@@ -196,6 +192,7 @@ impl<'a> GpuSubject<'a> {
         lab: &'a GpuLab,
         compiled: &'a BTreeMap<Config, Compiled>,
         problem: Problem,
+        pinned: &'a [Config],
         seed: u64,
     ) -> Result<Self, Failure> {
         let arena = Arena::new(lab, problem, seed)?;
@@ -208,6 +205,7 @@ impl<'a> GpuSubject<'a> {
             stopwatch: Stopwatch::new(lab)?,
             once: BTreeMap::new(),
             graphs: BTreeMap::new(),
+            pinned,
         })
     }
 
@@ -221,7 +219,7 @@ impl Subject for GpuSubject<'_> {
     fn verify(&mut self, config: &Config) -> Result<f64, Failure> {
         let kernel = self.kernel(config)?;
         let bound = self.lower_bound_us(config);
-        if bound > self.shortest() * ABANDON_FACTOR + EVENT_US {
+        if bound > self.shortest() * ABANDON_FACTOR + EVENT_US && !self.pinned.contains(config) {
             return Err(Failure::new("pruned", format!("cannot take less than {bound:.0} us")));
         }
         let verified = self.arena.verify(self.lab, kernel, &self.reference, &self.stopwatch)?;
@@ -278,7 +276,7 @@ impl GpuSubject<'_> {
         let launch = |index| self.arena.launch(self.lab, kernel, index);
         let shortest = self.shortest();
         let once = self.once.get(config).copied().unwrap_or(shortest);
-        if once > shortest * ABANDON_FACTOR + EVENT_US {
+        if once > shortest * ABANDON_FACTOR + EVENT_US && !self.pinned.contains(config) {
             return Ok(Some(once));
         }
         let graph = self.stopwatch.capture_for(once, launch)?;

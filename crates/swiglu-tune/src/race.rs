@@ -1,7 +1,9 @@
 //! From candidates to measured times: verify each, then time them in rounds that drop the slow ones.
 
+use crate::stop::Stop;
 use rand::seq::SliceRandom;
-use std::sync::atomic::{AtomicBool, Ordering};
+use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use swiglu_db::{Measurement, Outcome};
 use swiglu_kernels::{Config, DType};
 
@@ -13,23 +15,37 @@ pub(crate) trait Subject {
     fn settle(&mut self, _config: &Config) {}
     /// One sample of the time of a launch of each config, in microseconds, one after the other without a pause.
     fn sample(&mut self, configs: &[Config]) -> Vec<Result<f64, Failure>>;
+    /// How the device fared during the last sample.
+    fn conditions(&self) -> Conditions {
+        Conditions::default()
+    }
     /// Whether the device no longer works, so that a failure says nothing of a candidate. Asked after one.
     fn is_lost(&mut self) -> bool {
         false
     }
 }
 
+/// What NVML tells of a GPU under load; empty where it tells nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Conditions {
+    /// Clock of the multiprocessors.
+    pub(crate) sm_mhz: Option<u32>,
+    pub(crate) power_w: Option<u32>,
+    /// Why the device slowed itself down, if it did, other than by its ordinary power cap.
+    pub(crate) slowdown: Option<String>,
+}
+
 /// Why a candidate is out.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Failure {
-    /// `compile`, `spill`, `launch`, `verify` or `pruned`.
-    pub(crate) stage: &'static str,
+    /// `compile`, `spill`, `launch`, `verify`, `crash`, `hang`, `pruned` or `interrupted`.
+    pub(crate) stage: Cow<'static, str>,
     pub(crate) reason: String,
 }
 
 impl Failure {
     pub(crate) fn new(stage: &'static str, reason: impl ToString) -> Self {
-        Self { stage, reason: reason.to_string() }
+        Self { stage: stage.into(), reason: reason.to_string() }
     }
 }
 
@@ -40,7 +56,8 @@ impl From<Failure> for Outcome {
 }
 
 /// A round of the race.
-struct Round {
+#[derive(Debug)]
+pub(crate) struct Round {
     /// Per candidate.
     samples: usize,
     /// Candidates slower than the best by more than this factor are out before the round,
@@ -50,68 +67,158 @@ struct Round {
 }
 
 /// The last round decides, by its own samples, taken when the clocks have settled under load.
-const ROUNDS: [Round; 4] = [
+pub(crate) const ROUNDS: [Round; 4] = [
     Round { samples: 1, within: f64::INFINITY, most: usize::MAX },
     Round { samples: 3, within: 2.0, most: 48 },
     Round { samples: 8, within: 1.2, most: 24 },
     Round { samples: 40, within: 1.06, most: 8 },
 ];
 
-/// Races `candidates`; the outcome of each, in their order. What a race that `stop` or a lost device ended has not failed
-/// is `interrupted`: a later run races it again, all against all.
-pub(crate) fn race(subject: &mut dyn Subject, candidates: &[Config], stop: &AtomicBool) -> Vec<(Config, Outcome)> {
-    let mut entries: Vec<Entry> = candidates.iter().map(|&config| Entry::new(config)).collect();
-    let mut lost = false;
-    for entry in &mut entries {
-        if lost || stop.load(Ordering::Relaxed) {
-            break;
-        }
-        match subject.verify(&entry.config) {
-            Ok(error) => entry.error = error,
-            Err(failure) => {
-                entry.failure = Some(failure);
-                lost = subject.is_lost();
-            }
-        }
+/// For reference: every candidate is timed well enough to be told from its neighbours.
+pub(crate) const EXHAUSTIVE: [Round; 3] = [
+    Round { samples: 5, within: f64::INFINITY, most: usize::MAX },
+    Round { samples: 10, within: 1.15, most: 64 },
+    Round { samples: 40, within: 1.06, most: 16 },
+];
+
+/// How many passes of a race are taken again because the device slowed itself down; then times are taken as they are.
+const REPEATS: u32 = 12;
+
+/// Who races, and how long.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Field<'a> {
+    pub(crate) candidates: &'a [Config],
+    /// Those that stay until the end however slow they are: the default, the present winner. The first is the canary,
+    /// which is timed in every pass and so tells what all times drift by.
+    pub(crate) pinned: &'a [Config],
+    pub(crate) rounds: &'a [Round],
+}
+
+/// What came out.
+#[derive(Debug)]
+pub(crate) struct Raced {
+    /// Of each candidate, in their order.
+    pub(crate) outcomes: Vec<(Config, Outcome)>,
+    /// Of the last pass.
+    pub(crate) conditions: Conditions,
+    /// Time of the canary at the end over that at the start.
+    pub(crate) drift: Option<f64>,
+}
+
+/// Races `field`. What a race that `stop` or a lost device ended has not failed is `interrupted`: a later run races it
+/// again, all against all.
+pub(crate) fn race(subject: &mut dyn Subject, field: &Field, stop: &Stop) -> Raced {
+    let mut race = Race {
+        entries: field.candidates.iter().map(|config| Entry::new(*config, field.pinned.contains(config))).collect(),
+        subject,
+        stop,
+        canary: field.pinned.first().copied(),
+        canary_us: Vec::new(),
+        repeated: 0,
+    };
+    let finished = race.verify() && race.run(field.rounds);
+    if finished {
+        level(&mut race.entries);
+    } else {
+        interrupt(&mut race.entries);
     }
-    if lost || stop.load(Ordering::Relaxed) {
-        return interrupted(entries);
+    Raced {
+        conditions: race.subject.conditions(),
+        drift: drift(&race.canary_us),
+        outcomes: outcomes(race.entries, race.repeated),
     }
-    for (index, round) in ROUNDS.into_iter().enumerate() {
-        drop_slow(&mut entries, &round);
-        if index + 1 == ROUNDS.len() {
-            settle(subject, &mut entries);
-        }
-        for _ in 0..round.samples {
-            if stop.load(Ordering::Relaxed) {
-                return interrupted(entries);
+}
+
+struct Race<'a> {
+    subject: &'a mut dyn Subject,
+    stop: &'a Stop,
+    entries: Vec<Entry>,
+    canary: Option<Config>,
+    /// Its time in every pass.
+    canary_us: Vec<f64>,
+    /// Passes taken again.
+    repeated: u32,
+}
+
+impl Race<'_> {
+    /// Verifies every candidate; whether the race goes on.
+    fn verify(&mut self) -> bool {
+        for entry in &mut self.entries {
+            if self.stop.is_set() {
+                return false;
             }
-            let mut racing: Vec<&mut Entry> = entries.iter_mut().filter(|entry| entry.racing()).collect();
-            // Clocks lag behind power, so that every candidate shall have every predecessor.
-            racing.shuffle(&mut rand::rng());
-            let configs: Vec<Config> = racing.iter().map(|entry| entry.config).collect();
-            let samples = subject.sample(&configs);
-            if samples.iter().any(Result::is_err) && subject.is_lost() {
-                return interrupted(entries);
-            }
-            for (entry, sample) in racing.iter_mut().zip(samples) {
-                match sample {
-                    Ok(time) => entry.samples.push(time),
-                    Err(failure) => entry.failure = Some(failure),
+            match self.subject.verify(&entry.config) {
+                Ok(error) => entry.error = error,
+                Err(failure) => {
+                    entry.failure = Some(failure);
+                    if self.subject.is_lost() {
+                        return false;
+                    }
                 }
             }
         }
+        !self.stop.is_set()
     }
-    level(&mut entries);
-    outcomes(entries)
+
+    /// Times in rounds; whether it came to the end.
+    fn run(&mut self, rounds: &[Round]) -> bool {
+        for (index, round) in rounds.iter().enumerate() {
+            drop_slow(&mut self.entries, round);
+            if index + 1 == rounds.len() {
+                settle(self.subject, &mut self.entries);
+            }
+            for _ in 0..round.samples {
+                if self.stop.is_set() || !self.pass() {
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    /// One sample of each that is still racing; whether the device still works.
+    fn pass(&mut self) -> bool {
+        let mut racing: Vec<&mut Entry> = self.entries.iter_mut().filter(|entry| entry.racing()).collect();
+        // Clocks lag behind power, so that every candidate shall have every predecessor.
+        racing.shuffle(&mut rand::rng());
+        let configs: Vec<Config> = racing.iter().map(|entry| entry.config).collect();
+        let mut samples = self.subject.sample(&configs);
+        while self.repeated < REPEATS {
+            let Some(why) = self.subject.conditions().slowdown else { break };
+            tracing::warn!(why, "the GPU slows itself down; the pass is taken again");
+            self.repeated += 1;
+            samples = self.subject.sample(&configs);
+        }
+        if samples.iter().any(Result::is_err) && self.subject.is_lost() {
+            return false;
+        }
+        for (entry, sample) in racing.iter_mut().zip(samples) {
+            match sample {
+                Ok(time) => {
+                    entry.samples.push(time);
+                    if Some(entry.config) == self.canary {
+                        self.canary_us.push(time);
+                    }
+                }
+                Err(failure) => entry.failure = Some(failure),
+            }
+        }
+        true
+    }
+}
+
+/// The last quarter of the canary's times over the first; `None` where that is too few to say.
+fn drift(canary_us: &[f64]) -> Option<f64> {
+    let quarter = canary_us.len() / 4;
+    let middle = |times: &[f64]| quantile(times, 0.5);
+    (quarter > 0).then(|| middle(&canary_us[canary_us.len() - quarter..]) / middle(&canary_us[..quarter]))
 }
 
 /// Times of a race that was not run to its end do not compare.
-fn interrupted(mut entries: Vec<Entry>) -> Vec<(Config, Outcome)> {
+fn interrupt(entries: &mut [Entry]) {
     for entry in entries.iter_mut().filter(|entry| entry.failure.is_none()) {
         entry.failure = Some(Failure::new("interrupted", "stopped before the race was over"));
     }
-    outcomes(entries)
 }
 
 /// Takes the drift of the clocks out of the last round: each of its passes is scaled to the same middle.
@@ -134,7 +241,7 @@ fn drop_slow(entries: &mut [Entry], round: &Round) {
     racing.sort_by(|a, b| a.median().total_cmp(&b.median()));
     let best = racing.first().map_or(f64::NAN, |entry| entry.median());
     for (rank, entry) in racing.into_iter().enumerate() {
-        if rank >= round.most || entry.median() > best * round.within {
+        if !entry.pinned && (rank >= round.most || entry.median() > best * round.within) {
             entry.dropped = Some(entry.median() / best);
         }
     }
@@ -153,6 +260,8 @@ fn settle(subject: &mut dyn Subject, entries: &mut [Entry]) {
 
 struct Entry {
     config: Config,
+    /// Stays until the end.
+    pinned: bool,
     error: f64,
     samples: Vec<f64>,
     failure: Option<Failure>,
@@ -161,8 +270,8 @@ struct Entry {
 }
 
 impl Entry {
-    fn new(config: Config) -> Self {
-        Self { config, error: 0.0, samples: Vec::new(), failure: None, dropped: None }
+    fn new(config: Config, pinned: bool) -> Self {
+        Self { config, pinned, error: 0.0, samples: Vec::new(), failure: None, dropped: None }
     }
 
     fn racing(&self) -> bool {
@@ -176,7 +285,7 @@ impl Entry {
 
 /// What is stored. Only times of one round compare: those of candidates that went out early are given as the winner's time
 /// times the ratio at that moment, so that none of them, timed on a cooler GPU, looks faster than the winner.
-fn outcomes(entries: Vec<Entry>) -> Vec<(Config, Outcome)> {
+fn outcomes(entries: Vec<Entry>, repeated: u32) -> Vec<(Config, Outcome)> {
     let winner = entries.iter().filter(|entry| entry.racing()).map(Entry::median).fold(f64::INFINITY, f64::min);
     let outcome = |entry: Entry| match entry.failure {
         Some(failure) => (entry.config, failure.into()),
@@ -190,6 +299,10 @@ fn outcomes(entries: Vec<Entry>) -> Vec<(Config, Outcome)> {
                 p90_us: scale * quantile(&entry.samples, 0.9),
                 samples: u32::try_from(entry.samples.len()).unwrap_or(u32::MAX),
                 error: entry.error,
+                // Samples of several rounds, on other clocks, tell no interval.
+                interval_us: if entry.dropped.is_none() { interval(&entry.samples) } else { None },
+                repeated,
+                chosen: false,
             };
             (entry.config, Outcome::Measured(measurement))
         }
@@ -211,9 +324,21 @@ pub(crate) fn quantile(samples: &[f64], q: f64) -> f64 {
     sorted.get(rank).copied().unwrap_or(f64::NAN)
 }
 
+/// A confidence interval of the median, of at least 95 %, by order statistics: it holds for any distribution. Fewer than 8
+/// samples have none.
+pub(crate) fn interval(samples: &[f64]) -> Option<[f64; 2]> {
+    let mut sorted = samples.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let count = sorted.len() as f64;
+    let rank = ((count - 1.96 * count.sqrt()) / 2.0) as usize;
+    Some([*sorted.get(rank.checked_sub(1)?)?, *sorted.get(sorted.len() - rank)?])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use swiglu_kernels::families::{CpuConfig, Target, candidates};
     use swiglu_kernels::{Problem, WeightMajor};
 
@@ -250,6 +375,15 @@ mod tests {
         }
     }
 
+    fn field(candidates: &[Config]) -> Field<'_> {
+        Field { candidates, pinned: &[], rounds: &ROUNDS }
+    }
+
+    fn stopped() -> (Arc<AtomicBool>, Stop) {
+        let signal = Arc::new(AtomicBool::new(false));
+        (Arc::clone(&signal), Stop::new(signal, None))
+    }
+
     fn fake() -> Fake {
         let problem = Problem::forward(DType::F32, WeightMajor::K, 8, 8, 8);
         Fake { calls: 0, configs: candidates(&problem, Target::Cpu { threads: 1 }) }
@@ -259,7 +393,7 @@ mod tests {
     fn the_fastest_that_works_wins_and_failures_keep_their_reason() {
         let mut subject = fake();
         let configs = subject.configs.clone();
-        let results = race(&mut subject, &configs, &AtomicBool::new(false));
+        let results = race(&mut subject, &field(&configs), &Stop::default()).outcomes;
         assert_eq!(results.len(), configs.len());
         assert_eq!(results[1].1, Failure::new("verify", "wrong").into());
         assert_eq!(results[2].1, Failure::new("launch", "refused").into());
@@ -280,7 +414,9 @@ mod tests {
     fn a_stopped_race_reports_nothing_as_measured_that_was_not() {
         let mut subject = fake();
         let configs = [Config::Cpu(CpuConfig { block_m: 32, block_n: 64, threads: 1 })];
-        let results = race(&mut subject, &configs, &AtomicBool::new(true));
+        let (signal, stop) = stopped();
+        signal.store(true, Ordering::Relaxed);
+        let results = race(&mut subject, &field(&configs), &stop).outcomes;
         assert!(matches!(&results[0].1, Outcome::Failed { stage, .. } if stage == "interrupted"));
     }
 
@@ -316,11 +452,11 @@ mod tests {
     fn whenever_a_race_ends_early_no_time_of_it_is_stored() {
         for samples_left in [1, 2, 4, 12, 13, 40] {
             for by_signal in [true, false] {
-                let stop = AtomicBool::new(false);
-                let signal = by_signal.then_some(&stop);
+                let (signal, stop) = stopped();
+                let signal = by_signal.then_some(&*signal);
                 let mut subject = Ending { fake: fake(), samples_left, stop: signal, lost: false };
                 let configs = subject.fake.configs.clone();
-                for (config, outcome) in race(&mut subject, &configs, &stop) {
+                for (config, outcome) in race(&mut subject, &field(&configs), &stop).outcomes {
                     assert!(matches!(&outcome, Outcome::Failed { .. }), "{config}: {outcome:?}");
                 }
             }
@@ -331,7 +467,7 @@ mod tests {
     fn after_a_candidate_has_taken_the_device_down_no_other_is_blamed() {
         let mut subject = Ending { fake: fake(), samples_left: 1, stop: None, lost: true };
         let configs = subject.fake.configs.clone();
-        let outcomes = race(&mut subject, &configs, &AtomicBool::new(false));
+        let outcomes = race(&mut subject, &field(&configs), &Stop::default()).outcomes;
         let stages = outcomes.iter().map(|(_, outcome)| match outcome {
             Outcome::Failed { stage, .. } => stage.as_str(),
             Outcome::Measured(_) => "measured",
@@ -345,7 +481,7 @@ mod tests {
     fn drift_that_all_share_is_levelled() {
         let problem = Problem::forward(DType::F32, WeightMajor::K, 8, 8, 8);
         let configs = candidates(&problem, Target::Cpu { threads: 1 });
-        let mut entries: Vec<Entry> = configs.into_iter().take(3).map(Entry::new).collect();
+        let mut entries: Vec<Entry> = configs.into_iter().take(3).map(|config| Entry::new(config, false)).collect();
         for (index, entry) in entries.iter_mut().enumerate() {
             // Time 10 % longer in each pass; candidates 1 % apart.
             entry.samples = (0..5).map(|pass| 100.0 * 1.1f64.powi(pass) * (1.0 + 0.01 * index as f64)).collect();
@@ -356,6 +492,75 @@ mod tests {
             assert!(spread < 1.0 + 1e-9, "{spread}");
         }
         assert!((entries[2].median() / entries[0].median() - 1.02).abs() < 1e-9);
+    }
+
+    #[test]
+    fn the_default_and_the_present_winner_stay_until_the_end_and_tell_the_drift() {
+        let mut subject = fake();
+        let configs = subject.configs.clone();
+        let (slowest, slow) = (configs[configs.len() - 1], configs[configs.len() - 2]);
+        let raced = race(&mut subject, &Field { pinned: &[slowest, slow], ..field(&configs) }, &Stop::default());
+        let finalists: Vec<Config> = raced
+            .outcomes
+            .iter()
+            .filter(|(_, outcome)| matches!(outcome, Outcome::Measured(measured) if measured.samples == 40))
+            .map(|(config, _)| *config)
+            .collect();
+        assert!(finalists.contains(&slowest) && finalists.contains(&slow), "{finalists:?}");
+        assert!((0.98..1.02).contains(&raced.drift.unwrap()), "{:?}", raced.drift);
+        let with_interval =
+            |outcome: &Outcome| matches!(outcome, Outcome::Measured(measured) if measured.interval_us.is_some());
+        assert_eq!(raced.outcomes.iter().filter(|(_, outcome)| with_interval(outcome)).count(), finalists.len());
+    }
+
+    /// Slows itself down in the passes of these numbers.
+    struct Hot {
+        fake: Fake,
+        pass: u32,
+        slowed: std::ops::Range<u32>,
+    }
+
+    impl Subject for Hot {
+        fn verify(&mut self, config: &Config) -> Result<f64, Failure> {
+            self.fake.verify(config)
+        }
+        fn sample(&mut self, configs: &[Config]) -> Vec<Result<f64, Failure>> {
+            self.pass += 1;
+            let factor = if self.slowed.contains(&self.pass) { 3.0 } else { 1.0 };
+            self.fake.sample(configs).into_iter().map(|time| time.map(|time| factor * time)).collect()
+        }
+        fn conditions(&self) -> Conditions {
+            let slowdown = self.slowed.contains(&self.pass).then(|| "thermal".to_owned());
+            Conditions { sm_mhz: Some(1500), power_w: Some(600), slowdown }
+        }
+    }
+
+    #[test]
+    fn slowed_passes_are_taken_again_a_bounded_number_of_times_and_counted() {
+        for (slowed, repeated) in [(15..17, 2), (15..1000, REPEATS)] {
+            let mut subject = Hot { fake: fake(), pass: 0, slowed };
+            let configs = subject.fake.configs.clone();
+            let raced = race(&mut subject, &field(&configs), &Stop::default());
+            let Outcome::Measured(measured) = &raced.outcomes[3].1 else { panic!("{raced:?}") };
+            assert_eq!(measured.repeated, repeated);
+            if repeated == 2 {
+                assert!(measured.p90_us < 150.0, "no slowed time is among the samples: {measured:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_interval_of_the_median_covers_it_19_times_of_20() {
+        assert_eq!(interval(&[1.0; 7]), None);
+        assert_eq!(interval(&[8.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]), Some([1.0, 8.0]));
+        let mut noise = 1u64;
+        let mut uniform = || {
+            noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (noise >> 33) as f64 / f64::from(1u32 << 31)
+        };
+        let covers = |samples: Vec<f64>| interval(&samples).is_some_and(|[low, high]| low <= 0.5 && 0.5 <= high);
+        let covered = (0..2000).filter(|_| covers((0..40).map(|_| uniform()).collect())).count();
+        assert!((1900..1999).contains(&covered), "{covered}");
     }
 
     #[test]

@@ -4,7 +4,7 @@ mod data;
 mod html;
 mod roofline;
 mod sheet;
-mod svg;
+pub(crate) mod svg;
 
 use crate::log::notice;
 use crate::records;

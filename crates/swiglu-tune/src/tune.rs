@@ -1,42 +1,47 @@
-//! The main job: for every problem, race what is missing and store what came out.
+//! The main job: for every problem, have what is missing raced and store what came out. This process alone writes the
+//! database; it measures nothing itself.
 
-use crate::cpu_subject::CpuSubject;
-use crate::gpu_subject::{Compiled, GpuLab, GpuSubject};
-use crate::race::{Failure, race};
+use crate::crew::{Compiler, Event, Finding, Station, Task};
+use crate::metrics::{self, Logbook, Race};
+use crate::protocol::Facts;
+use crate::race::{EXHAUSTIVE, Failure, ROUNDS};
+use crate::remote::{Fault, Worker};
+use crate::report;
+use crate::search::{self, Search};
+use crate::share::{Item, Share};
+use crate::space::Space;
+use crate::stop::Stop;
 use crate::workload::Group;
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
-use swiglu_db::{Device, Environment, Origin, Outcome, Record, TuningDb, TuningKey};
-use swiglu_kernels::families::{Target, candidates};
-use swiglu_kernels::render::{self, SharedSource};
+use swiglu_db::{Environment, Origin, Outcome, Record, TuningDb, TuningKey, record, shipped};
+use swiglu_kernels::families::Target;
+use swiglu_kernels::model::Chip;
 use swiglu_kernels::{Config, Problem};
-use swiglu_runtime::cpu;
 
-/// What is tuned on.
-pub(crate) enum Lab {
-    /// A GPU.
-    Gpu(Box<GpuLab>),
-    /// The CPU.
-    Cpu,
+/// What is to be done, and how.
+pub(crate) struct Order<'a> {
+    /// In this order.
+    pub(crate) groups: &'a [Group],
+    pub(crate) search: Search,
+    /// Measure again what is measured.
+    pub(crate) retune: bool,
+    pub(crate) quiet: bool,
+    pub(crate) stop: Stop,
 }
 
-impl Lab {
-    pub(crate) fn device(&self) -> Device {
-        match self {
-            Self::Gpu(lab) => lab.gpu.device.clone(),
-            Self::Cpu => cpu::device(),
-        }
-    }
+/// Starts a worker that compiles for the architecture of a name.
+pub(crate) type StartCompiler = dyn Fn(&str) -> Result<Worker>;
 
-    pub(crate) fn target(&self) -> Target {
-        match self {
-            Self::Gpu(lab) => Target::Gpu(lab.gpu.arch),
-            Self::Cpu => Target::Cpu { threads: cpu::threads() },
-        }
-    }
+/// The processes that do it.
+pub(crate) struct Crew {
+    pub(crate) measuring: Vec<Worker>,
+    /// Not asked on the CPU.
+    pub(crate) compiling: Box<StartCompiler>,
 }
 
 /// What a run did.
@@ -52,85 +57,432 @@ pub(crate) struct Summary {
     pub(crate) without_winner: usize,
 }
 
-/// A candidate slower than the best by the factor at one M is not tried at the next larger one: from the M on which the
-/// ranking no longer turns over by as much.
-const HOPELESS: [(u32, f64); 3] = [(2048, 1.25), (512, 1.5), (256, 3.0)];
+/// Readers see what is new at least so often.
+const PUBLISH_EVERY: Duration = Duration::from_secs(2);
+/// Races in a row that a worker may fail to run before it is left alone.
+const FAULTS: u32 = 3;
 
-/// Tunes `groups` in their order, until done, `stop` or the budget's end.
-pub(crate) fn tune(
-    lab: &Lab,
-    groups: &[Group],
-    db: &mut TuningDb,
-    budget: Duration,
-    quiet: bool,
-    stop: &AtomicBool,
-) -> Result<Summary> {
-    let begun = Instant::now();
-    let total = groups.iter().map(|group| group.m.len()).sum::<usize>();
-    let progress = progress_bar(total, quiet);
-    let mut summary = Summary::default();
-    for group in groups {
-        let mut slow: BTreeMap<Config, f64> = BTreeMap::new();
-        let space = Space::new(lab, &group.problem(1))?;
-        let mut compiled = None;
-        for &m in &group.m {
-            let problem = group.problem(m);
-            progress.set_message(format!(
-                "{} {} m={m} n={} k={}",
-                problem.dtype, problem.weight_major, problem.n, problem.k
-            ));
-            if stop.load(Ordering::Relaxed) || begun.elapsed() >= budget {
-                summary.left += 1;
+/// Tunes until all is done, or until the order's stop.
+pub(crate) fn tune(order: &Order, crew: Crew, db: &mut TuningDb, logbook: Logbook) -> Result<Summary> {
+    let (events, happened) = mpsc::channel();
+    thread::scope(|scope| {
+        let mut tuner = Tuner::new(order, db, logbook);
+        tuner.man(scope, crew, &events)?;
+        drop(events);
+        let ran = tuner.run(&happened);
+        // Whatever happened, what is stored is seen.
+        let published = tuner.db.publish().context("publishing the snapshot");
+        tuner.progress.finish_and_clear();
+        // A compiler may be ahead of what nobody will measure any more.
+        order.stop.set();
+        ran.and(published)?;
+        Ok(tuner.summary)
+    })
+}
+
+struct Tuner<'a> {
+    order: &'a Order<'a>,
+    db: &'a mut TuningDb,
+    logbook: Logbook,
+    fronts: Vec<Front<'a>>,
+    /// With the number of the front each works on.
+    stations: Vec<(usize, Station)>,
+    summary: Summary,
+    progress: ProgressBar,
+    published: Instant,
+}
+
+/// The problems on one device class.
+struct Front<'a> {
+    facts: Facts,
+    target: Target,
+    chip: Option<Chip>,
+    groups: &'a [Group],
+    /// Winners on this class, of this database and of the shipped tables, stale ones too: what they won with may win again.
+    winners: Vec<Record>,
+    /// Of the groups that were looked at.
+    spaces: BTreeMap<usize, Space>,
+    share: Share,
+    compiler: Option<Compiler>,
+    /// The next group to be compiled.
+    ahead: usize,
+    /// How long races have taken so far, and how many they were.
+    raced: (Duration, u32),
+}
+
+impl<'a> Front<'a> {
+    fn key(&self, (group, m): Item) -> Option<TuningKey> {
+        let group = self.groups.get(group)?;
+        let problem = group.problem(*group.m.get(m)?);
+        Some(TuningKey { device_class: self.facts.device.class.clone(), problem })
+    }
+
+    fn space(&mut self, group: usize, problem: &Problem) -> Result<&mut Space> {
+        if !self.spaces.contains_key(&group) {
+            self.spaces.insert(group, Space::new(problem, self.target)?);
+        }
+        self.spaces.get_mut(&group).context("the space was just made")
+    }
+
+    /// Whether another race of the usual length ends in time.
+    fn has_time(&self, stop: &Stop) -> bool {
+        let (total, count) = self.raced;
+        let expected = total.checked_div(count).unwrap_or_default();
+        !stop.is_set() && stop.left().is_none_or(|left| !left.is_zero() && expected <= left)
+    }
+
+    fn record(&self, key: &TuningKey, config: Config, outcome: Outcome, environment: Environment) -> Record {
+        let device = self.facts.device.clone();
+        Record { device, problem: key.problem, config, outcome, environment, origin: Origin::Local }
+    }
+
+    /// What is the same for all records of one race.
+    fn environment(&self) -> Environment {
+        Environment {
+            nvrtc: self.facts.nvrtc.clone(),
+            driver: self.facts.driver.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            date: jiff::Timestamp::now().to_string(),
+            ..Environment::default()
+        }
+    }
+}
+
+impl<'a> Tuner<'a> {
+    fn new(order: &'a Order<'a>, db: &'a mut TuningDb, logbook: Logbook) -> Self {
+        let (summary, progress, published) = (Summary::default(), ProgressBar::hidden(), Instant::now());
+        Self { order, db, logbook, fronts: Vec::new(), stations: Vec::new(), summary, progress, published }
+    }
+
+    /// Puts the crew to work: a front for each device class.
+    fn man<'scope>(&mut self, scope: &'scope Scope<'scope, '_>, crew: Crew, events: &Sender<Event>) -> Result<()> {
+        for (number, worker) in crew.measuring.into_iter().enumerate() {
+            let station = Station::start(scope, number, worker, events.clone(), self.order.stop.clone());
+            let known = self.fronts.iter().position(|front| front.facts.device.class == station.facts.device.class);
+            let front = match known {
+                Some(front) => front,
+                None => {
+                    self.fronts.push(front(&station.facts, self.order.groups, self.db)?);
+                    self.fronts.len() - 1
+                }
+            };
+            self.stations.push((front, station));
+        }
+        for (at, front) in self.fronts.iter_mut().enumerate() {
+            match front.target {
+                Target::Gpu(arch) => {
+                    let worker = (crew.compiling)(arch.name)?;
+                    front.compiler = Some(Compiler::start(scope, at, worker, events.clone()));
+                }
+                Target::Cpu { .. } => (0..front.groups.len()).for_each(|group| front.share.set_ready(group)),
+            }
+        }
+        let total = self.fronts.iter().map(|front| front.share.left()).sum();
+        self.progress = progress_bar(total, self.order.quiet);
+        Ok(())
+    }
+
+    fn run(&mut self, happened: &Receiver<Event>) -> Result<()> {
+        loop {
+            self.hand_out()?;
+            let awaited = |front: &Front| {
+                front.compiler.as_ref().is_some_and(|compiler| compiler.is_busy) && front.has_time(&self.order.stop)
+            };
+            let is_busy = self.stations.iter().any(|(_, station)| station.is_busy) || self.fronts.iter().any(awaited);
+            if !is_busy {
+                break;
+            }
+            match happened.recv().context("all workers are gone")? {
+                Event::Compiled { front, group, problem, elapsed, result } => {
+                    self.compiled(front, group, &problem, elapsed, result)?
+                }
+                Event::Raced { worker, task, elapsed, result } => self.raced(worker, &task, elapsed, result)?,
+            }
+            if self.published.elapsed() >= PUBLISH_EVERY {
+                self.db.publish().context("publishing the snapshot")?;
+                self.published = Instant::now();
+            }
+        }
+        self.summary.left += self.fronts.iter().map(|front| front.share.left()).sum::<usize>();
+        Ok(())
+    }
+
+    /// Gives every idle worker something to do.
+    fn hand_out(&mut self) -> Result<()> {
+        for front in 0..self.fronts.len() {
+            self.compile_ahead(front)?;
+        }
+        for worker in 0..self.stations.len() {
+            let front = self.stations[worker].0;
+            while !self.stations[worker].1.is_busy && self.stations[worker].1.faults < FAULTS {
+                if !self.fronts[front].has_time(&self.order.stop) {
+                    break;
+                }
+                let Some(item) = self.fronts[front].share.next(worker) else { break };
+                let Some(task) = self.task(front, item)? else {
+                    self.progress.inc(1);
+                    continue;
+                };
+                let station = &mut self.stations[worker].1;
+                station.is_busy = station.tasks.send(task).is_ok();
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the next group compiled, unless there is enough to do for all: what is compiled in vain delays the end.
+    fn compile_ahead(&mut self, at: usize) -> Result<()> {
+        let workers = self.stations.iter().filter(|(front, _)| *front == at).count();
+        loop {
+            let front = &self.fronts[at];
+            let is_idle = front.compiler.as_ref().is_some_and(|compiler| !compiler.is_busy);
+            if !is_idle
+                || front.share.waiting() > workers
+                || front.ahead >= front.groups.len()
+                || !front.has_time(&self.order.stop)
+            {
+                return Ok(());
+            }
+            let group = front.ahead;
+            self.fronts[at].ahead += 1;
+            let configs = self.missing_of_group(at, group)?;
+            let front = &mut self.fronts[at];
+            let (Some(problem), Some(compiler)) =
+                (front.groups.get(group).map(|group| group.problem(1)), &mut front.compiler)
+            else {
+                return Ok(());
+            };
+            if configs.is_empty() {
+                front.share.set_ready(group);
                 continue;
             }
-            let key = TuningKey { device_class: lab.device().class, problem };
-            let best = db.best(&key)?;
-            if let Some(best) = &best {
-                // Whatever it was at smaller M, here it has won.
-                slow.remove(&best.config);
-            }
-            let missing = space.missing(db, &key, best.as_ref())?;
-            if missing.is_empty() {
-                summary.already += 1;
-            } else {
-                let records = match lab {
-                    Lab::Gpu(gpu) => {
-                        let compiled =
-                            compiled.get_or_insert_with(|| compile(gpu, &problem, &space.sources, &progress));
-                        match tune_on_gpu(gpu, compiled, problem, &missing, &slow, stop) {
-                            Ok(records) => records,
-                            // Memory that others hold, say: nothing a candidate has done.
-                            Err(failure) => {
-                                tracing::error!(%problem.m, %problem.n, %problem.k, reason = failure.reason, "cannot tune");
-                                Vec::new()
-                            }
-                        }
-                    }
-                    Lab::Cpu => tune_on_cpu(problem, &missing, stop),
-                };
-                db.insert(&records).context("storing measurements")?;
-                if let Lab::Gpu(gpu) = lab
-                    && gpu.is_lost()
-                {
-                    db.publish().context("publishing the snapshot")?;
-                    bail!("a kernel took the GPU's context down; run the same command again to go on without it");
-                }
-                if stop.load(Ordering::Relaxed) {
-                    summary.left += 1;
-                } else {
-                    summary.tuned += 1;
-                }
-            }
-            match db.best(&key)? {
-                Some(best) => note_slow(&mut slow, db, &key, &best, &space)?,
-                None => summary.without_winner += usize::from(!stop.load(Ordering::Relaxed)),
-            }
-            progress.inc(1);
+            self.progress.set_message(format!("compiling for n={} k={}", problem.n, problem.k));
+            compiler.is_busy = compiler.batches.send((group, problem, configs)).is_ok();
         }
-        db.publish().context("publishing the snapshot")?;
     }
-    progress.finish_and_clear();
-    Ok(summary)
+
+    /// The candidates that any problem of the group will race.
+    fn missing_of_group(&mut self, at: usize, group: usize) -> Result<Vec<Config>> {
+        let mut configs = Vec::new();
+        for m in 0..self.fronts[at].groups.get(group).map_or(0, |group| group.m.len()) {
+            let Some(key) = self.fronts[at].key((group, m)) else { continue };
+            configs.extend(self.candidates(at, group, &key)?);
+        }
+        configs.sort_unstable();
+        configs.dedup();
+        Ok(configs)
+    }
+
+    /// The candidates to measure for a problem.
+    fn candidates(&mut self, at: usize, group: usize, key: &TuningKey) -> Result<Vec<Config>> {
+        let (search, retune) = (self.order.search, self.order.retune);
+        let front = &mut self.fronts[at];
+        front.space(group, &key.problem)?;
+        let Some(space) = front.spaces.get(&group) else { return Ok(Vec::new()) };
+        let mut picked: Vec<Config> = match search {
+            Search::All | Search::Exhaustive => space.candidates.keys().copied().collect(),
+            Search::Model => {
+                let wanted = pinned(front, self.db.best(key)?.as_ref(), &key.problem);
+                search::pick(front.chip.as_ref(), &key.problem, &space.candidates, &wanted, &front.winners)
+            }
+        };
+        if !retune {
+            let missing = space.missing(self.db, key, search == Search::Exhaustive)?;
+            picked.retain(|config| missing.contains(config));
+        }
+        Ok(picked)
+    }
+
+    /// The race of a problem; `None` where nothing is missing. What needs no race is stored at once.
+    fn task(&mut self, at: usize, item: Item) -> Result<Option<Task>> {
+        let Some(key) = self.fronts[at].key(item) else { return Ok(None) };
+        let exhaustive = self.order.search == Search::Exhaustive;
+        let missing = self.candidates(at, item.0, &key)?;
+        let best = self.db.best(&key)?;
+        let pinned = pinned(&self.fronts[at], best.as_ref(), &key.problem);
+        let space = self.fronts[at].space(item.0, &key.problem)?;
+        let hopeless = |config: &Config| space.hopeless(config).filter(|_| !exhaustive && !pinned.contains(config));
+        let mut candidates = Vec::new();
+        let mut out = Vec::new();
+        for config in &missing {
+            match space.broken.get(config).cloned().or_else(|| hopeless(config)) {
+                Some(failure) => out.push((*config, failure.into())),
+                None => candidates.push(*config),
+            }
+        }
+        let is_sound = |config: &Config| space.candidates.contains_key(config) && !space.broken.contains_key(config);
+        let pinned: Vec<Config> = pinned.into_iter().filter(is_sound).collect();
+        if !out.is_empty() {
+            self.store(at, item.0, &key, out, &Environment::default(), None)?;
+        }
+        if candidates.is_empty() {
+            match self.db.best(&key)? {
+                Some(best) => self.note_winner(at, item.0, &key, &best)?,
+                None => self.summary.without_winner += 1,
+            }
+            self.summary.already += 1;
+            return Ok(None);
+        }
+        // Beside what is missing, so that all are timed in one race.
+        candidates.extend(pinned.iter().filter(|config| !missing.contains(config)));
+        // The families with the highest rates first: what they reach prunes the others.
+        candidates.sort_by_key(|config| std::cmp::Reverse(config.family()));
+        let Problem { dtype, weight_major, n, k, m, .. } = key.problem;
+        self.progress.set_message(format!("{dtype} {weight_major} m={m} n={n} k={k}"));
+        let rounds: &'static [_] = if exhaustive { &EXHAUSTIVE } else { &ROUNDS };
+        Ok(Some(Task { item, problem: key.problem, candidates, pinned, exhaustive, rounds }))
+    }
+
+    fn compiled(
+        &mut self,
+        at: usize,
+        group: usize,
+        problem: &Problem,
+        elapsed: Duration,
+        result: Result<Vec<(Config, Failure)>, Fault>,
+    ) -> Result<()> {
+        let front = &mut self.fronts[at];
+        if let Some(compiler) = &mut front.compiler {
+            compiler.is_busy = false;
+        }
+        match result {
+            Ok(failures) => {
+                tracing::info!(dtype = %problem.dtype, failed = failures.len(), ?elapsed, "compiled");
+                front.space(group, problem)?.broken.extend(failures);
+            }
+            Err(Fault::Stopped) => {}
+            // Those who measure will compile for themselves.
+            Err(fault) => tracing::warn!(%fault, "compiling ahead failed"),
+        }
+        front.share.set_ready(group);
+        Ok(())
+    }
+
+    fn raced(&mut self, worker: usize, task: &Task, elapsed: Duration, result: Result<Finding, Fault>) -> Result<()> {
+        let (at, station) = &mut self.stations[worker];
+        let (at, stopped) = (*at, self.order.stop.is_set());
+        station.is_busy = false;
+        station.faults = if matches!(result, Ok(_) | Err(Fault::Refused(_))) { 0 } else { station.faults + 1 };
+        let front = &mut self.fronts[at];
+        let Some(key) = front.key(task.item) else { return Ok(()) };
+        match result {
+            Ok(Finding { raced, registers }) => {
+                front.raced = (front.raced.0 + elapsed, front.raced.1 + 1);
+                let Problem { m, n, k, .. } = key.problem;
+                tracing::info!(m, n, k, raced = task.candidates.len(), ?elapsed, drift = raced.drift, "raced");
+                let conditions = Environment {
+                    sm_mhz: raced.conditions.sm_mhz.unwrap_or(0),
+                    power_w: raced.conditions.power_w.unwrap_or(0),
+                    ..Environment::default()
+                };
+                let failed =
+                    raced.outcomes.iter().filter(|(_, outcome)| matches!(outcome, Outcome::Failed { .. })).count();
+                let race = Race {
+                    device: &self.fronts[at].facts.device.clone(),
+                    problem: key.problem,
+                    candidates: task.candidates.len(),
+                    failed,
+                    race_s: metrics::seconds(elapsed),
+                    drift: raced.drift,
+                    sm_mhz: raced.conditions.sm_mhz,
+                    power_w: raced.conditions.power_w,
+                    winner: None,
+                    median_us: None,
+                    tflops: None,
+                    left: self.fronts[at].share.left(),
+                };
+                self.store(at, task.item.0, &key, raced.outcomes, &conditions, Some(&registers))?;
+                if !stopped {
+                    self.logbook.problem(&race.won_by(self.db.best(&key)?.as_ref()));
+                }
+            }
+            Err(Fault::Stopped) => {}
+            Err(fault) => {
+                let Problem { m, n, k, .. } = key.problem;
+                tracing::error!(m, n, k, %fault, "cannot tune");
+                let working = self.stations.iter().any(|(front, station)| *front == at && station.faults < FAULTS);
+                if !working {
+                    bail!("no worker is left that can measure: {fault}");
+                }
+            }
+        }
+        match (self.db.best(&key)?, stopped) {
+            (_, true) => self.summary.left += 1,
+            (Some(best), false) => {
+                self.summary.tuned += 1;
+                self.note_winner(at, task.item.0, &key, &best)?;
+            }
+            (None, false) => {
+                self.summary.tuned += 1;
+                self.summary.without_winner += 1;
+            }
+        }
+        self.progress.inc(1);
+        Ok(())
+    }
+
+    /// Stores the outcomes of a race but for those that an interrupt left unfinished: they are still missing.
+    fn store(
+        &mut self,
+        at: usize,
+        group: usize,
+        key: &TuningKey,
+        outcomes: Vec<(Config, Outcome)>,
+        conditions: &Environment,
+        registers: Option<&BTreeMap<Config, u32>>,
+    ) -> Result<()> {
+        let front = &self.fronts[at];
+        let (common, space) = (front.environment(), front.spaces.get(&group));
+        let interrupted =
+            |outcome: &Outcome| matches!(outcome, Outcome::Failed { stage, .. } if stage == "interrupted");
+        let finished = outcomes.into_iter().filter(|(_, outcome)| !interrupted(outcome));
+        let record = |(config, outcome)| {
+            let environment = Environment {
+                source_digest: space.and_then(|space| space.candidates.get(&config)).cloned().unwrap_or_default(),
+                registers: registers.and_then(|registers| registers.get(&config)).copied().unwrap_or(0),
+                sm_mhz: conditions.sm_mhz,
+                power_w: conditions.power_w,
+                ..common.clone()
+            };
+            front.record(key, config, outcome, environment)
+        };
+        let mut records: Vec<Record> = finished.map(record).collect();
+        let present = self.db.best(key)?.map(|best| best.config);
+        record::choose(&mut records, present.as_ref());
+        self.db.insert(&records).context("storing measurements")?;
+        self.logbook.candidates(&records);
+        Ok(())
+    }
+
+    fn note_winner(&mut self, at: usize, group: usize, key: &TuningKey, best: &Record) -> Result<()> {
+        self.fronts[at].winners.retain(|winner| winner.problem != key.problem);
+        self.fronts[at].winners.push(best.clone());
+        self.fronts[at].space(group, &key.problem)?.note_slow(self.db, key, best)
+    }
+}
+
+/// The default and the present winner: in every race.
+fn pinned(front: &Front, best: Option<&Record>, problem: &Problem) -> Vec<Config> {
+    let default = report::default_config(*problem, front.target);
+    default.into_iter().chain(best.map(|best| best.config)).collect()
+}
+
+fn front<'a>(facts: &Facts, groups: &'a [Group], db: &TuningDb) -> Result<Front<'a>> {
+    let class = &facts.device.class;
+    let target = facts.device.target().with_context(|| format!("no kernels are known for `{class}`"))?;
+    let shipped = shipped::TABLES.iter().filter_map(|(name, text)| shipped::parse(name.as_ref(), text).ok()).flatten();
+    Ok(Front {
+        facts: facts.clone(),
+        target,
+        chip: Chip::of_class(&facts.device.class),
+        groups,
+        winners: db.winners()?.into_iter().chain(shipped).filter(|record| record.device.class == *class).collect(),
+        spaces: BTreeMap::new(),
+        share: Share::new(groups.iter().map(|group| group.m.len())),
+        compiler: None,
+        ahead: 0,
+        raced: (Duration::ZERO, 0),
+    })
 }
 
 fn progress_bar(total: usize, quiet: bool) -> ProgressBar {
@@ -139,157 +491,4 @@ fn progress_bar(total: usize, quiet: bool) -> ProgressBar {
     }
     let style = ProgressStyle::with_template("{bar:30} {pos}/{len} problems, {elapsed} gone, {eta} left  {msg}");
     ProgressBar::new(total as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-}
-
-/// The candidates of one group of problems, which differ in M only: legality and sources do not depend on it.
-struct Space {
-    /// With the digest of its source, empty on the CPU.
-    candidates: Vec<(Config, String)>,
-    /// Empty on the CPU.
-    sources: Vec<SharedSource>,
-}
-
-impl Space {
-    fn new(lab: &Lab, problem: &Problem) -> Result<Self> {
-        let configs = candidates(problem, lab.target());
-        match lab.target() {
-            Target::Cpu { .. } => {
-                let candidates = configs.into_iter().map(|config| (config, String::new())).collect();
-                Ok(Self { candidates, sources: Vec::new() })
-            }
-            Target::Gpu(arch) => {
-                let sources = render::shared_sources(problem, &configs, arch)?;
-                let with_digest = |shared: &SharedSource| {
-                    shared.configs.iter().map(|&config| (config, shared.source.digest.clone())).collect::<Vec<_>>()
-                };
-                Ok(Self { candidates: sources.iter().flat_map(with_digest).collect(), sources })
-            }
-        }
-    }
-
-    /// Candidates without a record, or whose source has changed since; with the present best beside them, so that
-    /// both are timed in one race.
-    fn missing(&self, db: &TuningDb, key: &TuningKey, best: Option<&Record>) -> Result<Vec<Config>> {
-        let mut missing = Vec::new();
-        for (config, digest) in &self.candidates {
-            if !db.is_measured(key, config, digest)? {
-                missing.push(*config);
-            }
-        }
-        let is_candidate = |config: &Config| self.candidates.iter().any(|(candidate, _)| candidate == config);
-        let best = best.map(|best| best.config).filter(|best| !missing.contains(best) && is_candidate(best));
-        if !missing.is_empty() {
-            missing.extend(best);
-        }
-        Ok(missing)
-    }
-}
-
-fn compile(
-    lab: &GpuLab,
-    problem: &Problem,
-    sources: &[SharedSource],
-    progress: &ProgressBar,
-) -> BTreeMap<Config, Compiled> {
-    let count = std::sync::atomic::AtomicUsize::new(0);
-    let compiled = lab.compile(problem, sources, || {
-        let done = count.fetch_add(1, Ordering::Relaxed) + 1;
-        progress.set_message(format!("compiling {done}/{}", sources.len()));
-        progress.tick();
-    });
-    let failed = compiled.values().filter(|compiled| compiled.kernel.is_err()).count();
-    tracing::info!(dtype = %problem.dtype, sources = sources.len(), candidates = compiled.len(), failed, "compiled");
-    compiled
-}
-
-fn tune_on_gpu(
-    lab: &GpuLab,
-    compiled: &BTreeMap<Config, Compiled>,
-    problem: Problem,
-    missing: &[Config],
-    slow: &BTreeMap<Config, f64>,
-    stop: &AtomicBool,
-) -> Result<Vec<Record>, Failure> {
-    let (hopeless, hopeful): (Vec<Config>, Vec<Config>) = missing.iter().partition(|config| slow.contains_key(config));
-    // The families with the highest rates first: what they reach prunes the others.
-    let mut hopeful = hopeful;
-    hopeful.sort_by_key(|config| std::cmp::Reverse(config.family()));
-    let begun = Instant::now();
-    let mut subject = GpuSubject::new(lab, compiled, problem, rand::random())?;
-    let outcomes = race(&mut subject, &hopeful, stop);
-    tracing::info!(m = problem.m, n = problem.n, k = problem.k, raced = hopeful.len(), elapsed = ?begun.elapsed(), "raced");
-    let pruned = hopeless.into_iter().map(|config| {
-        let reason = format!("{:.1}x the best at a smaller m", slow.get(&config).copied().unwrap_or(f64::NAN));
-        (config, Failure::new("pruned", reason).into())
-    });
-    let (driver, date) = (crate::doctor::driver_version().unwrap_or_default(), jiff::Timestamp::now().to_string());
-    let environment = |config: &Config| {
-        let compiled = compiled.get(config);
-        Environment {
-            nvrtc: lab.nvrtc.version_string(),
-            driver: driver.clone(),
-            version: env!("CARGO_PKG_VERSION").into(),
-            source_digest: compiled.map(|compiled| compiled.digest.clone()).unwrap_or_default(),
-            registers: compiled.map_or(0, |compiled| compiled.resources.registers),
-            date: date.clone(),
-        }
-    };
-    let records = finished(outcomes.into_iter().chain(pruned)).map(|(config, outcome)| Record {
-        device: lab.gpu.device.clone(),
-        problem,
-        config,
-        outcome,
-        environment: environment(&config),
-        origin: Origin::Local,
-    });
-    Ok(records.collect())
-}
-
-fn tune_on_cpu(problem: Problem, missing: &[Config], stop: &AtomicBool) -> Vec<Record> {
-    let mut subject = CpuSubject::new(problem, rand::random());
-    let outcomes = race(&mut subject, missing, stop);
-    let environment = Environment {
-        version: env!("CARGO_PKG_VERSION").into(),
-        date: jiff::Timestamp::now().to_string(),
-        ..Environment::default()
-    };
-    finished(outcomes.into_iter())
-        .map(|(config, outcome)| Record {
-            device: cpu::device(),
-            problem,
-            config,
-            outcome,
-            environment: environment.clone(),
-            origin: Origin::Local,
-        })
-        .collect()
-}
-
-/// Without the candidates that an interrupt left unfinished: they are still missing.
-fn finished(outcomes: impl Iterator<Item = (Config, Outcome)>) -> impl Iterator<Item = (Config, Outcome)> {
-    outcomes.filter(|(_, outcome)| !matches!(outcome, Outcome::Failed { stage, .. } if stage == "interrupted"))
-}
-
-/// Notes the candidates that are hopeless from here on.
-fn note_slow(
-    slow: &mut BTreeMap<Config, f64>,
-    db: &TuningDb,
-    key: &TuningKey,
-    best: &Record,
-    space: &Space,
-) -> Result<()> {
-    let Some((_, factor)) = HOPELESS.into_iter().find(|(from_m, _)| key.problem.m >= *from_m) else {
-        return Ok(());
-    };
-    let Some(best) = best.measurement() else { return Ok(()) };
-    for (config, _) in &space.candidates {
-        let record = db.record(key, config)?;
-        if let Some(time) = record.as_ref().and_then(Record::measurement) {
-            let ratio = time.median_us / best.median_us;
-            if ratio > factor {
-                slow.insert(*config, ratio);
-            }
-        }
-    }
-    Ok(())
 }

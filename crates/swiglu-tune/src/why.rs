@@ -8,6 +8,7 @@ use clap::Args;
 use std::process::ExitCode;
 use swiglu_db::lookup::Rung;
 use swiglu_db::{Device, Explanation, Match, Record, TuningKey, TuningTable};
+use swiglu_kernels::model::Chip;
 use swiglu_kernels::{Config, Problem, Target};
 use swiglu_runtime::gpu::Gpu;
 use swiglu_runtime::{Options, cpu, runtime};
@@ -37,7 +38,7 @@ pub(crate) fn run(args: &WhyArgs, options: &Options) -> Result<ExitCode> {
     })?;
     let explanation = table.explain(&device.class, &problem, target);
     println!("{} on {} ({})\n", words(&problem), device.name, device.class);
-    println!("{}\n", ladder(&explanation, &problem, target));
+    println!("{}\n", ladder(&explanation, &device, &problem, target));
     if let Some(whose) = records::foreign(&records, &device.class) {
         println!("{}: {whose}", records::db_dir(options)?.display());
     }
@@ -56,7 +57,7 @@ fn words(problem: &Problem) -> String {
     format!("{op} {activation} {dtype} {weight_major}, M {m}, N {n}, K {k}, aligned to {alignment} bytes,")
 }
 
-fn ladder(explanation: &Explanation, problem: &Problem, target: Target) -> comfy_table::Table {
+fn ladder(explanation: &Explanation, device: &Device, problem: &Problem, target: Target) -> comfy_table::Table {
     let mut table = comfy_table::Table::new();
     table.load_style(comfy_table::presets::ASCII_MARKDOWN);
     table.set_header(["", "rung", "layer", "records", "nearest that could serve"]);
@@ -67,9 +68,16 @@ fn ladder(explanation: &Explanation, problem: &Problem, target: Target) -> comfy
         table.add_row([mark.to_owned(), rung.matched.to_string(), layer, entries, nearest(rung, problem)]);
     }
     let default = report::default_config(*problem, target);
+    let better = match target {
+        Target::Gpu(_) => default.and_then(|default| Chip::of_class(&device.class)?.better_than(&default, problem)),
+        Target::Cpu { .. } => None,
+    };
+    let mark = |serves: bool| if serves { "=>" } else { "" }.to_owned();
+    let untuned = serving.is_none();
+    let model = better.map_or_else(|| "nothing surely better than the default".into(), |config| config.to_string());
     let default = default.map_or_else(|| "no family runs this problem here".into(), |config| config.to_string());
-    let mark = if serving.is_none() { "=>" } else { "" };
-    table.add_row([mark.to_owned(), "default".into(), "-".into(), "-".into(), default]);
+    table.add_row([mark(untuned && better.is_some()), Match::Model.to_string(), "-".into(), "-".into(), model]);
+    table.add_row([mark(untuned && better.is_none()), "default".into(), "-".into(), "-".into(), default]);
     table
 }
 
@@ -78,7 +86,7 @@ fn nearest(rung: &Rung, asked: &Problem) -> String {
     let nearest = rung.nearest.as_ref().map(|record| {
         let Problem { m, n, k, alignment, .. } = record.problem;
         match rung.matched {
-            Match::Exact | Match::Untuned => record.config.to_string(),
+            Match::Exact | Match::Model | Match::Untuned => record.config.to_string(),
             Match::OtherOp => format!("{}, M {m}: {}", record.problem.op, record.config),
             Match::NearestM if alignment == asked.alignment => format!("M {m}: {}", record.config),
             Match::NearestM => format!("M {m}, aligned to {alignment}: {}", record.config),
@@ -93,7 +101,10 @@ fn nearest(rung: &Rung, asked: &Problem) -> String {
 /// The answer in words: what serves, what came second in time and on the ladder, what the default takes.
 fn conclusion(explanation: &Explanation, records: &[Record], key: &TuningKey, target: Target) -> Vec<String> {
     let Some(serving) = &explanation.serving else {
-        return vec!["untuned: the default serves; `swiglu-tune --gpu auto --shapes FILE.toml` tunes the shape".into()];
+        return vec![
+            "untuned: the last rung that is marked serves; `swiglu-tune --gpu auto --shapes FILE.toml` tunes the shape"
+                .into(),
+        ];
     };
     let mut lines = vec![format!(
         "serves: {}, {}, {} ({} layer); {}, {}",

@@ -192,6 +192,13 @@ mod tests {
     }
 
     #[test]
+    fn the_shapes_of_the_regret_are_twelve_problems() {
+        let path = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../benches/regret.toml"));
+        let groups = from_file(path, &[DType::Bf16], &[WeightLayout::SeparateNk]).unwrap();
+        assert_eq!(groups.iter().map(|group| group.m.len()).sum::<usize>(), 12);
+    }
+
+    #[test]
     fn a_shapes_file_says_what_is_wrong_with_it() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("shapes.toml");

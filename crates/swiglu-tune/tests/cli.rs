@@ -52,6 +52,8 @@ fn help_teaches_and_wrong_usage_exits_with_2() {
         &["--frobnicate"],
         &["--gpu", "cpu", "--dtype", "fp64"],
         &["--gpu", "cpu", "--model", "tiny", "--shapes", "x.toml"],
+        &["--gpu", "cpu", "--exhaustive", "--search", "model"],
+        &["bench", "--seeds", "--m", "5"],
         &["render", "--family", "cpu"],
         &["--gpu", "cpu", "report"],
     ] {
@@ -118,6 +120,11 @@ fn auto_without_a_driver_says_so_in_one_line_and_tunes_the_cpu() {
         .assert()
         .success()
         .stderr(contains("no GPU").and(contains("CPU")));
+    tune(&home)
+        .args(["--gpu", "all", "--retune", "--shapes", &shapes])
+        .assert()
+        .success()
+        .stderr(contains("no GPU").and(contains("1 problems tuned")));
     tune(&home).args(["--gpu", "0"]).assert().code(1).stderr(contains("driver"));
     tune(&home).arg("doctor").assert().code(1).stdout(contains("MISS driver"));
 }

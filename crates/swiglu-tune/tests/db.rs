@@ -6,6 +6,7 @@ mod home;
 use home::{Home, SHIPPED};
 use predicates::prelude::*;
 use predicates::str::contains;
+use serde_json::Value;
 use std::fs;
 
 #[test]
@@ -83,6 +84,82 @@ fn a_newer_journal_is_left_alone_by_every_command() {
     }
     Home::new().tune(&["db", "merge", &other]).code(1).stderr(contains("has schema 2"));
     assert_eq!(fs::read_to_string(&journal).unwrap(), newer);
+}
+
+fn journal_line(kind: &str, json: &str) -> String {
+    format!("{{\"crc32\":\"{:08x}\",\"{kind}\":{json}}}\n", crc32fast::hash(json.as_bytes()))
+}
+
+#[test]
+fn a_journal_of_an_older_schema_is_read_and_tuned_on() {
+    let home = Home::new();
+    home.tune_cpu("[1]").success();
+    let all: Value = serde_json::from_str(&home.stdout(&["report", "--json"])).unwrap();
+    let mut old = journal_line("header", r#"{"format":"swiglu-tune journal","schema":0}"#);
+    for record in all["records"].as_array().unwrap() {
+        let mut record = record.clone();
+        for name in ["interval_us", "repeated", "chosen", "origin"] {
+            record.as_object_mut().unwrap().remove(name);
+        }
+        old += &journal_line("record", &record.to_string());
+    }
+    let other = Home::new();
+    fs::create_dir_all(other.db()).unwrap();
+    fs::write(other.db().join("journal.jsonl"), &old).unwrap();
+    other.tune_cpu("[1, 2]").success().stderr(contains("1 problems tuned").and(contains("1 were tuned before")));
+    let now: Value = serde_json::from_str(&other.stdout(&["report", "--json"])).unwrap();
+    assert_eq!(now["records"].as_array().unwrap().len(), 2 * all["records"].as_array().unwrap().len());
+    other.tune(&["db", "verify"]).success();
+}
+
+#[test]
+fn tuners_refuse_a_newer_schema_and_readers_do_without_that_layer() {
+    let home = Home::new();
+    let newer = journal_line("header", r#"{"schema":2}"#);
+    fs::create_dir_all(home.db()).unwrap();
+    fs::write(home.db().join("journal.jsonl"), &newer).unwrap();
+    let snapshot = "{\"schema\":7,\"more\":true}\n";
+    fs::write(home.db().join("snapshot.tsv"), snapshot).unwrap();
+    home.tune_cpu("[1]").code(1).stderr(contains("has schema 2, this version reads up to 1; update swiglu-tune"));
+    assert_eq!(fs::read_to_string(home.db().join("journal.jsonl")).unwrap(), newer);
+    assert_eq!(fs::read_to_string(home.db().join("snapshot.tsv")).unwrap(), snapshot);
+    let site = Home::new();
+    fs::create_dir_all(site.db()).unwrap();
+    fs::write(site.db().join("snapshot.tsv"), snapshot).unwrap();
+    let h200 = "sm_90a-sm132-l2_60m-smem227k-bus6016-mem3201mhz";
+    let why = ["why", "--device", h200, "--site", &site.db().display().to_string()];
+    Home::new()
+        .tune(&why)
+        .success()
+        .stderr(contains("has schema 7, this version reads up to 1"))
+        .stdout(contains("shipped layer"));
+}
+
+/// A database that may be read and not written, as on a mounted image: what needs no writing works.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_database_on_a_read_only_disk_serves_and_is_not_tuned() {
+    let home = Home::new();
+    home.tune_cpu("[1]").success();
+    let tuner = assert_cmd::cargo::cargo_bin("swiglu-tune");
+    let on_read_only = |args: &str| {
+        let script = format!(
+            "mount --bind {db} {db} && mount -o remount,ro,bind {db} && exec {tuner} {args}",
+            db = home.db().display(),
+            tuner = tuner.display()
+        );
+        let mut command = assert_cmd::Command::new("unshare");
+        command.args(["-rm", "sh", "-c", &script]).env("HOME", home.path()).env("SWIGLU_DB", home.db());
+        command.assert()
+    };
+    if !std::process::Command::new("unshare").args(["-rm", "true"]).status().is_ok_and(|status| status.success()) {
+        return; // this system lets nobody mount anything
+    }
+    on_read_only("report").success().stdout(contains("cpu "));
+    let shapes = home.shapes("[1, 2]");
+    on_read_only(&format!("--gpu cpu --shapes {shapes}"))
+        .code(1)
+        .stderr(contains("Read-only file system").and(contains("choose another directory")));
 }
 
 #[test]

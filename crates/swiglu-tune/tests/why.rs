@@ -36,13 +36,35 @@ fn every_rung_of_the_ladder_is_explained() {
     let class = why(&home, ["2048", "14336", "4096"], &["--device", "sm_90a-sm114"]);
     assert!(serving(&class).contains("same architecture"), "{class}");
     let none = why(&home, ["2048", "14336", "4096"], &["--device", "sm_80-sm108"]);
-    assert!(serving(&none).contains("default") && none.contains("untuned: the default serves"), "{none}");
+    assert!(serving(&none).contains("default") && none.contains("untuned: "), "{none}");
     let narrow = why(&home, ["2048", "14335", "4096"], &on_h200);
     assert!(narrow.contains("passed over, not legal here"), "{narrow}");
     home.tune(&["db", "import", SHIPPED]).success();
     let user = why(&home, ["2048", "14336", "4096"], &on_h200);
     assert!(serving(&user).contains("user") && user.contains("imported from nvidia-h200.toml"), "{user}");
     home.tune(&["why", "--device", "abacus"]).code(1).stderr(contains("`abacus` names no device known here"));
+}
+
+#[test]
+fn an_op_that_was_not_tuned_and_the_layers_above_the_shipped_one_are_explained() {
+    let home = Home::new();
+    let on_h200 = ["--device", H200];
+    let saving = why(&home, ["2048", "14336", "4096"], &["--op", "forward_save", "--device", H200]);
+    let line = serving(&saving);
+    assert!(line.contains("other op") && line.contains("shipped") && line.contains("forward, M 2048"), "{saving}");
+    for layer in ["override", "site"] {
+        let text = why(&home, ["2048", "14336", "4096"], &[&on_h200[..], &[&format!("--{layer}"), SHIPPED]].concat());
+        assert!(serving(&text).contains(layer), "{text}");
+    }
+    // Its status tells whether this machine has a GPU.
+    let doctor = |table: &str| {
+        let output = home.command().args(["doctor", "--override", table]).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let text = doctor(SHIPPED);
+    assert!(text.contains("override 84 at ") && text.contains("shipped 84; then the model"), "{text}");
+    let text = doctor("/nowhere.toml");
+    assert!(text.contains("the override layer `/nowhere.toml` is not there"), "{text}");
 }
 
 #[test]

@@ -26,7 +26,14 @@ pub(crate) fn measured(class: &str, problem: Problem, median_us: f64) -> Record 
         device: Device { class: class.into(), name: "NVIDIA H200".into() },
         problem,
         config: default_of(&problem),
-        outcome: Outcome::Measured(Measurement { median_us, p10_us, p90_us, samples: 50, error: 1.234e-4 }),
+        outcome: Outcome::Measured(Measurement {
+            median_us,
+            p10_us,
+            p90_us,
+            samples: 50,
+            error: 1.234e-4,
+            ..Measurement::default()
+        }),
         environment: Environment {
             nvrtc: "13.0".into(),
             driver: "580.159.04".into(),
@@ -34,6 +41,7 @@ pub(crate) fn measured(class: &str, problem: Problem, median_us: f64) -> Record 
             source_digest: "a1b2".into(),
             registers: 168,
             date: "2026-11-21T01:15:44Z".into(),
+            ..Environment::default()
         },
         origin: Origin::Local,
     }

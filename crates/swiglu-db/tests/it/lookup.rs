@@ -4,7 +4,7 @@ use crate::fixture::{CLASS, Noise, failed, measured, problem, series, target};
 use std::fs;
 use swiglu_db::lookup::{LayerError, Rung, default_dir};
 use swiglu_db::snapshot::{self, Snapshot, SnapshotError};
-use swiglu_db::{Match, Record, TuningDb, TuningTable};
+use swiglu_db::{Layer, Match, Record, TuningDb, TuningTable, shipped};
 use swiglu_kernels::arch;
 use swiglu_kernels::families::{Config, Target, candidates};
 use swiglu_kernels::problem::{DType, Op, Problem, WeightMajor};
@@ -154,7 +154,7 @@ fn the_published_snapshot_is_the_first_layer() {
     let mut db = TuningDb::open(dir.path()).unwrap();
     db.insert(&[series(0), failed(CLASS, problem(3, 64, 64))]).unwrap();
     db.publish().unwrap();
-    let (table, skipped) = TuningTable::load(dir.path());
+    let (table, skipped) = TuningTable::load(&[(Layer::User, dir.path().into())]);
     assert!(skipped.is_empty(), "{skipped:?}");
     assert_eq!(table.lookup(CLASS, &series(0).problem, target()).record, Some(series(0)));
 }
@@ -163,7 +163,7 @@ fn the_published_snapshot_is_the_first_layer() {
 fn a_bad_snapshot_is_left_out_with_its_reason() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join(snapshot::FILE_NAME), "garbage").unwrap();
-    let (table, skipped) = TuningTable::load(dir.path());
+    let (table, skipped) = TuningTable::load(&[(Layer::User, dir.path().into())]);
     assert!(matches!(skipped[..], [LayerError::Snapshot(SnapshotError::Damaged { .. })]), "{skipped:?}");
     let unknown = measured("sm_70-none", problem(1, 64, 64), 1.0);
     assert_eq!(table.lookup(&unknown.device.class, &unknown.problem, target()).matched, Match::Untuned);
@@ -178,9 +178,56 @@ fn the_journal_answers_in_place_of_a_damaged_snapshot() {
     let path = dir.path().join(snapshot::FILE_NAME);
     let text = fs::read_to_string(&path).unwrap();
     fs::write(&path, &text[..text.len() - 9]).unwrap();
-    let (table, skipped) = TuningTable::load(dir.path());
+    let (table, skipped) = TuningTable::load(&[(Layer::User, dir.path().into())]);
     assert!(matches!(skipped[..], [LayerError::Snapshot(SnapshotError::Damaged { .. })]), "{skipped:?}");
     assert_eq!(table.lookup(CLASS, &series(1).problem, target()).record, Some(series(1)));
+}
+
+#[test]
+fn the_layers_answer_in_their_order_and_each_says_its_name() {
+    let [user, site] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let publish = |dir: &tempfile::TempDir, record: Record| {
+        let mut db = TuningDb::open(dir.path()).unwrap();
+        db.insert(&[record]).unwrap();
+        db.publish().unwrap();
+    };
+    let (asked, records) =
+        (problem(64, 1024, 4096), [1.0, 2.0, 3.0].map(|us| measured(CLASS, problem(64, 1024, 4096), us)));
+    publish(&user, records[1].clone());
+    publish(&site, records[2].clone());
+    let table = user.path().join("table.toml");
+    fs::write(&table, shipped::export(&records[0].device, &records[..1]).unwrap()).unwrap();
+    let places = [(Layer::Override, table), (Layer::User, user.path().into()), (Layer::Site, site.path().into())];
+    for (first, layer) in ["override", "user", "site"].into_iter().enumerate() {
+        let (loaded, skipped) = TuningTable::load(&places[first..]);
+        assert!(skipped.is_empty(), "{skipped:?}");
+        let serving = loaded.explain(CLASS, &asked, target()).serving.unwrap();
+        let found = (serving.layer.to_string(), serving.record.measurement().unwrap().median_us);
+        assert_eq!(found, (layer.to_owned(), (first + 1) as f64));
+    }
+    let (loaded, _) = TuningTable::load(&places);
+    let layers: Vec<_> = loaded.layers().map(|(layer, records)| (layer, records > 0)).collect();
+    let all = [Layer::Override, Layer::User, Layer::Site, Layer::Shipped].map(|layer| (layer, true));
+    assert_eq!(layers, all);
+}
+
+#[test]
+fn an_override_that_is_not_there_is_said_and_a_missing_site_is_not() {
+    let nowhere = |layer| vec![(layer, "/nowhere/at/all".into())];
+    let (_, skipped) = TuningTable::load(&nowhere(Layer::Override));
+    assert!(skipped[0].to_string().contains("the override layer `/nowhere/at/all` is not there"), "{skipped:?}");
+    assert!(TuningTable::load(&nowhere(Layer::Site)).1.is_empty());
+}
+
+#[test]
+fn the_rung_by_which_the_plain_operation_serves_is_explained() {
+    let plain = at(64, 1024, 4096);
+    let asked = plain.problem.with_op(Op::ForwardSave);
+    let explanation = table(&[&[], std::slice::from_ref(&plain)]).explain(CLASS, &asked, target());
+    let serving = explanation.serving.unwrap();
+    assert_eq!((serving.matched, serving.layer, serving.record), (Match::OtherOp, Layer::Given(2), plain.clone()));
+    let rung = explanation.rungs.iter().find(|rung| rung.matched == Match::OtherOp && rung.entries > 0).unwrap();
+    assert_eq!((rung.layer, rung.nearest.as_ref()), (Layer::Given(2), Some(&plain)));
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod fixture;
 mod journal;
 mod lookup;
 mod merge;
+mod readers;
 mod record;
 mod shipped;
 mod snapshot;

@@ -3,8 +3,8 @@
 use crate::fixture::{CLASS, failed, measured, problem};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
-use swiglu_db::record::{InvalidKey, winners};
-use swiglu_db::{Record, TuningKey};
+use swiglu_db::record::{InvalidKey, choose, winners};
+use swiglu_db::{Measurement, Outcome, Record, TuningKey};
 use swiglu_kernels::families::candidates;
 use swiglu_kernels::problem::{DType, WeightMajor};
 
@@ -53,4 +53,54 @@ fn the_lowest_median_wins_and_ties_go_to_the_first_config() {
     let records = [slow, late, early.clone(), failed(CLASS, problem)];
     assert_eq!(winners(records.iter().cloned()), std::slice::from_ref(&early));
     assert_eq!(winners(records.into_iter().rev()), [early]);
+}
+
+/// Four configs from small to large shared memory, each with its median and interval.
+fn raced(times: [(f64, Option<[f64; 2]>); 4]) -> [Record; 4] {
+    let problem = problem(64, 1024, 1024);
+    let mut configs = candidates(&problem, crate::fixture::target());
+    configs.sort_by_key(|config| (config.launch_shape(&problem).unwrap().smem_bytes, *config));
+    let step = configs.len() / 4;
+    std::array::from_fn(|at| {
+        let (median_us, interval_us) = times[at];
+        let mut record = Record { config: configs[at * step], ..measured(CLASS, problem, median_us) };
+        record.outcome = Outcome::Measured(Measurement { interval_us, ..*record.measurement().unwrap() });
+        record
+    })
+}
+
+#[test]
+fn of_those_that_cannot_be_told_apart_the_least_serves_unless_its_race_chose_another() {
+    let around = |us: f64| (us, Some([us - 0.01, us + 0.01]));
+    // The second and the last are within the noise of the third, which is the fastest; the first is not.
+    let mut records = raced([around(102.0), around(100.3), around(100.0), around(100.4)]);
+    assert_eq!(winners(records.to_vec()), [records[1].clone()]);
+
+    let present = records[3].config;
+    choose(&mut records, Some(&present));
+    let chosen = |record: &Record| record.measurement().unwrap().chosen;
+    assert_eq!(records.each_ref().map(chosen), [false, false, false, true]);
+    assert_eq!(winners(records.to_vec()), [records[3].clone()], "the present winner stays among equals");
+
+    let beaten = records[0].config;
+    choose(&mut records, Some(&beaten));
+    assert_eq!(records.each_ref().map(chosen), [false, true, false, false], "one that is slower by more does not");
+}
+
+#[test]
+fn an_interval_wider_than_the_noise_counts_and_without_intervals_only_equal_times_tie() {
+    let wide = raced([(110.0, Some([99.0, 121.0])), (104.0, None), (100.0, Some([99.9, 100.1])), (100.0, None)]);
+    assert_eq!(winners(wide.to_vec()), [wide[0].clone()]);
+    let without = raced([(100.1, None), (104.0, None), (100.0, None), (100.0, None)]);
+    assert_eq!(winners(without.to_vec()), [without[2].clone()]);
+}
+
+#[test]
+fn a_record_from_before_intervals_clocks_and_choices_reads() {
+    let record = measured(CLASS, problem(64, 1024, 1024), 5.0);
+    let text = serde_json::to_string(&record).unwrap();
+    for name in ["interval_us", "repeated", "chosen", "sm_mhz", "power_w"] {
+        assert!(!text.contains(name), "{name} is written although there is none");
+    }
+    assert_eq!(serde_json::from_str::<Record>(&text).unwrap(), record);
 }

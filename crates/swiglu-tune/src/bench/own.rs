@@ -1,6 +1,6 @@
 //! A number format beside bf16: what each gains, by our own kernels, of the same sizes in the same run.
 
-use super::{BenchArgs, as_error, config_for, interleave, print_json, verified};
+use super::{BenchArgs, as_error, config_for, interleave, medians, print_json, verified};
 use crate::gpu_subject::{GpuLab, Stopwatch};
 use crate::race::Failure;
 use crate::report::geometric_mean;
@@ -25,19 +25,19 @@ struct Row {
     over_bf16: f64,
 }
 
-/// Times every M and prints the ratios.
+/// Times every problem and prints the ratios.
 pub(super) fn run(
     args: &BenchArgs,
-    (n, k): (u32, u32),
+    problems: &[Problem],
     given: &[Config],
     lab: &GpuLab,
     table: &TuningTable,
     options: &Options,
 ) -> Result<ExitCode> {
     let mut rows = Vec::new();
-    for &m in &args.m {
-        let problem = Problem::forward(args.dtype, args.layout.major(), m, n, k).with_op(args.op);
-        let bf16 = Problem::forward(DType::Bf16, WeightMajor::K, m, n, k).with_op(args.op);
+    for &problem in problems {
+        let Problem { op, m, n, k, .. } = problem;
+        let bf16 = Problem::forward(DType::Bf16, WeightMajor::K, m, n, k).with_op(op);
         let bf16_config = config_for(lab, table, None, &bf16, options)?;
         let configs = match given {
             [] => vec![config_for(lab, table, args.family, &problem, options)?],
@@ -62,12 +62,12 @@ fn bench(lab: &GpuLab, ours: Entrant, bf16: Entrant, rounds: usize) -> Result<Ro
     let watch = Stopwatch::new(lab).map_err(|failure| as_error(&failure))?;
     let (arena, kernel) = verified(lab, problem, config, &watch)?;
     let (bf16_arena, bf16_kernel) = verified(lab, bf16_problem, bf16_config, &watch)?;
-    let race = || -> Result<[f64; 2], Failure> {
+    let race = || -> Result<[Vec<f64>; 2], Failure> {
         let ours = |index: usize| arena.launch(lab, &kernel, index);
         let bf16 = |index: usize| bf16_arena.launch(lab, &bf16_kernel, index);
         interleave(&watch, [&ours, &bf16], rounds)
     };
-    let [ours_us, bf16_us] = race().map_err(|failure| as_error(&failure))?;
+    let [ours_us, bf16_us] = medians(&race().map_err(|failure| as_error(&failure))?);
     let over_bf16 = bf16_us / ours_us;
     Ok(Row { problem, config, source, ours_us, bf16_config, bf16_source, bf16_us, over_bf16 })
 }

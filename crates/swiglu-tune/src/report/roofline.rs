@@ -1,6 +1,7 @@
 //! What a device could reach at best, by the bytes that must move and the sums that must be made.
 
 use swiglu_db::Device;
+use swiglu_kernels::model::{bandwidth, flops_per_clock};
 use swiglu_kernels::{DType, Problem, Target};
 use swiglu_runtime::gpu::Gpu;
 
@@ -50,34 +51,6 @@ impl Roofline {
     /// Whether both ceilings are known.
     pub(crate) fn is_whole(&self, dtype: DType) -> bool {
         self.bytes_per_second.is_some() && self.flops_per_second(dtype).is_some()
-    }
-}
-
-/// Two transfers a clock over the bus: `…-bus6016-mem3201mhz`.
-fn bandwidth(class: &str) -> Option<f64> {
-    let part = |prefix: &str, suffix: &str| -> Option<f64> {
-        class.split('-').find_map(|part| part.strip_prefix(prefix)?.strip_suffix(suffix)?.parse().ok())
-    };
-    Some(2.0 * part("mem", "mhz")? * 1e6 * part("bus", "")? / 8.0)
-}
-
-/// Dense operations a clock of one multiprocessor with fp32 sums, of the fastest product of the architecture;
-/// NVIDIA's architecture white papers. `None` where none of them says.
-fn flops_per_clock(arch: &str, dtype: DType) -> Option<f64> {
-    let half = match arch {
-        "sm_70" | "sm_75" | "sm_86" | "sm_89" | "sm_120" => 1024.0,
-        "sm_80" => 2048.0,
-        "sm_90a" => 4096.0,
-        "sm_100a" => 8192.0,
-        _ => return None,
-    };
-    let has_tf32 = !matches!(arch, "sm_70" | "sm_75");
-    match dtype {
-        DType::F16 | DType::F16E4m3 | DType::F16Int4 => Some(half),
-        DType::Bf16 | DType::Bf16E4m3 | DType::Bf16Int4 => has_tf32.then_some(half),
-        DType::E4m3 => matches!(arch, "sm_89" | "sm_90a" | "sm_100a" | "sm_120").then_some(half * 2.0),
-        DType::Tf32 => has_tf32.then_some(half / 2.0),
-        DType::F32 => Some(if matches!(arch, "sm_70" | "sm_75" | "sm_80") { 128.0 } else { 256.0 }),
     }
 }
 

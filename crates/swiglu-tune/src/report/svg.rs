@@ -83,6 +83,34 @@ pub(crate) fn lines(title: &str, y_label: &str, scale: Scale, series: &[Series])
     svg + "</svg>" + &legend(series)
 }
 
+/// As [`lines`], to stand in a file of its own, light or dark as the viewer is; its legend is below.
+pub(crate) fn file(title: &str, y_label: &str, scale: Scale, series: &[Series]) -> String {
+    const STYLE: &str = "svg{font:12px sans-serif;background:#fff;color:#1c1e21;--c0:#0b62c4;--c1:#b3541e;--c2:#1a7f4b;\
+        --c3:#8a3ab9;--c4:#b0203f;--c5:#5c6b00}@media(prefers-color-scheme:dark){svg{background:#15171a;color:#e6e8eb;\
+        --c0:#6cb0ff;--c1:#ffa061;--c2:#5fd39a;--c3:#d19bf5;--c4:#ff8097;--c5:#c8d860}}text{fill:currentColor}\
+        polyline{fill:none;stroke-width:2}.grid,.one{stroke:currentColor;opacity:.25}.one{opacity:.7}";
+    let drawn = lines(title, y_label, scale, series);
+    // Without a point nothing is drawn.
+    let inside =
+        drawn.split_once("</title>").and_then(|(_, rest)| rest.split_once("</svg>")).map_or("", |(svg, _)| svg);
+    let height = HEIGHT + 18.0 * (series.len() + 1) as f64;
+    let mut svg = format!(
+        r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}"><title>{}</title><style>{STYLE}"#,
+        escape(title)
+    );
+    for colour in 0..COLOURS {
+        let _ = write!(svg, "polyline.s{colour}{{stroke:var(--c{colour})}}");
+        let _ = write!(svg, "circle.s{colour},text.s{colour}{{fill:var(--c{colour})}}");
+    }
+    svg += "</style>";
+    svg += inside;
+    for (index, series) in series.iter().enumerate() {
+        let (y, colour) = (HEIGHT + 18.0 * index as f64 + 12.0, index % COLOURS);
+        let _ = write!(svg, r#"<text class="s{colour}" x="{LEFT}" y="{y:.1}">{}</text>"#, escape(&series.name));
+    }
+    svg + "</svg>\n"
+}
+
 /// Bars side by side, each with its count above.
 pub(crate) fn bars(title: &str, x_label: &str, y_label: &str, bars: &[(String, usize)]) -> String {
     let most = bars.iter().map(|(_, count)| *count).max().unwrap_or(0);

@@ -34,6 +34,7 @@ impl Home {
             .env("XDG_DATA_HOME", self.path().join("data"))
             .env("XDG_CACHE_HOME", self.path().join("cache"))
             .env("SWIGLU_DB", self.db())
+            .env("SWIGLU_SITE_DB", self.path().join("site"))
             .env("SWIGLU_CUBIN_CACHE", self.path().join("cubin"));
         command
     }

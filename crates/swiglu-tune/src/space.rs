@@ -1,0 +1,103 @@
+//! The candidates of one group of problems, and which of them are still to be measured.
+
+use crate::race::Failure;
+use anyhow::Result;
+use std::collections::BTreeMap;
+use swiglu_db::{Outcome, Record, TuningDb, TuningKey};
+use swiglu_kernels::families::{Target, candidates};
+use swiglu_kernels::{Config, Problem, render};
+
+/// The candidates of problems that differ in M only: legality and sources do not depend on it.
+pub(crate) struct Space {
+    /// With the digest of its source, empty on the CPU.
+    pub(crate) candidates: BTreeMap<Config, String>,
+    /// Hopeless from here on: the time over the best one's at a smaller M.
+    slow: BTreeMap<Config, f64>,
+    /// What does not compile.
+    pub(crate) broken: BTreeMap<Config, Failure>,
+}
+
+/// A candidate slower than the best by the factor at one M is not tried at the next larger one: from the M on which the
+/// ranking no longer turns over by as much.
+const HOPELESS: [(u32, f64); 3] = [(2048, 1.25), (512, 1.5), (256, 3.0)];
+
+impl Space {
+    pub(crate) fn new(problem: &Problem, target: Target) -> Result<Self> {
+        let configs = candidates(problem, target);
+        let candidates = match target {
+            Target::Cpu { .. } => configs.into_iter().map(|config| (config, String::new())).collect(),
+            Target::Gpu(arch) => {
+                let sources = render::shared_sources(problem, &configs, arch)?;
+                let of_source = sources
+                    .iter()
+                    .flat_map(|shared| shared.configs.iter().map(|config| (*config, shared.source.digest.clone())));
+                of_source.collect()
+            }
+        };
+        Ok(Self { candidates, slow: BTreeMap::new(), broken: BTreeMap::new() })
+    }
+
+    /// Candidates without a record, or whose source has changed since. `every` counts those that were pruned as missing.
+    pub(crate) fn missing(&self, db: &TuningDb, key: &TuningKey, every: bool) -> Result<Vec<Config>> {
+        let mut missing = Vec::new();
+        for (config, digest) in &self.candidates {
+            let pruned = every && db.record(key, config)?.is_some_and(|record| is_pruned(&record));
+            if pruned || !db.is_measured(key, config, digest)? {
+                missing.push(*config);
+            }
+        }
+        Ok(missing)
+    }
+
+    /// Why a candidate is not worth a try.
+    pub(crate) fn hopeless(&self, config: &Config) -> Option<Failure> {
+        let ratio = self.slow.get(config)?;
+        Some(Failure::new("pruned", format!("{ratio:.1}x the best at a smaller m")))
+    }
+
+    /// Notes who is hopeless from here on; `best` is not, whatever it was before.
+    pub(crate) fn note_slow(&mut self, db: &TuningDb, key: &TuningKey, best: &Record) -> Result<()> {
+        self.slow.remove(&best.config);
+        let factor = HOPELESS.into_iter().find(|(from_m, _)| key.problem.m >= *from_m);
+        let (Some((_, factor)), Some(best)) = (factor, best.measurement()) else { return Ok(()) };
+        for config in self.candidates.keys() {
+            let record = db.record(key, config)?;
+            if let Some(time) = record.as_ref().and_then(Record::measurement) {
+                let ratio = time.median_us / best.median_us;
+                if ratio > factor {
+                    self.slow.insert(*config, ratio);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn is_pruned(record: &Record) -> bool {
+    matches!(&record.outcome, Outcome::Failed { stage, .. } if stage == "pruned")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::workload::ANCHORS;
+    use swiglu_kernels::families::default_config;
+    use swiglu_kernels::{DType, WeightMajor, arch};
+
+    #[test]
+    fn the_default_is_always_a_candidate() {
+        let arch = arch::by_name("sm_90a").unwrap();
+        for (dtype, weight_major) in
+            DType::ALL.into_iter().flat_map(|dtype| WeightMajor::ALL.map(|major| (dtype, major)))
+        {
+            for (n, k) in [(14336, 4096), (8192, 2048), (1000, 1000), (1001, 999)] {
+                let problem = Problem::forward(dtype, weight_major, 1, n, k);
+                let space = Space::new(&problem, Target::Gpu(arch)).unwrap();
+                for m in ANCHORS {
+                    let default = default_config(&problem.with_m(m), arch).unwrap();
+                    assert!(space.candidates.contains_key(&default), "{dtype} {weight_major} {m} {n} {k}: {default}");
+                }
+            }
+        }
+    }
+}
