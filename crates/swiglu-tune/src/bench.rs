@@ -274,6 +274,13 @@ pub(crate) fn kernel_of(lab: &GpuLab, problem: &Problem, config: Config) -> Resu
     compiled.remove(&config).context("nothing was compiled")?.kernel.map_err(|failure| as_error(&failure))
 }
 
+/// Every config that `problem` has, compiled and loaded.
+pub(crate) fn kernels_of(lab: &GpuLab, problem: &Problem) -> Result<Vec<Kernel>> {
+    let configs = families::candidates(problem, Target::Gpu(lab.gpu.arch));
+    let compiled = lab.compile(problem, &render::shared_sources(problem, &configs, lab.gpu.arch)?, || ());
+    Ok(compiled.into_values().filter_map(|compiled| compiled.kernel.ok()).collect())
+}
+
 /// A launch on the buffer set of that index.
 pub(crate) type Launch<'a> = &'a dyn Fn(usize) -> Result<(), Failure>;
 
@@ -315,8 +322,8 @@ pub(crate) fn as_error(failure: &Failure) -> anyhow::Error {
 struct CublasLtPeer<'a> {
     library: CublasLt,
     gemm: Gemm,
-    /// The second launch: act(gate) * up.
-    gate: Kernel,
+    /// The second launch, act(gate) * up, in every way there is: the fastest takes part.
+    gates: Vec<Kernel>,
     lab: &'a GpuLab,
     arena: &'a Arena,
     /// One per set, so that the output is as cold as ours.
@@ -330,9 +337,8 @@ impl<'a> CublasLtPeer<'a> {
         let gemm = library.gemm(dtype, weight_major, m, 2 * n, k)?;
         let bytes = 2 * m as usize * n as usize * dtype.bytes() as usize;
         let outputs: Result<Vec<_>, Failure> = (0..arena.set_count()).map(|_| arena.support.allocate(bytes)).collect();
-        let gate = arena.problem.with_op(Op::Gate);
-        let gate = kernel_of(lab, &gate, families::default_config(&gate, lab.gpu.arch)?)?;
-        Ok(Self { library, gemm, gate, lab, arena, outputs: outputs.map_err(|failure| as_error(&failure))? })
+        let gates = kernels_of(lab, &arena.problem.with_op(Op::Gate))?;
+        Ok(Self { library, gemm, gates, lab, arena, outputs: outputs.map_err(|failure| as_error(&failure))? })
     }
 
     fn launch_gemm(&self, algorithm: usize, index: usize) -> Result<(), Failure> {
@@ -348,8 +354,7 @@ impl<'a> CublasLtPeer<'a> {
     }
 
     #[allow(unsafe_code, reason = "hands the arena's addresses to the gate")]
-    fn launch_both(&self, algorithm: usize, index: usize) -> Result<(), Failure> {
-        self.launch_gemm(algorithm, index)?;
+    fn launch_gate(&self, gate: &Kernel, index: usize) -> Result<(), Failure> {
         let packed = self.outputs[index % self.outputs.len()].address();
         let Problem { m, n, dtype, .. } = self.arena.problem;
         let half = |offset: u64| RawMatrix { address: packed + offset, stride: 2 * i64::from(n) };
@@ -357,12 +362,12 @@ impl<'a> CublasLtPeer<'a> {
         let saved = [half(0), half(u64::from(n) * u64::from(dtype.bytes()))];
         let args = RawStep { m, saved, out: [z, RawMatrix::default(), RawMatrix::default()], ..RawStep::default() };
         // SAFETY: `outputs` hold [m, 2n], the arena's z [m, n]; both outlive the work and are as aligned as the problem says.
-        unsafe { launch::step(&self.gate, self.lab.stream.cu_stream(), &args) }
+        unsafe { launch::step(gate, self.lab.stream.cu_stream(), &args) }
             .map_err(|error| Failure::new("launch", format!("the driver refused the gate: {error}")))
     }
 
     /// Times of ours, of the GEMM, of GEMM + gate and of reading the weights; the GEMM with the fastest of its algorithms,
-    /// the reader with the better of two grids.
+    /// the gate with the fastest of its configs, the reader with the better of two grids.
     fn race(
         &self,
         watch: &Stopwatch,
@@ -373,7 +378,8 @@ impl<'a> CublasLtPeer<'a> {
             fastest(watch, 0..self.gemm.algorithm_count(), |&algorithm, index| self.launch_gemm(algorithm, index))?;
         let per_sm = fastest(watch, [2, 4].into_iter(), |&per_sm, index| self.arena.read_weights(index, per_sm))?;
         let gemm = |index: usize| self.launch_gemm(algorithm, index);
-        let both = |index: usize| self.launch_both(algorithm, index);
+        let gate = fastest(watch, self.gates.iter(), |gate, index| self.launch_gate(gate, index))?;
+        let both = |index: usize| gemm(index).and_then(|()| self.launch_gate(gate, index));
         let read = |index: usize| self.arena.read_weights(index, per_sm);
         interleave(watch, [&ours, &gemm, &both, &read], rounds)
     }

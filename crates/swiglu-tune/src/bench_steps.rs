@@ -2,14 +2,15 @@
 #![allow(unsafe_code, reason = "hands the arena's addresses to the library and to kernels")]
 
 use crate::arena::Arena;
-use crate::bench::{as_error, fastest, interleave, kernel_of};
+use crate::bench::{as_error, fastest, interleave, kernels_of};
 use crate::device_memory::GuardedBuffer;
 use crate::gpu_subject::{GpuLab, Stopwatch};
 use crate::race::Failure;
 use anyhow::Result;
 use cudarc::driver::sys;
-use swiglu_kernels::{Op, families};
+use swiglu_kernels::Op;
 use swiglu_runtime::cublaslt::CublasLt;
+use swiglu_runtime::gpu::Kernel;
 use swiglu_runtime::{RawMatrix, RawStep, launch};
 
 /// Times of ours, of the peer's first launch, of all of its launches and of a copy of as many bytes, in microseconds.
@@ -46,18 +47,25 @@ pub(crate) fn race(
         launched.map_err(|error| Failure::new("launch", error))
     };
     let backward = problem.with_op(Op::GateBackward);
-    let backward = kernel_of(lab, &backward, families::default_config(&backward, lab.gpu.arch)?)?;
+    let backwards = if problem.op == Op::Dgated { kernels_of(lab, &backward)? } else { Vec::new() };
     let timed = || {
         let algorithm = fastest(watch, 0..gemm.algorithm_count(), |&algorithm, index| launch_gemm(algorithm, index))?;
         let alone = |index: usize| launch_gemm(algorithm, index);
-        let both = |index: usize| {
-            launch_gemm(algorithm, index)?;
+        let launch_backward = |kernel: &Kernel, index: usize| {
             let Some(dz) = dz.get(index % dz.len().max(1)) else { return Ok(()) };
             let dz = RawMatrix { address: dz.address(), stride: problem.n.into() };
             let args = RawStep { left: [dz, RawMatrix::default()], ..arena.step(index) };
             // SAFETY: the arena's buffers hold the pre-activations and the outputs, `dz` its matrix; all outlive the work.
-            let launched = unsafe { launch::step(&backward, lab.stream.cu_stream(), &args) };
+            let launched = unsafe { launch::step(kernel, lab.stream.cu_stream(), &args) };
             launched.map_err(|error| Failure::new("launch", error))
+        };
+        let fastest_backward = match backwards.as_slice() {
+            [] => None,
+            all => Some(fastest(watch, all.iter(), |kernel, index| launch_backward(kernel, index))?),
+        };
+        let both = |index: usize| {
+            launch_gemm(algorithm, index)?;
+            fastest_backward.map_or(Ok(()), |kernel| launch_backward(kernel, index))
         };
         interleave(watch, [&ours, &alone, &both, &copy], rounds)
     };

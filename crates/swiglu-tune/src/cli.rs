@@ -137,7 +137,7 @@ struct TuneArgs {
     #[arg(long)]
     retune: bool,
     /// Which candidates are measured.
-    #[arg(long, value_enum, default_value = "all")]
+    #[arg(long, value_enum, default_value = "model")]
     search: Search,
     /// Time every legal candidate properly, with nothing pruned: slow, and the reference for `regret`.
     #[arg(long, conflicts_with = "search")]

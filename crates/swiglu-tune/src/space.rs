@@ -94,7 +94,12 @@ mod tests {
                 let problem = Problem::forward(dtype, weight_major, 1, n, k);
                 let space = Space::new(&problem, Target::Gpu(arch)).unwrap();
                 for m in ANCHORS {
-                    let default = default_config(&problem.with_m(m), arch).unwrap();
+                    // Scaled formats ask for a layout and an alignment that not every size has.
+                    let default = match default_config(&problem.with_m(m), arch) {
+                        Ok(default) => default,
+                        Err(_) if dtype.is_scaled() => continue,
+                        Err(why) => panic!("{dtype} {weight_major} {m} {n} {k}: {why}"),
+                    };
                     assert!(space.candidates.contains_key(&default), "{dtype} {weight_major} {m} {n} {k}: {default}");
                 }
             }

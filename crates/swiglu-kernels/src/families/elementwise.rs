@@ -56,9 +56,8 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = ElementwiseConfig
 
 /// The preferred config when nothing was tuned.
 pub(super) fn default(problem: &Problem) -> ElementwiseConfig {
-    // A few rows are a few blocks: small ones spread them over the multiprocessors.
-    let (threads, rows) = if problem.m < 64 { (64, 1) } else { (256, 2) };
-    ElementwiseConfig { threads, rows, access_bytes: problem.alignment }
+    // What won on the H200 for many rows and for one: small blocks, many of them (docs/kernels/elementwise.md).
+    ElementwiseConfig { threads: 128, rows: 1, access_bytes: problem.alignment }
 }
 
 impl fmt::Display for ElementwiseConfig {
