@@ -202,7 +202,7 @@ pub const INT4_GROUP: u32 = 128;
 
 /// Number formats of the operands and of the multiplication; sums are always fp32.
 ///
-/// The scaled formats stand for numbers times scales: `docs/decisions/0009-scaled-formats.md`.
+/// The scaled formats stand for numbers times scales: `docs/decisions/0010-scaled-formats.md`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DType {
