@@ -63,13 +63,14 @@ impl FfnSpec {
 
     /// Bytes of one `[M, N]` matrix, rounded up so that what follows it is well aligned.
     fn tokens_n(&self, m: u32) -> u64 {
-        (u64::from(m) * u64::from(self.n) * u64::from(self.dtype.bytes())).next_multiple_of(256)
+        let bytes = (u64::from(m) * u64::from(self.n)).saturating_mul(u64::from(self.dtype.bytes()));
+        bytes.checked_next_multiple_of(256).unwrap_or(u64::MAX)
     }
 
     /// Bytes of the pre-activations that the forward leaves for the backward.
     pub fn saved_bytes(&self, m: u32) -> u64 {
         match self.keep {
-            Keep::Preactivations => 2 * self.tokens_n(m),
+            Keep::Preactivations => self.tokens_n(m).saturating_mul(2),
             Keep::Nothing => 0,
         }
     }
@@ -83,7 +84,7 @@ impl FfnSpec {
     pub fn backward_workspace_bytes(&self, m: u32) -> u64 {
         let z = if self.gradients == Gradients::Input && self.keep == Keep::Preactivations { 0 } else { 1 };
         let preactivations = if self.keep == Keep::Nothing { 2 } else { 0 };
-        (z + preactivations) * self.tokens_n(m)
+        self.tokens_n(m).saturating_mul(z + preactivations)
     }
 }
 

@@ -29,6 +29,18 @@ pub struct RawScales {
     pub weight_rows: bool,
 }
 
+impl RawScales {
+    /// The first scale that `dtype` has and that has no address.
+    pub(crate) fn missing(&self, dtype: DType) -> Option<&'static str> {
+        let needed = [
+            ("scales.x", self.x, dtype.x() == Format::E4m3),
+            ("scales.gate", self.gate, dtype.is_scaled()),
+            ("scales.up", self.up, dtype.is_scaled()),
+        ];
+        needed.into_iter().find(|(_, address, needed)| *needed && *address == 0).map(|(argument, ..)| argument)
+    }
+}
+
 /// Addresses and strides of one forward launch, without types. Strides are in stored elements ([`Format`]).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RawForward {

@@ -248,6 +248,10 @@ impl Plan {
                 return Err(ArgumentError::new(argument, "is 0, but the plan saves the pre-activations").into());
             }
         }
+        if let Some(argument) = args.scales.missing(self.spec.dtype) {
+            let reason = format!("is 0, but `{}` has scales", self.spec.dtype);
+            return Err(ArgumentError::new(argument, reason).into());
+        }
         let alignment = args.alignment(self.spec.dtype);
         let kernel =
             self.select(args.m, alignment).ok_or_else(|| not_aligned("x", alignment, &self.spec.problem(args.m)))?;

@@ -330,15 +330,18 @@ fn run_tune(cli: &Cli, options: &Options) -> Result<ExitCode> {
     let summary = tune(&order, crew, &mut db, logbook)?;
     tell(&summary, &name, begun.elapsed(), &stop);
     println!("{}", dir.display());
-    Ok(if summary.without_winner > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    Ok(if summary.without_winner + summary.unraced > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 fn tell(summary: &Summary, device: &str, elapsed: Duration, stop: &Stop) {
-    let Summary { tuned, already, left, without_winner } = *summary;
+    let Summary { tuned, already, left, without_winner, unraced } = *summary;
     notice(format!("{device}: {tuned} problems tuned in {:.1} s, {already} were tuned before", elapsed.as_secs_f64()));
     if left > 0 {
         let why = if stop.by_signal() { "interrupted" } else { "the budget is spent" };
         notice(format!("{why}: {left} problems are left; run the same command again to go on"));
+    }
+    if unraced > 0 {
+        notice(format!("{unraced} problems could not be raced, for the reasons above; run the same command again"));
     }
     if without_winner > 0 {
         notice(format!(

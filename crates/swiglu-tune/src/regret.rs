@@ -89,7 +89,8 @@ fn row(records: &[Record], found: &[Record]) -> Option<(Row, Record)> {
         .filter(|record| legal.contains(&record.config))
         .map(|record| (record.config, record))
         .collect();
-    if tried.len() * 20 < legal.len() * 19 {
+    // Of steps and of small spaces the search tries all.
+    if !problem.op.is_forward() || legal.len() < search::WORTH || tried.len() * 20 < legal.len() * 19 {
         return None;
     }
     let sources: BTreeMap<Config, String> =

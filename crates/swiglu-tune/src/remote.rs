@@ -229,6 +229,8 @@ pub(crate) struct Remote<'a> {
 
 /// What the CPU does at least, in operations a second: a large problem may be silent for longer.
 const CPU_FLOPS: f64 = 1e9;
+/// The same of the float64 oracle on a GPU that has few such units.
+const GPU_F64_FLOPS: f64 = 1e11;
 
 impl<'a> Remote<'a> {
     /// Opens `problem` on `worker`.
@@ -239,7 +241,8 @@ impl<'a> Remote<'a> {
         pinned: &[Config],
     ) -> Result<Self, Fault> {
         let on_cpu = configs.iter().any(|config| matches!(config, Config::Cpu(_)));
-        let work = if on_cpu { Duration::try_from_secs_f64(problem.flops() / CPU_FLOPS).ok() } else { None };
+        let rate = if on_cpu { CPU_FLOPS } else { GPU_F64_FLOPS };
+        let work = Duration::try_from_secs_f64(problem.flops() / rate).ok();
         let mut remote = Self {
             patience: worker.recipe.patience.saturating_add(work.unwrap_or_default()),
             worker,
@@ -330,6 +333,8 @@ impl Subject for Remote<'_> {
     }
 
     fn sample(&mut self, configs: &[Config]) -> Vec<Result<f64, Failure>> {
+        // Of a pass that breaks the worker nothing is known.
+        self.conditions = Conditions::default();
         let first = match self.try_sample(configs) {
             Ok(times) => return times,
             Err(fault) => fault,

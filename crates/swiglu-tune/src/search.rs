@@ -22,7 +22,7 @@ pub(crate) enum Search {
 /// The share of the candidates that is measured.
 const SHARE: f64 = 0.09;
 /// A space of fewer candidates is not worth a search.
-const WORTH: usize = 100;
+pub(crate) const WORTH: usize = 100;
 /// Configs taken from neighbours.
 const SEEDS: usize = 8;
 /// Raster orders that one source is measured in: they differ by little, and sources by much.
@@ -91,8 +91,8 @@ fn nearest(problem: &Problem, seeds: &[Record]) -> Vec<Config> {
     };
     let same = |seed: &&Record| {
         let theirs = &seed.problem;
-        (theirs.dtype, theirs.weight_major, theirs.alignment)
-            == (problem.dtype, problem.weight_major, problem.alignment)
+        (theirs.op.is_forward(), theirs.dtype, theirs.weight_major, theirs.alignment)
+            == (problem.op.is_forward(), problem.dtype, problem.weight_major, problem.alignment)
     };
     let mut near: Vec<&Record> = seeds.iter().filter(same).collect();
     near.sort_by(|a, b| far(&a.problem).total_cmp(&far(&b.problem)));

@@ -50,6 +50,14 @@ impl Share {
         Some((group, pending.left.pop_back()?))
     }
 
+    /// Leaves an item that was taken to another worker.
+    pub(crate) fn give_back(&mut self, (group, problem): Item) {
+        if let Some(pending) = self.groups.get_mut(group) {
+            pending.left.push_front(problem);
+            pending.owner = None;
+        }
+    }
+
     /// Problems that nobody has taken.
     pub(crate) fn left(&self) -> usize {
         self.groups.iter().map(|pending| pending.left.len()).sum()
@@ -73,6 +81,14 @@ mod tests {
         let mut share = Share::new(sizes.iter().copied());
         (0..sizes.len()).for_each(|group| share.set_ready(group));
         share
+    }
+
+    #[test]
+    fn what_is_given_back_is_the_next_for_whoever_asks() {
+        let mut share = ready(&[2]);
+        let first = share.next(0).unwrap();
+        share.give_back(first);
+        assert_eq!((share.left(), share.next(1)), (2, Some(first)));
     }
 
     #[test]

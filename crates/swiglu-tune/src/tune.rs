@@ -14,7 +14,7 @@ use crate::stop::Stop;
 use crate::workload::Group;
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
@@ -55,6 +55,8 @@ pub(crate) struct Summary {
     pub(crate) left: usize,
     /// Problems for which no candidate worked.
     pub(crate) without_winner: usize,
+    /// Problems that could not be raced: the log says why.
+    pub(crate) unraced: usize,
 }
 
 /// Readers see what is new at least so often.
@@ -103,6 +105,8 @@ struct Front<'a> {
     /// Of the groups that were looked at.
     spaces: BTreeMap<usize, Space>,
     share: Share,
+    /// What a worker was refused, and left to another once.
+    given_back: BTreeSet<Item>,
     compiler: Option<Compiler>,
     /// The next group to be compiled.
     ahead: usize,
@@ -362,7 +366,7 @@ impl<'a> Tuner<'a> {
         let (at, station) = &mut self.stations[worker];
         let (at, stopped) = (*at, self.order.stop.is_set());
         station.is_busy = false;
-        station.faults = if matches!(result, Ok(_) | Err(Fault::Refused(_))) { 0 } else { station.faults + 1 };
+        station.faults = if result.is_ok() { 0 } else { station.faults + 1 };
         let front = &mut self.fronts[at];
         let Some(key) = front.key(task.item) else { return Ok(()) };
         match result {
@@ -400,10 +404,25 @@ impl<'a> Tuner<'a> {
             Err(fault) => {
                 let Problem { m, n, k, .. } = key.problem;
                 tracing::error!(m, n, k, %fault, "cannot tune");
-                let working = self.stations.iter().any(|(front, station)| *front == at && station.faults < FAULTS);
-                if !working {
+                let refused = matches!(fault, Fault::Refused(_));
+                let others = self.stations.iter().enumerate();
+                let mut others = others.filter(|(other, (front, _))| *other != worker && *front == at);
+                let others_work = others.any(|(_, (_, station))| station.faults < FAULTS);
+                // Alone, a worker goes on with what is smaller: memory that others hold does not refuse everything.
+                if refused && !others_work {
+                    self.stations[worker].1.faults = 0;
+                } else if !others_work && self.stations[worker].1.faults >= FAULTS {
                     bail!("no worker is left that can measure: {fault}");
                 }
+                // Another device may have what this one lacks; once, since none may.
+                let front = &mut self.fronts[at];
+                if others_work && front.given_back.insert(task.item) {
+                    front.share.give_back(task.item);
+                    return Ok(());
+                }
+                self.summary.unraced += 1;
+                self.progress.inc(1);
+                return Ok(());
             }
         }
         match (self.db.best(&key)?, stopped) {
@@ -479,6 +498,7 @@ fn front<'a>(facts: &Facts, groups: &'a [Group], db: &TuningDb) -> Result<Front<
         winners: db.winners()?.into_iter().chain(shipped).filter(|record| record.device.class == *class).collect(),
         spaces: BTreeMap::new(),
         share: Share::new(groups.iter().map(|group| group.m.len())),
+        given_back: BTreeSet::new(),
         compiler: None,
         ahead: 0,
         raced: (Duration::ZERO, 0),

@@ -111,6 +111,9 @@ fn on_gpu(ordinal: usize, options: &Options, faults: &[Fault], requests: &Receiv
             Ok(subject) => subject,
             // Memory that others hold, say: nothing a candidate has done.
             Err(failure) => {
+                if lab.is_lost() {
+                    bail!("the device no longer works: {}", failure.reason);
+                }
                 reply(&Reply::Refused(failure))?;
                 next = requests.recv().ok();
                 continue;
