@@ -118,6 +118,9 @@ pub struct Measurement {
 /// Medians closer than this are one, however narrow their intervals: what two runs on one machine differ by at least.
 pub const NOISE: f64 = 0.005;
 
+/// What one race is not sure of is no reason to take what looks slower by more than this.
+const FAR: f64 = 0.02;
+
 impl Measurement {
     /// Whether the two cannot be told apart: their intervals, at least [`NOISE`] wide, meet. Without an interval only
     /// equal medians tie.
@@ -324,7 +327,9 @@ pub fn winners(records: impl IntoIterator<Item = Record>) -> Vec<Record> {
 fn fastest(group: Vec<Record>) -> Option<Record> {
     let median_us = |record: &Record| record.measurement().map_or(f64::INFINITY, |measured| measured.median_us);
     let best = *group.iter().min_by(|a, b| median_us(a).total_cmp(&median_us(b)))?.measurement()?;
-    let ties = |record: &Record| record.measurement().is_some_and(|measured| measured.ties_with(&best));
+    let near = |measured: &Measurement| measured.chosen || measured.median_us <= best.median_us * (1.0 + FAR);
+    let ties =
+        |record: &Record| record.measurement().is_some_and(|measured| measured.ties_with(&best) && near(measured));
     group.into_iter().filter(ties).min_by_key(Record::among_ties)
 }
 

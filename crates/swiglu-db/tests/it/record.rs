@@ -89,8 +89,12 @@ fn of_those_that_cannot_be_told_apart_the_least_serves_unless_its_race_chose_ano
 
 #[test]
 fn an_interval_wider_than_the_noise_counts_and_without_intervals_only_equal_times_tie() {
-    let wide = raced([(110.0, Some([99.0, 121.0])), (104.0, None), (100.0, Some([99.9, 100.1])), (100.0, None)]);
-    assert_eq!(winners(wide.to_vec()), [wide[0].clone()]);
+    let with = |us| raced([(us, Some([99.0, 121.0])), (104.0, None), (100.0, Some([99.9, 100.1])), (100.0, None)]);
+    let near = with(101.5);
+    assert_eq!(winners(near.to_vec()), [near[0].clone()]);
+    // What looks slower by a tenth is not taken, however unsure its race was.
+    let far = with(110.0);
+    assert_eq!(winners(far.to_vec()), [far[2].clone()]);
     let without = raced([(100.1, None), (104.0, None), (100.0, None), (100.0, None)]);
     assert_eq!(winners(without.to_vec()), [without[2].clone()]);
 }
