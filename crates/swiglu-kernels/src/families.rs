@@ -12,7 +12,7 @@ pub mod wgmma_gemm;
 pub mod wgmma_tma;
 
 use crate::arch::ArchSpec;
-use crate::problem::{DType, Format, Op, Paired, Problem, UnknownName, names};
+use crate::problem::{DType, Format, MAX_ACCESS_BYTES, Op, Problem, UnknownName, names};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -165,11 +165,8 @@ impl LaunchShape {
     /// Clusters' tiles of the outputs of `problem`; halves that are paired have tiles of their own.
     pub fn tiles(&self, problem: &Problem) -> u64 {
         let (rows, cols) = problem.output();
-        let halves = match problem.product().map(|product| product.paired) {
-            Some(Paired::Rows | Paired::Columns) => 2,
-            Some(Paired::Nothing | Paired::Depth) | None => 1,
-        };
-        halves * u64::from(rows.div_ceil(self.block_m)) * u64::from(cols.div_ceil(self.block_n))
+        let halves = problem.product().map_or(1, |product| product.outputs());
+        u64::from(halves) * u64::from(rows.div_ceil(self.block_m)) * u64::from(cols.div_ceil(self.block_n))
     }
 }
 
@@ -359,6 +356,13 @@ pub(crate) fn check_unscaled(problem: &Problem) -> Result<(), Rejected> {
 pub(crate) fn check_fast_silu(fast_silu: bool, problem: &Problem) -> Result<(), Rejected> {
     ensure(!fast_silu || problem.dtype.output() == Format::Bf16, "fast_silu is accurate enough for bf16 only", || {
         format!("{} asked for", problem.dtype)
+    })
+}
+
+/// What one access to global memory may be.
+pub(crate) fn check_access_bytes(access_bytes: u32) -> Result<(), Rejected> {
+    ensure(access_bytes.is_power_of_two() && access_bytes <= MAX_ACCESS_BYTES, "access_bytes is 2, 4, 8 or 16", || {
+        format!("access_bytes {access_bytes}")
     })
 }
 

@@ -152,6 +152,36 @@ impl Product {
             Paired::Rows | Paired::Columns => 2,
         }
     }
+
+    /// Matrices of the left and of the right operand.
+    pub const fn operands(&self) -> (usize, usize) {
+        match self.paired {
+            Paired::Nothing => (1, 1),
+            Paired::Rows => (2, 1),
+            Paired::Columns => (1, 2),
+            Paired::Depth => (2, 2),
+        }
+    }
+
+    /// Rows and columns in memory of one matrix of the left operand.
+    pub const fn left_shape(&self) -> (u32, u32) {
+        self.left.shape(self.rows, self.depth)
+    }
+
+    /// Rows and columns in memory of one matrix of the right operand.
+    pub const fn right_shape(&self) -> (u32, u32) {
+        self.right.shape(self.cols, self.depth)
+    }
+}
+
+impl OperandMajor {
+    /// Rows and columns in memory of `outer` sums' numbers, `depth` each.
+    const fn shape(self, outer: u32, depth: u32) -> (u32, u32) {
+        match self {
+            Self::Depth => (outer, depth),
+            Self::Outer => (depth, outer),
+        }
+    }
 }
 
 /// The non-linearity on the gate.

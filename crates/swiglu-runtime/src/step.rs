@@ -4,7 +4,7 @@
 
 use cudarc::driver::DeviceRepr;
 use swiglu_kernels::families::Raster;
-use swiglu_kernels::problem::{MAX_ACCESS_BYTES, Paired, alignment_of};
+use swiglu_kernels::problem::{MAX_ACCESS_BYTES, alignment_of};
 use swiglu_kernels::{DType, Op, Problem};
 
 /// A row-major matrix in device memory, without its sizes.
@@ -53,10 +53,11 @@ impl RawStep {
     /// An operand that the op needs and that has no address.
     pub(crate) fn missing(&self, problem: &Problem) -> Option<&'static str> {
         let needs = |wanted: usize, of: &[RawMatrix]| of.iter().take(wanted).any(|matrix| matrix.address == 0);
-        let paired = problem.product().map(|product| product.paired);
-        let both = |two: &[Paired]| 1 + usize::from(paired.is_some_and(|paired| two.contains(&paired)));
-        let left = if problem.op == Op::Gate { 0 } else { both(&[Paired::Depth, Paired::Rows]) };
-        let right = if problem.op.is_elementwise() { 0 } else { both(&[Paired::Depth, Paired::Columns]) };
+        let (left, right) = match problem.op {
+            Op::Gate => (0, 0),
+            Op::GateBackward => (1, 0),
+            _ => problem.product().map_or((1, 1), |product| product.operands()),
+        };
         let gated = matches!(problem.op, Op::Gate | Op::GateBackward | Op::Dgated);
         // z of the last two is left out at will.
         let out = if matches!(problem.op, Op::GateBackward | Op::Dgated) { 2 } else { problem.op.outputs() as usize };

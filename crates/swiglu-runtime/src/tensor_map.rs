@@ -82,10 +82,10 @@ pub(crate) fn of_mma_sync(config: &MmaSyncConfig, problem: &Problem, args: &RawF
 /// is its first of that kind again.
 pub(crate) fn of_wgmma_gemm(config: &WgmmaGemmConfig, problem: &Problem, args: &RawStep) -> Option<[BoxedMatrix; 9]> {
     let product = problem.with_m(args.m).product()?;
-    let operand = |matrix: RawMatrix, major: OperandMajor, outer: u32, block: u32, sharers: u32| {
-        let (rows, cols, box_rows) = match major {
-            OperandMajor::Depth => (outer, product.depth, block / sharers),
-            OperandMajor::Outer => (product.depth, outer, config.block_k / sharers),
+    let operand = |matrix: RawMatrix, (rows, cols): (u32, u32), major: OperandMajor, block: u32, sharers: u32| {
+        let box_rows = match major {
+            OperandMajor::Depth => block / sharers,
+            OperandMajor::Outer => config.block_k / sharers,
         };
         BoxedMatrix {
             format: problem.dtype.output(),
@@ -98,8 +98,8 @@ pub(crate) fn of_wgmma_gemm(config: &WgmmaGemmConfig, problem: &Problem, args: &
             swizzled: true,
         }
     };
-    let left = |matrix| operand(matrix, product.left, product.rows, config.block_m, config.cluster_n);
-    let right = |matrix| operand(matrix, product.right, product.cols, config.block_n, config.cluster_m);
+    let left = |matrix| operand(matrix, product.left_shape(), product.left, config.block_m, config.cluster_n);
+    let right = |matrix| operand(matrix, product.right_shape(), product.right, config.block_n, config.cluster_m);
     let strip = |format| {
         move |matrix: RawMatrix| BoxedMatrix {
             format,

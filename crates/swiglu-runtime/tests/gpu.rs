@@ -16,6 +16,8 @@ use swiglu_runtime::{
 
 #[path = "gpu/ffn.rs"]
 mod ffn;
+#[path = "gpu/scaled.rs"]
+mod scaled;
 #[path = "gpu/steps.rs"]
 mod steps;
 

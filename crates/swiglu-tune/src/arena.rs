@@ -5,7 +5,7 @@ use crate::device_memory::{Fill, Finish, GuardedBuffer, OutputMatrix, Support};
 use crate::gpu_subject::{GpuLab, Stopwatch};
 use crate::race::Failure;
 use cudarc::driver::{CudaSlice, CudaView};
-use swiglu_kernels::problem::{INT4_GROUP, Paired};
+use swiglu_kernels::problem::INT4_GROUP;
 use swiglu_kernels::{Format, Op, Problem, WeightMajor};
 use swiglu_runtime::gpu::Kernel;
 use swiglu_runtime::{RawForward, RawMatrix, RawScales, RawStep, launch};
@@ -334,15 +334,12 @@ impl Arena {
     fn step_reference(&self, args: &RawStep) -> Result<CudaSlice<f64>, Failure> {
         let Self { problem, support, .. } = self;
         let mut values = support.reference(problem.op.outputs() as usize * self.elements())?;
-        let (paired, finish) = match (problem.op, problem.product()) {
-            (Op::Gate, _) => (Paired::Nothing, Finish::Gate),
-            (Op::GateBackward | Op::Dgated, _) => (Paired::Nothing, Finish::GateBackward),
-            (_, product) => (product.map_or(Paired::Nothing, |product| product.paired), Finish::Add),
+        let finish = match problem.op {
+            Op::Gate => Finish::Gate,
+            Op::GateBackward | Op::Dgated => Finish::GateBackward,
+            _ => Finish::Add,
         };
-        let count = match paired {
-            Paired::Nothing | Paired::Depth => 1,
-            Paired::Rows | Paired::Columns => 2,
-        };
+        let count = problem.product().map_or(1, |product| product.outputs()) as usize;
         let size = if finish == Finish::Add { self.elements() } else { values.len() };
         for half in 0..count {
             let mut part = values.slice_mut(half * size..(half + 1) * size);

@@ -9,7 +9,7 @@ use crate::bench_steps;
 use crate::cli::open_gpu_lab;
 use crate::gpu_subject::{GpuLab, Stopwatch, TimedGraph};
 use crate::race::{Failure, interval, quantile};
-use crate::report::geometric_mean;
+use crate::report::{geometric_mean, terminal_table};
 use crate::{records, workload};
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
@@ -403,9 +403,7 @@ pub(crate) fn fastest<T>(
 }
 
 fn print_table(rows: &[Row]) {
-    let mut table = comfy_table::Table::new();
-    table.load_style(comfy_table::presets::ASCII_MARKDOWN);
-    table.set_header([
+    let mut table = terminal_table([
         "op",
         "dtype",
         "M",

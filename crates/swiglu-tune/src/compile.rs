@@ -104,9 +104,8 @@ pub(crate) fn run(args: &CompileArgs, options: &Options) -> Result<ExitCode> {
             }
         }
     }
-    let mut table = comfy_table::Table::new();
-    table.load_style(comfy_table::presets::ASCII_MARKDOWN);
-    table.set_header(["arch", "family", "compiled", "spilled", "failed", "most registers"]);
+    let mut table =
+        crate::report::terminal_table(["arch", "family", "compiled", "spilled", "failed", "most registers"]);
     for ((arch, family), counts) in &counts {
         let Counts { compiled, spilled, failed, most_registers } = counts;
         table.add_row([

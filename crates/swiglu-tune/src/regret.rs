@@ -2,7 +2,7 @@
 
 use crate::race::quantile;
 use crate::records;
-use crate::report::{default_config, median_us};
+use crate::report::{default_config, median_us, terminal_table};
 use crate::search;
 use anyhow::{Result, bail};
 use clap::Args;
@@ -123,9 +123,7 @@ fn row(records: &[Record], found: &[Record]) -> Option<(Row, Record)> {
 }
 
 fn print_table(rows: &[Row]) {
-    let mut table = comfy_table::Table::new();
-    table.load_style(comfy_table::presets::ASCII_MARKDOWN);
-    table.set_header([
+    let mut table = terminal_table([
         "op",
         "dtype",
         "M",

@@ -104,10 +104,16 @@ const COLUMNS: [&str; 17] = [
     "error",
 ];
 
-fn table(device: &DeviceReport) -> comfy_table::Table {
+/// An empty table for a terminal, which Markdown takes too.
+pub(crate) fn terminal_table<const COUNT: usize>(header: [&str; COUNT]) -> comfy_table::Table {
     let mut table = comfy_table::Table::new();
     table.load_style(comfy_table::presets::ASCII_MARKDOWN);
-    table.set_header(COLUMNS);
+    table.set_header(header);
+    table
+}
+
+fn table(device: &DeviceReport) -> comfy_table::Table {
+    let mut table = terminal_table(COLUMNS);
     for row in &device.rows {
         table.add_row(cells(row, &device.roofline));
     }

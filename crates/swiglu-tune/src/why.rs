@@ -58,9 +58,7 @@ fn words(problem: &Problem) -> String {
 }
 
 fn ladder(explanation: &Explanation, device: &Device, problem: &Problem, target: Target) -> comfy_table::Table {
-    let mut table = comfy_table::Table::new();
-    table.load_style(comfy_table::presets::ASCII_MARKDOWN);
-    table.set_header(["", "rung", "layer", "records", "nearest that could serve"]);
+    let mut table = report::terminal_table(["", "rung", "layer", "records", "nearest that could serve"]);
     let serving = explanation.serving.as_ref().map(|answer| (answer.matched, answer.layer));
     for rung in &explanation.rungs {
         let mark = if serving == Some((rung.matched, rung.layer)) { "=>" } else { "" };

@@ -2,9 +2,9 @@
 //!
 //! Design: `docs/kernels/elementwise.md`. Template: `templates/elementwise/kernel.cu.tera`.
 
-use super::{LaunchShape, Raster, Rejected, check_block, check_sizes, ensure};
+use super::{LaunchShape, Raster, Rejected, check_access_bytes, check_block, check_sizes, ensure};
 use crate::arch::ArchSpec;
-use crate::problem::{MAX_ACCESS_BYTES, Problem};
+use crate::problem::Problem;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -37,11 +37,7 @@ impl ElementwiseConfig {
     pub(super) fn check(&self, problem: &Problem, arch: &ArchSpec) -> Result<(), Rejected> {
         let &Self { threads, rows, access_bytes } = self;
         check_sizes(&[threads, rows, access_bytes], 1024)?;
-        ensure(
-            access_bytes.is_power_of_two() && access_bytes <= MAX_ACCESS_BYTES,
-            "access_bytes is 2, 4, 8 or 16",
-            || format!("access_bytes {access_bytes}"),
-        )?;
+        check_access_bytes(access_bytes)?;
         ensure(rows <= 8, "what is in flight fits in registers", || format!("{rows} rows a thread"))?;
         check_block(&self.launch_shape(problem), problem, arch)
     }

@@ -3,8 +3,8 @@
 //! Design: `docs/kernels/mma_sync.md`. Templates: `templates/mma_sync/`, one for each [`Staging`].
 
 use super::{
-    LaunchShape, RASTERS, Raster, Rejected, check_block, check_fast_silu, check_registers, check_sizes, check_unscaled,
-    ensure,
+    LaunchShape, RASTERS, Raster, Rejected, check_access_bytes, check_block, check_fast_silu, check_registers,
+    check_sizes, check_unscaled, ensure,
 };
 use crate::arch::ArchSpec;
 use crate::problem::{DType, MAX_ACCESS_BYTES, Problem, UnknownName, WeightMajor, names};
@@ -153,11 +153,7 @@ impl MmaSyncConfig {
             || format!("{} fragments", block_n / (8 * warps_n)),
         )?;
         ensure((2..=8).contains(&stages), "2 to 8 stages", || format!("{stages} stages"))?;
-        ensure(
-            access_bytes.is_power_of_two() && access_bytes <= MAX_ACCESS_BYTES,
-            "access_bytes is 2, 4, 8 or 16",
-            || format!("access_bytes {access_bytes}"),
-        )?;
+        check_access_bytes(access_bytes)?;
         // The addresses of narrow copies and both parts of the fragments do not fit in registers together.
         ensure(
             problem.dtype != DType::F32 || access_bytes == MAX_ACCESS_BYTES,

@@ -3,7 +3,8 @@
 //! Design: `docs/kernels/simt.md`. Template: `templates/simt/kernel.cu.tera`.
 
 use super::{
-    LaunchShape, RASTERS, Raster, Rejected, check_block, check_registers, check_sizes, check_unscaled, ensure,
+    LaunchShape, RASTERS, Raster, Rejected, check_access_bytes, check_block, check_registers, check_sizes,
+    check_unscaled, ensure,
 };
 use crate::arch::ArchSpec;
 use crate::problem::{DType, MAX_ACCESS_BYTES, Problem};
@@ -82,19 +83,8 @@ impl SimtConfig {
             "a block divides into threads",
             || format!("{block_m}x{block_n} by {thread_m}x{thread_n}, {stages} stages"),
         )?;
-        ensure(
-            thread_m.is_power_of_two()
-                && thread_n.is_power_of_two()
-                && block_m.is_multiple_of(4)
-                && block_n.is_multiple_of(4),
-            "thread tiles are powers of two",
-            || format!("{thread_m}x{thread_n} of {block_m}x{block_n}"),
-        )?;
-        ensure(
-            access_bytes.is_power_of_two() && access_bytes <= MAX_ACCESS_BYTES,
-            "access_bytes is 2, 4, 8 or 16",
-            || format!("access_bytes {access_bytes}"),
-        )?;
+        check_thread_tile((block_m, block_n), (thread_m, thread_n))?;
+        check_access_bytes(access_bytes)?;
         let access = (access_bytes / problem.dtype.bytes()).max(1);
         ensure(
             block_k.is_multiple_of(access) && block_n.is_multiple_of(access),
@@ -103,13 +93,29 @@ impl SimtConfig {
         )?;
         check_block(&self.launch_shape(problem.dtype), problem, arch)?;
         // Beside the sums a thread holds its fragments and the tile that is on its way.
-        // An access narrower than a register still takes a whole one; narrow ones each keep an address and a
-        // predicate alive as well.
-        let per_register = 4.min(access_bytes) / problem.dtype.bytes();
-        let per_access = if access_bytes < MAX_ACCESS_BYTES { 3 } else { 1 };
-        let prefetch = per_access * (block_m + 2 * block_n) * block_k / per_register / self.threads();
+        let prefetch = registers_on_the_way((block_m + 2 * block_n) * block_k, access_bytes, problem, self.threads());
         check_registers(2 * thread_m * thread_n, thread_m + 2 * thread_n + prefetch + 40, self.threads(), arch)
     }
+}
+
+/// A thread's tile of a block's.
+pub(super) fn check_thread_tile(block: (u32, u32), thread: (u32, u32)) -> Result<(), Rejected> {
+    ensure(
+        thread.0.is_power_of_two()
+            && thread.1.is_power_of_two()
+            && block.0.is_multiple_of(4)
+            && block.1.is_multiple_of(4),
+        "thread tiles are powers of two",
+        || format!("{}x{} of {}x{}", thread.0, thread.1, block.0, block.1),
+    )
+}
+
+/// Registers a thread that hold `elements` of a tile on its way. An access narrower than a register still takes a whole one;
+/// narrow ones each keep an address and a predicate alive as well.
+pub(super) fn registers_on_the_way(elements: u32, access_bytes: u32, problem: &Problem, threads: u32) -> u32 {
+    let per_register = 4.min(access_bytes) / problem.dtype.bytes();
+    let per_access = if access_bytes < MAX_ACCESS_BYTES { 3 } else { 1 };
+    per_access * elements / per_register / threads
 }
 
 pub(super) fn space(problem: &Problem) -> impl Iterator<Item = SimtConfig> + use<> {

@@ -3,9 +3,12 @@
 //!
 //! Design: `docs/kernels/simt_gemm.md`. Template: `templates/simt_gemm/kernel.cu.tera`.
 
-use super::{LaunchShape, RASTERS, Raster, Rejected, check_block, check_registers, check_sizes, ensure};
+use super::simt::{check_thread_tile, registers_on_the_way};
+use super::{
+    LaunchShape, RASTERS, Raster, Rejected, check_access_bytes, check_block, check_registers, check_sizes, ensure,
+};
 use crate::arch::ArchSpec;
-use crate::problem::{MAX_ACCESS_BYTES, Problem};
+use crate::problem::Problem;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -67,19 +70,8 @@ impl SimtGemmConfig {
             "a block is whole threads' tiles",
             || format!("{block_m}x{block_n} by {thread_m}x{thread_n}"),
         )?;
-        ensure(
-            thread_m.is_power_of_two()
-                && thread_n.is_power_of_two()
-                && block_m.is_multiple_of(4)
-                && block_n.is_multiple_of(4),
-            "thread tiles are powers of two",
-            || format!("{thread_m}x{thread_n} of {block_m}x{block_n}"),
-        )?;
-        ensure(
-            access_bytes.is_power_of_two() && access_bytes <= MAX_ACCESS_BYTES,
-            "access_bytes is 2, 4, 8 or 16",
-            || format!("access_bytes {access_bytes}"),
-        )?;
+        check_thread_tile((block_m, block_n), (thread_m, thread_n))?;
+        check_access_bytes(access_bytes)?;
         let access = (access_bytes / problem.dtype.bytes()).max(1);
         ensure(
             [block_m, block_n, block_k].iter().all(|size| size.is_multiple_of(access)),
@@ -87,11 +79,8 @@ impl SimtGemmConfig {
             || format!("{block_m}x{block_n}x{block_k}, {access} elements an access"),
         )?;
         check_block(&self.launch_shape(), problem, arch)?;
-        // Beside the sums a thread holds its fragments and the tile that is on its way, an access narrower than a
-        // register in a whole one with its address.
-        let per_register = 4.min(access_bytes) / problem.dtype.bytes();
-        let per_access = if access_bytes < MAX_ACCESS_BYTES { 3 } else { 1 };
-        let prefetch = per_access * (block_m + block_n) * block_k / per_register / self.threads();
+        // Beside the sums a thread holds its fragments and the tile that is on its way.
+        let prefetch = registers_on_the_way((block_m + block_n) * block_k, access_bytes, problem, self.threads());
         check_registers(thread_m * thread_n, thread_m + thread_n + prefetch + 40, self.threads(), arch)
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Design: `docs/kernels/wgmma_gemm.md`. Template: `templates/wgmma_gemm/kernel.cu.tera`.
 
+use super::wgmma_tma::{ORDERS, SMEM_BYTES, stages_that_fit};
 use super::{LaunchShape, Raster, Rejected, Schedule, check_block, check_sizes, ensure};
 use crate::arch::ArchSpec;
 use crate::problem::{DType, Op, OperandMajor, Problem};
@@ -51,9 +52,6 @@ const TILES: [(Schedule, u32, u32, u32); 10] = [
     (Schedule::Cooperative, 256, 192, 2),
 ];
 
-/// Beside the usual orders narrow bands, which keep less of both operands in L2: long sums.
-const ORDERS: [(Raster, u32); 4] = [(Raster::AlongM, 8), (Raster::AlongN, 8), (Raster::AlongM, 4), (Raster::AlongN, 4)];
-
 /// Bytes of both 16-bit formats.
 const ELEMENT_BYTES: u32 = 2;
 
@@ -74,14 +72,6 @@ impl WgmmaGemmConfig {
             _ => buffers * strip,
         };
         ring + staging + 16 * self.stages
-    }
-
-    /// 64-row blocks that one warpgroup multiplies.
-    const fn row_blocks(&self) -> u32 {
-        match self.schedule {
-            Schedule::Cooperative => self.block_m / (64 * self.consumers),
-            Schedule::Pingpong => self.block_m / 64,
-        }
     }
 
     pub(super) fn launch_shape(&self, problem: &Problem) -> LaunchShape {
@@ -134,22 +124,16 @@ impl WgmmaGemmConfig {
             "columns that are contiguous in the right operand load in boxes of 64",
             || format!("block_n {block_n}"),
         )?;
-        ensure(
-            (1..=2).contains(&consumers) && (self.schedule == Schedule::Cooperative || consumers == 2),
-            "two consumers take turns",
-            || format!("{consumers} consumers, {}", self.schedule),
-        )?;
-        let whole = match self.schedule {
-            Schedule::Cooperative => block_m.is_multiple_of(64 * consumers),
-            Schedule::Pingpong => block_m.is_multiple_of(64),
-        };
+        self.schedule.check_consumers(consumers, 2)?;
+        let whole = self.schedule.has_whole_blocks(block_m, consumers);
         ensure(whole && block_m <= 256, "a warpgroup holds whole 64-row blocks, a box at most 256 rows", || {
             format!("block_m {block_m}")
         })?;
         // Measured with NVRTC 13.0: more accumulators spill, and ptxas then serialises wgmma.
         let most = if problem.op == Op::Dgated { 192 } else { 208 };
-        ensure(self.row_blocks() * block_n / 2 <= most, "accumulators fit in registers", || {
-            format!("{} accumulators a thread", self.row_blocks() * block_n / 2)
+        let accumulators = self.schedule.row_blocks(block_m, consumers) * block_n / 2;
+        ensure(accumulators <= most, "accumulators fit in registers", || {
+            format!("{accumulators} accumulators a thread")
         })?;
         // 132 multiprocessors are 66 pairs; larger clusters leave some idle.
         ensure(cluster_m * cluster_n <= 2, "a cluster is at most a pair", || format!("{cluster_m}x{cluster_n}"))?;
@@ -175,8 +159,6 @@ const fn output_bytes(op: Op) -> u32 {
 
 /// A tile with `store_buffers` and the most stages that fit beside them.
 fn tile(op: Op, (schedule, block_m, block_n, consumers): (Schedule, u32, u32, u32), buffers: u32) -> WgmmaGemmConfig {
-    /// What one CTA may opt in to on sm_90a.
-    const SMEM_BYTES: u32 = 232_448;
     // Narrower strips leave room for more of them.
     let widest = if op == Op::Dgated { 64 } else { 128 };
     let cols = [128, 64, 32].into_iter().filter(|&bytes| bytes <= widest).map(|bytes| bytes / output_bytes(op));
@@ -195,8 +177,7 @@ fn tile(op: Op, (schedule, block_m, block_n, consumers): (Schedule, u32, u32, u3
         raster_group: 8,
     };
     let stage = WgmmaGemmConfig { stages: 1, ..config }.smem_bytes(op) - config.smem_bytes(op);
-    let left = SMEM_BYTES.saturating_sub(config.smem_bytes(op));
-    WgmmaGemmConfig { stages: (left / stage).min(8), ..config }
+    WgmmaGemmConfig { stages: stages_that_fit(SMEM_BYTES, config.smem_bytes(op), stage, 8), ..config }
 }
 
 /// The numbers of store buffers worth a try: those that leave different numbers of stages, the larger of two equal ones.

@@ -68,6 +68,38 @@ fn one() -> u32 {
     1
 }
 
+impl Schedule {
+    /// How many warpgroups may share the tiles.
+    pub(super) fn check_consumers(self, consumers: u32, most: u32) -> Result<(), Rejected> {
+        ensure(
+            (1..=most).contains(&consumers) && (self == Self::Cooperative || consumers == 2),
+            "two consumers take turns",
+            || format!("{consumers} consumers, {self}"),
+        )
+    }
+
+    /// Whether every warpgroup has whole 64-row blocks of `block_m` rows.
+    pub(super) const fn has_whole_blocks(self, block_m: u32, consumers: u32) -> bool {
+        match self {
+            Self::Cooperative => block_m.is_multiple_of(64 * consumers),
+            Self::Pingpong => block_m.is_multiple_of(64),
+        }
+    }
+
+    /// 64-row blocks that one warpgroup multiplies; of tiles with fewer rows the rest comes to nothing.
+    pub(super) const fn row_blocks(self, block_m: u32, consumers: u32) -> u32 {
+        match self {
+            Self::Cooperative => block_m.div_ceil(64 * consumers),
+            Self::Pingpong => block_m.div_ceil(64),
+        }
+    }
+}
+
+/// Stages of `stage` bytes that fit in `budget` beside `fixed` ones, up to `most`.
+pub(super) fn stages_that_fit(budget: u32, fixed: u32, stage: u32, most: u32) -> u32 {
+    (budget.saturating_sub(fixed) / stage).min(most)
+}
+
 /// schedule, block_m, block_n, consumers: what won somewhere on the H200 (docs/kernels/wgmma_tma.md).
 const TILES: [(Schedule, u32, u32, u32); 16] = [
     (Schedule::Pingpong, 64, 64, 2),
@@ -102,8 +134,9 @@ const E4M3_TILES: [(Schedule, u32, u32, u32); 10] = [
     (Schedule::Cooperative, 256, 48, 2),
 ];
 
-/// Beside the usual orders narrow bands, which keep less of both operands in L2: long K.
-const ORDERS: [(Raster, u32); 4] = [(Raster::AlongM, 8), (Raster::AlongN, 8), (Raster::AlongM, 4), (Raster::AlongN, 4)];
+/// Beside the usual orders narrow bands, which keep less of both operands in L2: long sums.
+pub(super) const ORDERS: [(Raster, u32); 4] =
+    [(Raster::AlongM, 8), (Raster::AlongN, 8), (Raster::AlongM, 4), (Raster::AlongN, 4)];
 
 /// Shared memory that the driver takes for every block.
 const RESERVED_BYTES: u32 = 1024;
@@ -125,21 +158,13 @@ impl WgmmaTmaConfig {
         ring + staging + sums + 16 * self.stages
     }
 
-    /// 64-row blocks that one warpgroup multiplies; of tiles with fewer rows the rest comes to nothing.
-    const fn row_blocks(&self) -> u32 {
-        match self.schedule {
-            Schedule::Cooperative => self.block_m.div_ceil(64 * self.consumers),
-            Schedule::Pingpong => self.block_m.div_ceil(64),
-        }
-    }
-
     /// Registers a thread of the sums. Those of e4m3 are kept twice: tensor cores sum few K tiles, fp32 the rest.
     const fn accumulators(&self, dtype: DType) -> u32 {
         let copies = match dtype.x() {
             Format::E4m3 => 2,
             _ => 1,
         };
-        copies * self.row_blocks() * self.block_n
+        copies * self.schedule.row_blocks(self.block_m, self.consumers) * self.block_n
     }
 
     /// Columns of one box of N-major weights: a 128-byte or a 64-byte swizzle row.
@@ -215,15 +240,10 @@ impl WgmmaTmaConfig {
             "gate and up share one wgmma of at most 256 columns",
             || format!("block_n {block_n}"),
         )?;
-        ensure(
-            (1..=3).contains(&consumers) && (self.schedule == Schedule::Cooperative || consumers == 2),
-            "two consumers take turns",
-            || format!("{consumers} consumers, {}", self.schedule),
-        )?;
+        self.schedule.check_consumers(consumers, 3)?;
         let whole = match self.schedule {
             Schedule::Cooperative if blocks_per_sm == 2 => matches!(block_m, 16 | 32 | 64),
-            Schedule::Cooperative => block_m.is_multiple_of(64 * consumers),
-            Schedule::Pingpong => block_m.is_multiple_of(64),
+            schedule => schedule.has_whole_blocks(block_m, consumers),
         };
         ensure(whole && block_m <= 256, "a warpgroup holds whole 64-row blocks, a box at most 256 rows", || {
             format!("block_m {block_m}")
@@ -267,7 +287,6 @@ impl WgmmaTmaConfig {
             "two small blocks share a multiprocessor",
             || format!("{blocks_per_sm} blocks of {consumers} consumers"),
         )?;
-
         ensure(fill <= blocks_per_sm, "no more blocks are launched than fit", || format!("{fill} of {blocks_per_sm}"))?;
         ensure(blocks_per_sm == 1 || problem.dtype != DType::E4m3, "tiles of few tokens sum once", || {
             format!("{blocks_per_sm} blocks of {}", problem.dtype)
@@ -284,7 +303,7 @@ impl WgmmaTmaConfig {
 }
 
 /// What one CTA may opt in to on sm_90a.
-const SMEM_BYTES: u32 = 232_448;
+pub(super) const SMEM_BYTES: u32 = 232_448;
 
 /// A tile with the most stages that fit, and a second store buffer where it costs none of them.
 fn tile(schedule: Schedule, block_m: u32, block_n: u32, consumers: u32, dtype: DType) -> WgmmaTmaConfig {
@@ -321,7 +340,7 @@ impl WgmmaTmaConfig {
         let none = Self { stages: 0, ..self }.smem_bytes(dtype);
         let stage = Self { stages: 1, ..self }.smem_bytes(dtype) - none;
         let budget = (SMEM_BYTES + RESERVED_BYTES) / self.blocks_per_sm - RESERVED_BYTES;
-        Self { stages: (budget.saturating_sub(none) / stage).min(most), ..self }
+        Self { stages: stages_that_fit(budget, none, stage, most), ..self }
     }
 }
 

@@ -11,7 +11,6 @@ use rand_distr::{Distribution, StandardNormal};
 use rayon::prelude::*;
 use std::ffi::c_void;
 use swiglu_kernels::families::{Config, Target, candidates};
-use swiglu_kernels::problem::{OperandMajor, Paired};
 use swiglu_kernels::{ArchSpec, DType, Op, Problem, WeightMajor, arch, oracle, render};
 
 /// A matrix whose rows have gaps, so that strides count.
@@ -63,24 +62,18 @@ impl<T: Element> StepCase<T> {
         let mut rng = SmallRng::seed_from_u64(seed);
         let mut normal = |scale: f32| scale * Distribution::<f32>::sample(&StandardNormal, &mut rng);
         let (rows, cols) = problem.output();
-        let size = |rows: u32, cols: u32| (rows as usize, cols as usize);
-        let mut several = |count: usize, size: (usize, usize), scale: f32| -> Vec<Strided<T>> {
-            (0..count).map(|_| Strided::new(size, || normal(scale))).collect()
+        let mut several = |count: usize, (rows, cols): (u32, u32), scale: f32| -> Vec<Strided<T>> {
+            (0..count).map(|_| Strided::new((rows as usize, cols as usize), || normal(scale))).collect()
         };
         let (left, right) = match problem.product() {
             Some(product) => {
-                let shape = |major, outer| match major {
-                    OperandMajor::Depth => size(outer, product.depth),
-                    OperandMajor::Outer => size(product.depth, outer),
-                };
-                let left = 1 + usize::from(matches!(product.paired, Paired::Depth | Paired::Rows));
-                let right = 1 + usize::from(matches!(product.paired, Paired::Depth | Paired::Columns));
+                let (left, right) = product.operands();
                 let scale = 1.0 / (product.depth as f32).sqrt();
-                (several(left, shape(product.left, rows), 1.0), several(right, shape(product.right, cols), scale))
+                (several(left, product.left_shape(), 1.0), several(right, product.right_shape(), scale))
             }
-            None => (several(1, size(rows, cols), 1.0), Vec::new()),
+            None => (several(1, (rows, cols), 1.0), Vec::new()),
         };
-        let saved = several(2, size(rows, cols), 1.5);
+        let saved = several(2, (rows, cols), 1.5);
         let bias = (problem.op == Op::Down).then(|| (0..cols).map(|_| T::from_f32(normal(1.0))).collect());
         Self { problem, left, right, saved, bias, with_z: seed.is_multiple_of(2) }
     }

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use rand::{SeedableRng, rngs::SmallRng, seq::IndexedRandom};
 use rand_distr::{Distribution, StandardNormal};
 use swiglu_kernels::families::{Config, Family, Target, candidates};
-use swiglu_kernels::problem::{OperandMajor, Paired, Problem, WeightMajor};
+use swiglu_kernels::problem::{Problem, WeightMajor};
 use swiglu_kernels::{Op, oracle};
 use swiglu_runtime::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
 use swiglu_runtime::{DType, Element, LaunchError, RawMatrix, RawStep, StepPlan};
@@ -33,14 +33,9 @@ impl<T: Element + DeviceRepr> Case<T> {
         };
         let (left, right) = match problem.product() {
             Some(product) => {
-                let shape = |major, outer| match major {
-                    OperandMajor::Depth => (outer, product.depth),
-                    OperandMajor::Outer => (product.depth, outer),
-                };
-                let left = 1 + usize::from(matches!(product.paired, Paired::Depth | Paired::Rows));
-                let right = 1 + usize::from(matches!(product.paired, Paired::Depth | Paired::Columns));
+                let (left, right) = product.operands();
                 let scale = 1.0 / (product.depth.max(1) as f32).sqrt();
-                (several(left, shape(product.left, rows), 1.0), several(right, shape(product.right, cols), scale))
+                (several(left, product.left_shape(), 1.0), several(right, product.right_shape(), scale))
             }
             None => (several(1, (rows, cols), 1.0), Vec::new()),
         };

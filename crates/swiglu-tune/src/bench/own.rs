@@ -3,7 +3,7 @@
 use super::{BenchArgs, as_error, config_for, interleave, medians, print_json, verified};
 use crate::gpu_subject::{GpuLab, Stopwatch};
 use crate::race::Failure;
-use crate::report::geometric_mean;
+use crate::report::{geometric_mean, terminal_table};
 use anyhow::Result;
 use serde::Serialize;
 use std::process::ExitCode;
@@ -73,9 +73,7 @@ fn bench(lab: &GpuLab, ours: Entrant, bf16: Entrant, rounds: usize) -> Result<Ro
 }
 
 fn print_table(rows: &[Row]) {
-    let mut table = comfy_table::Table::new();
-    table.load_style(comfy_table::presets::ASCII_MARKDOWN);
-    table.set_header([
+    let mut table = terminal_table([
         "dtype",
         "M",
         "N",

@@ -1,6 +1,7 @@
 //! The tables that the seed project printed, with our times beside theirs.
 
 use super::Row;
+use crate::report::terminal_table;
 use swiglu_kernels::{DType, Problem, WeightLayout};
 
 /// A line as the seed printed it, in milliseconds.
@@ -35,9 +36,7 @@ impl Printed {
 
 /// `rows` are the lines of `printed`, measured here.
 pub(super) fn table(printed: &[Printed], rows: &[Row]) -> String {
-    let mut table = comfy_table::Table::new();
-    table.load_style(comfy_table::presets::ASCII_MARKDOWN);
-    table.set_header([
+    let mut table = terminal_table([
         "B",
         "D",
         "Liger ms",

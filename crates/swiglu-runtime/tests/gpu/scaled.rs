@@ -1,32 +1,17 @@
 //! The scaled formats against the float64 oracle, on a GPU: quantised, packed and launched as a caller does.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
+use super::{Gpu, gpu, limit, spec};
 use half::{bf16, f16};
 use rand::{SeedableRng, rngs::SmallRng};
 use rand_distr::{Distribution, StandardNormal};
 use std::sync::Arc;
 use swiglu_kernels::families::{Config, Target, candidates};
 use swiglu_kernels::{Activation, Format, oracle, quant};
-use swiglu_runtime::cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr};
+use swiglu_runtime::cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
 use swiglu_runtime::{
-    DType, Element, ForwardSpec, GateOrder, LaunchError, Matrix, Options, Plan, Preactivations, Runtime, ScaledForward,
-    Stored, WeightLayout, WeightScales, Weights,
+    DType, Element, ForwardSpec, LaunchError, Matrix, Plan, Preactivations, ScaledForward, Stored, WeightLayout,
+    WeightScales, Weights,
 };
-
-struct Gpu {
-    stream: Arc<CudaStream>,
-    runtime: Runtime,
-}
-
-fn gpu() -> Gpu {
-    swiglu_runtime::library::driver().unwrap();
-    let context = CudaContext::new(0).unwrap();
-    let stream = context.new_stream().unwrap();
-    let folder = std::env::temp_dir().join("swiglu-gpu-test");
-    let options =
-        Options { db: Some(folder.join("no-db")), cubin_cache: Some(folder.join("cubin")), ..Options::from_env() };
-    Gpu { runtime: Runtime::new(&context, &options).unwrap(), stream }
-}
 
 /// Operands of one check, in O where a number has no scale.
 struct Case<O> {
@@ -171,8 +156,7 @@ impl<O: Element + Stored + DeviceRepr> Case<O> {
         let wide = |values: &[O]| values.iter().map(|&value| f64::from(Element::to_f32(value))).collect::<Vec<_>>();
         assert_eq!(wide(&z), wide(&again), "{what}: another result in the second run");
         let sums = self.sums();
-        // Over a few elements single roundings do not average out.
-        let limit = self.spec.dtype.tolerance() * if sums.len() >= 256 { 1.0 } else { 2.5 };
+        let limit = limit(self.spec.dtype, sums.len());
         let error = oracle::relative_error(wide(&z), oracle::gated(Activation::Silu, &sums));
         assert!(error <= limit, "{what}: error {error:.2e}, {:?} m {}", self.spec, self.m);
         if self.spec.save_preactivations {
@@ -215,10 +199,6 @@ fn layouts(dtype: DType) -> [WeightLayout; 2] {
         Format::Int4 => [WeightLayout::PackedKn, WeightLayout::SeparateKn],
         _ => [WeightLayout::PackedNk, WeightLayout::SeparateNk],
     }
-}
-
-fn spec(dtype: DType, layout: WeightLayout, n: u32, k: u32) -> ForwardSpec {
-    ForwardSpec { dtype, layout, gate_order: GateOrder::GateFirst, n, k, save_preactivations: false }
 }
 
 /// Runs `body` with the element type of z of every scaled format.
