@@ -74,7 +74,7 @@ pub(crate) struct BenchArgs {
     /// Interleaved rounds.
     #[arg(long, default_value_t = 30)]
     rounds: usize,
-    /// The seed project's own table of the forward, B x D, with our times beside theirs.
+    /// The seed project's own tables, B x D, with our times beside theirs: forward, backward, and with the weights' gradients.
     #[arg(long, conflicts_with_all = ["m", "n", "k", "model", "op", "dtype", "layout", "family", "config"])]
     seeds: bool,
     /// Print JSON.
@@ -139,7 +139,7 @@ impl Row {
 /// What is to be timed.
 fn problems(args: &BenchArgs) -> Result<Vec<Problem>> {
     if args.seeds {
-        return Ok(seeds::FORWARD.iter().map(seeds::Printed::problem).collect());
+        return Ok(seeds::problems());
     }
     let (n, k) = match (args.n, args.k) {
         (Some(n), Some(k)) => (n, k),
@@ -182,7 +182,7 @@ pub(crate) fn run(args: &BenchArgs, options: &Options) -> Result<ExitCode> {
         write(path, sheet::plot(device, &rows))?;
     }
     if args.seeds && !args.json {
-        println!("{device}\n{}", seeds::table(&seeds::FORWARD, &rows));
+        println!("{device}\n{}", seeds::tables(&rows));
         return Ok(ExitCode::SUCCESS);
     }
     if args.json {

@@ -10,7 +10,8 @@ use crate::tune::{Crew, Order, Summary, tune};
 use crate::workload::{self, Group, OpChoice};
 use crate::{bench, compile, db, doctor, fault, inspect, records, regret, report, why, worker};
 use anyhow::{Context, Result, bail};
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::parser::ValueSource;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use clap_complete::Shell;
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -159,41 +160,14 @@ struct TuneArgs {
     fault: Vec<fault::Fault>,
 }
 
-impl TuneArgs {
-    /// An option that was given, by its name.
-    fn given(&self) -> Option<&'static str> {
-        let Self {
-            gpu,
-            model,
-            shapes,
-            op: _,
-            dtype,
-            layout: _,
-            budget,
-            retune,
-            search: _,
-            exhaustive,
-            watchdog: _,
-            metrics,
-            tensorboard,
-            quiet,
-            fault: _,
-        } = self;
-        [
-            ("--gpu", gpu.is_some()),
-            ("--model", model.is_some()),
-            ("--shapes", shapes.is_some()),
-            ("--dtype", !dtype.is_empty()),
-            ("--budget", budget.is_some()),
-            ("--retune", *retune),
-            ("--exhaustive", *exhaustive),
-            ("--metrics", metrics.is_some()),
-            ("--tensorboard", tensorboard.is_some()),
-            ("--quiet", *quiet),
-        ]
-        .into_iter()
-        .find_map(|(name, given)| given.then_some(name))
-    }
+/// The command line, and an option of tuning that stands before a subcommand, where it has no effect.
+pub(crate) fn parse() -> (Cli, Option<String>) {
+    let matches = Cli::command().get_matches();
+    let tuning = TuneArgs::augment_args(clap::Command::new("swiglu-tune"));
+    let given = |arg: &&clap::Arg| matches.value_source(arg.get_id().as_str()) == Some(ValueSource::CommandLine);
+    let misplaced = matches.subcommand().and_then(|_| tuning.get_arguments().find(given)).and_then(clap::Arg::get_long);
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    (cli, misplaced.map(|name| format!("--{name}")))
 }
 
 #[derive(Debug, Subcommand)]
@@ -255,9 +229,9 @@ impl Cli {
     }
 }
 
-pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
+pub(crate) fn run(cli: &Cli, misplaced: Option<&str>) -> Result<ExitCode> {
     let options = cli.places.options();
-    if let Some(option) = cli.command.as_ref().and_then(|_| cli.tune.given()) {
+    if let Some(option) = misplaced {
         bail_usage(&format!("{option} tunes; before a subcommand it has no effect, give it after or leave it out"));
     }
     match &cli.command {

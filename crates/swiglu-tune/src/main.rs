@@ -32,15 +32,14 @@ mod why;
 mod worker;
 mod workload;
 
-use clap::Parser;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     // `swiglu-tune report | head` ends quietly, as other commands do.
     sigpipe::reset();
-    let cli = cli::Cli::parse();
+    let (cli, misplaced) = cli::parse();
     log::start(cli.log, cli.verbose);
-    match cli::run(&cli) {
+    match cli::run(&cli, misplaced.as_deref()) {
         Ok(code) => code,
         Err(error) => {
             log::failure(&error);

@@ -56,6 +56,8 @@ fn help_teaches_and_wrong_usage_exits_with_2() {
         &["bench", "--seeds", "--m", "5"],
         &["render", "--family", "cpu"],
         &["--gpu", "cpu", "report"],
+        &["--op", "gate", "report"],
+        &["--watchdog", "60", "--db", "x", "doctor"],
     ] {
         tune(&home).args(wrong).assert().code(2);
     }
