@@ -213,25 +213,38 @@ impl<'a> Tuner<'a> {
 
     /// Gives every idle worker something to do.
     fn hand_out(&mut self) -> Result<()> {
-        for front in 0..self.fronts.len() {
-            self.compile_ahead(front)?;
-        }
-        for worker in 0..self.stations.len() {
-            let front = self.stations[worker].0;
-            while !self.stations[worker].1.is_busy && self.stations[worker].1.faults < FAULTS {
-                if !self.fronts[front].has_time(&self.order.stop) {
-                    break;
-                }
-                let Some(item) = self.fronts[front].share.next(worker) else { break };
-                let Some(task) = self.task(front, item)? else {
-                    self.progress.inc(1);
-                    continue;
-                };
-                let station = &mut self.stations[worker].1;
-                station.is_busy = station.tasks.send(task).is_ok();
+        // Where nothing was missing the next groups may be due already.
+        let mut is_settled = false;
+        while !is_settled {
+            is_settled = true;
+            for front in 0..self.fronts.len() {
+                self.compile_ahead(front)?;
+            }
+            for worker in 0..self.stations.len() {
+                is_settled &= !self.employ(worker)?;
             }
         }
         Ok(())
+    }
+
+    /// Gives a worker its next race, if it is idle and there is one; whether problems with nothing missing were passed by.
+    fn employ(&mut self, worker: usize) -> Result<bool> {
+        let front = self.stations[worker].0;
+        let mut passed = false;
+        while !self.stations[worker].1.is_busy && self.stations[worker].1.faults < FAULTS {
+            if !self.fronts[front].has_time(&self.order.stop) {
+                break;
+            }
+            let Some(item) = self.fronts[front].share.next(worker) else { break };
+            let Some(task) = self.task(front, item)? else {
+                self.progress.inc(1);
+                passed = true;
+                continue;
+            };
+            let station = &mut self.stations[worker].1;
+            station.is_busy = station.tasks.send(task).is_ok();
+        }
+        Ok(passed)
     }
 
     /// Has the next group compiled, unless there is enough to do for all: what is compiled in vain delays the end.
