@@ -1,4 +1,11 @@
 //! Which anchor serves which M. Exact up to 8, then four buckets an octave: a table index, no search.
+//!
+//! Between anchors the nearest one's kernel may be a bad choice: at M = 9 a kernel for 8 tokens reads the weights twice. So a
+//! bucket takes the kernel with the least time by the model, scaled to what was measured at the kernel's own anchor.
+
+use crate::plan::Choice;
+use swiglu_kernels::Problem;
+use swiglu_kernels::model::Chip;
 
 /// Number of buckets: 0..=8, then four for each of the octaves up to 2^31.
 const COUNT: usize = 9 + 4 * 28;
@@ -22,19 +29,36 @@ fn largest_of(bucket: usize) -> u64 {
     (5 + quarter as u64) << (octave - 2)
 }
 
-/// For every bucket the index of the anchor nearest in log2; `anchors` ascend and are not empty.
+/// For every bucket the index of the anchor that serves it.
 #[derive(Debug, Clone)]
 pub(crate) struct BucketTable([u16; COUNT]);
 
+/// Anchors further away than this factor are not asked for their time.
+const FAR: u32 = 4;
+/// Sizes of M of a bucket whose times count.
+const SAMPLES: u64 = 4;
+
 impl BucketTable {
-    pub(crate) fn new(anchors: &[u32]) -> Self {
-        let log2 = |m: f64| m.max(1.0).log2();
+    /// `anchors` ascend and are not empty. A bucket that ends at an anchor is its own; any other goes to the anchor whose
+    /// kernel has the least `time` there, of (index, M), or to the nearest in log2 where not all near ones have one.
+    pub(crate) fn new(anchors: &[u32], time: impl Fn(usize, u32) -> Option<f64>) -> Self {
         Self(std::array::from_fn(|bucket| {
-            let here = log2(largest_of(bucket) as f64);
-            let distance = |anchor: u32| (log2(f64::from(anchor)) - here).abs();
-            let nearest = (0..anchors.len()).min_by(|&a, &b| distance(anchors[a]).total_cmp(&distance(anchors[b])));
-            u16::try_from(nearest.unwrap_or(0)).unwrap_or(u16::MAX)
+            let own = anchors.iter().rposition(|&anchor| u64::from(anchor) == largest_of(bucket));
+            let best = own.or_else(|| fastest(anchors, bucket, &time)).unwrap_or_else(|| nearest(anchors, bucket));
+            u16::try_from(best).unwrap_or(u16::MAX)
         }))
+    }
+
+    /// The table of what is tuned or chosen for `problem`, whose M is not used, on a device of this class.
+    pub(crate) fn of_choices(device_class: &str, problem: &Problem, choices: &[Choice]) -> Self {
+        let anchors: Vec<u32> = choices.iter().map(|choice| choice.anchor).collect();
+        let chip = Chip::of_class(device_class);
+        Self::new(&anchors, |index, m| {
+            let (chip, choice) = (chip.as_ref()?, choices.get(index)?);
+            let model = |m| chip.predict_us(&problem.with_m(m), &choice.config);
+            let scale = choice.median_us.map_or(Some(1.0), |measured| Some(measured / model(choice.anchor)?))?;
+            Some(model(m)? * scale)
+        })
     }
 
     /// Index of the anchor that serves `m`.
@@ -43,14 +67,36 @@ impl BucketTable {
     }
 }
 
-/// Of the tuned values of M, ascending, the one whose kernel a prepared plan launches for `m`.
-pub fn serving_anchor(anchors: &[u32], m: u32) -> Option<u32> {
-    anchors.get(BucketTable::new(anchors).anchor(m)).copied()
+/// The near anchor with the least time over a bucket; `None` where one has none.
+fn fastest(anchors: &[u32], bucket: usize, time: &impl Fn(usize, u32) -> Option<f64>) -> Option<usize> {
+    let (above, largest) = (largest_of(bucket.checked_sub(1)?), u32::try_from(largest_of(bucket)).ok()?);
+    let width = u64::from(largest) - above;
+    let samples: Vec<u32> =
+        (1..=SAMPLES).filter_map(|part| u32::try_from(above + (width * part).div_ceil(SAMPLES)).ok()).collect();
+    let is_near = |anchor: u32| anchor.max(largest) / anchor.min(largest).max(1) <= FAR;
+    let near = (0..anchors.len()).filter(|&index| is_near(anchors[index]));
+    let timed = near.map(|index| Some((index, samples.iter().map(|&m| time(index, m)).sum::<Option<f64>>()?)));
+    let timed: Vec<(usize, f64)> = timed.collect::<Option<_>>()?;
+    timed.into_iter().min_by(|a, b| a.1.total_cmp(&b.1)).map(|(index, _)| index)
+}
+
+fn nearest(anchors: &[u32], bucket: usize) -> usize {
+    let log2 = |m: f64| m.max(1.0).log2();
+    let here = log2(largest_of(bucket) as f64);
+    let distance = |index: &usize| (log2(f64::from(anchors[*index])) - here).abs();
+    (0..anchors.len()).min_by(|a, b| distance(a).total_cmp(&distance(b))).unwrap_or(0)
+}
+
+/// Of the choices for `problem`, ascending by anchor, the one whose kernel a prepared plan launches for the problem's M.
+pub fn serving_choice<'a>(device_class: &str, problem: &Problem, choices: &'a [Choice]) -> Option<&'a Choice> {
+    choices.get(BucketTable::of_choices(device_class, problem, choices).anchor(problem.m))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use swiglu_db::Match;
+    use swiglu_kernels::{DType, Target, WeightMajor, arch, families};
 
     #[test]
     fn buckets_are_in_order_and_end_at_their_largest_m() {
@@ -62,11 +108,49 @@ mod tests {
         assert_eq!(bucket_of(1 << 31), COUNT - 1);
     }
 
+    const ANCHORS: [u32; 4] = [1, 16, 256, 4096];
+
     #[test]
-    fn the_nearest_anchor_serves() {
-        let table = BucketTable::new(&[1, 16, 256, 4096]);
+    fn the_nearest_anchor_serves_where_nothing_has_a_time() {
+        let table = BucketTable::new(&ANCHORS, |_, _| None);
         let served = [1, 3, 5, 16, 60, 80, 256, 1000, 2000, 1 << 30].map(|m| table.anchor(m));
         assert_eq!(served, [0, 0, 1, 1, 1, 2, 2, 2, 3, 3]);
-        assert_eq!((serving_anchor(&[1, 16, 256, 4096], 60), serving_anchor(&[], 60)), (Some(16), None));
+    }
+
+    #[test]
+    fn between_anchors_the_fastest_of_the_near_ones_serves() {
+        // Tiles of as many rows as the anchor; a tile takes as long as it has rows, and one more.
+        let by_tiles = |index: usize, m: u32| Some(f64::from(m.div_ceil(ANCHORS[index]) * (ANCHORS[index] + 1)));
+        let table = BucketTable::new(&ANCHORS, by_tiles);
+        let served = [1, 4, 16, 17, 60, 80, 256, 1000, 1024, 4096].map(|m| table.anchor(m));
+        assert_eq!(served, [0, 0, 1, 1, 1, 2, 2, 2, 2, 3], "80 is too far from 16 to ask it");
+        let away = BucketTable::new(&ANCHORS, |index, _| Some(index as f64));
+        assert_eq!(
+            [1, 16, 4096].map(|m| away.anchor(m)),
+            [0, 1, 3],
+            "an anchor serves its own M, whatever the model says"
+        );
+    }
+
+    #[test]
+    fn one_token_more_than_an_anchor_of_few_does_not_double_the_time() {
+        let class = "sm_90a-sm132-l2_60m-smem227k-bus6016-mem3201mhz";
+        let problem = Problem::forward(DType::Bf16, WeightMajor::K, 9, 14336, 4096);
+        let arch = arch::by_name("sm_90a").unwrap();
+        let rows = |block_m: u32| {
+            let legal = families::candidates(&problem, Target::Gpu(arch)).into_iter();
+            let mut of_rows = legal.filter(|config| config.launch_shape(&problem).unwrap().block_m == block_m);
+            of_rows.next().unwrap()
+        };
+        let choice = |anchor, block_m, median_us| Choice {
+            anchor,
+            config: rows(block_m),
+            matched: Match::Exact,
+            median_us: Some(median_us),
+        };
+        let choices = [choice(8, 8, 60.0), choice(16, 16, 61.0)];
+        assert_eq!(serving_choice(class, &problem, &choices).unwrap().anchor, 16);
+        assert_eq!(serving_choice(class, &problem.with_m(8), &choices).unwrap().anchor, 8);
+        assert_eq!(serving_choice(class, &problem, &[]), None);
     }
 }

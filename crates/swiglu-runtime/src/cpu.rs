@@ -77,7 +77,7 @@ impl CpuPlan {
             pools.insert(config.threads, Arc::clone(&pool));
             entries.push((config, pool));
         }
-        let table = BucketTable::new(&anchors.iter().map(|&(m, _)| m).collect::<Vec<_>>());
+        let table = BucketTable::new(&anchors.iter().map(|&(m, _)| m).collect::<Vec<_>>(), |_, _| None);
         Ok(Self { spec, table, entries })
     }
 

@@ -24,7 +24,7 @@ pub mod scaled;
 pub mod step;
 mod tensor_map;
 
-pub use buckets::serving_anchor;
+pub use buckets::serving_choice;
 pub use cudarc;
 pub use ffn::{FfnPlan, FfnSpec};
 pub use launch::{RawForward, RawScales};

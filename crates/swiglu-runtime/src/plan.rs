@@ -7,7 +7,7 @@ use crate::launch::{self, RawForward, RawScales};
 use crate::operands::{ArgumentError, Element, Forward, ForwardSpec, MAX_ROWS, Preactivations, Weights};
 use crate::step::RawStep;
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, DriverError, sys};
-use swiglu_db::Match;
+use swiglu_db::{Match, Record};
 use swiglu_kernels::{Config, Problem};
 
 /// Why a launch did not happen.
@@ -31,7 +31,7 @@ pub enum LaunchError {
 }
 
 /// Where the config for some M came from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Choice {
     /// The M that it was tuned for, if it was.
     pub anchor: u32,
@@ -39,6 +39,20 @@ pub struct Choice {
     pub config: Config,
     /// Which rung of the ladder answered.
     pub matched: Match,
+    /// What was measured at the anchor, in microseconds.
+    pub median_us: Option<f64>,
+}
+
+impl Choice {
+    /// What the tuning table has at an anchor.
+    pub fn tuned(anchor: u32, record: &Record, matched: Match) -> Self {
+        Self { anchor, config: record.config, matched, median_us: record.measurement().map(|of| of.median_us) }
+    }
+
+    /// A config that nothing was measured of.
+    pub fn untuned(anchor: u32, config: Config, matched: Match) -> Self {
+        Self { anchor, config, matched, median_us: None }
+    }
 }
 
 /// The kernels of one problem, loaded, and which of them serves which M and alignment.

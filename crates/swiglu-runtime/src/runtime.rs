@@ -12,7 +12,7 @@ use cudarc::driver::CudaContext;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use swiglu_db::{Match, Record, TuningTable};
+use swiglu_db::{Match, TuningTable};
 use swiglu_kernels::families::{Target, default_config};
 use swiglu_kernels::model::Chip;
 use swiglu_kernels::problem::Problem;
@@ -123,16 +123,15 @@ impl Runtime {
 
     fn selection(&self, problem: &Problem) -> Result<Selection, PrepareError> {
         let tuned = self.table.anchors(&self.gpu.device.class, problem, Target::Gpu(self.gpu.arch));
-        let choice =
-            |(anchor, record, matched): (u32, Record, Match)| Choice { anchor, config: record.config, matched };
-        let tuned: Vec<Choice> = tuned.into_iter().map(choice).collect();
+        let tuned: Vec<Choice> =
+            tuned.iter().map(|(anchor, record, matched)| Choice::tuned(*anchor, record, *matched)).collect();
         if !tuned.is_empty() {
             match self.kernels_of(problem, &tuned) {
                 Ok(kernels) => return self.assemble(problem, tuned, &kernels),
                 Err(error) => tracing::warn!(%error, "no tuned config can be used"),
             }
         }
-        let untuned = self.untuned(problem)?;
+        let untuned = untuned_choices(&self.gpu.device.class, problem, self.gpu.arch)?;
         let kernels = self.kernels_of(problem, &untuned)?;
         self.assemble(problem, untuned, &kernels)
     }
@@ -166,7 +165,7 @@ impl Runtime {
     fn only(&self, problem: &Problem, config: Config) -> Result<Selection, PrepareError> {
         config.check(problem, Target::Gpu(self.gpu.arch))?;
         let kernels = self.kernels(problem, &[config])?;
-        self.assemble(problem, vec![Choice { anchor: 1, config, matched: Match::Untuned }], &kernels)
+        self.assemble(problem, vec![Choice::untuned(1, config, Match::Untuned)], &kernels)
     }
 
     /// Compiles every source once, side by side; a config of a source that fails is left out with a warning.
@@ -208,19 +207,11 @@ impl Runtime {
         let usable = |choice: Choice| kernels.get(&choice.config).map(|kernel| (choice, kernel.clone()));
         let mut anchors: Vec<(Choice, Kernel)> = choices.into_iter().filter_map(usable).collect();
         if let (true, Some(kernel)) = (anchors.is_empty(), &fallback) {
-            anchors.push((Choice { anchor: 1, config: kernel.config, matched: Match::Untuned }, kernel.clone()));
+            anchors.push((Choice::untuned(1, kernel.config, Match::Untuned), kernel.clone()));
         }
-        let table = BucketTable::new(&anchors.iter().map(|(choice, _)| choice.anchor).collect::<Vec<_>>());
+        let served: Vec<Choice> = anchors.iter().map(|(choice, _)| *choice).collect();
+        let table = BucketTable::of_choices(&self.gpu.device.class, problem, &served);
         Ok(Selection { table, anchors, fallback })
-    }
-
-    /// Untuned: a config for a few sizes of M.
-    fn untuned(&self, problem: &Problem) -> Result<Vec<Choice>, PrepareError> {
-        let choice = |anchor| {
-            let (config, matched) = untuned_config(&self.gpu.device.class, &problem.with_m(anchor), self.gpu.arch)?;
-            Ok(Choice { anchor, config, matched })
-        };
-        UNTUNED_ANCHORS.into_iter().map(choice).collect()
     }
 
     fn kernel(&self, problem: &Problem, config: Config) -> Result<Kernel, PrepareError> {
@@ -249,6 +240,22 @@ pub fn untuned_config(
     let default = default_config(problem, arch)?;
     let better = Chip::of_class(device_class).and_then(|chip| chip.better_than(&default, problem));
     Ok(better.map_or((default, Match::Untuned), |config| (config, Match::Model)))
+}
+
+/// What serves `problem` where nothing was tuned, for a few sizes of M.
+///
+/// # Errors
+/// As [`untuned_config`].
+pub fn untuned_choices(
+    device_class: &str,
+    problem: &Problem,
+    arch: &'static ArchSpec,
+) -> Result<Vec<Choice>, Rejected> {
+    let choice = |anchor| {
+        let (config, matched) = untuned_config(device_class, &problem.with_m(anchor), arch)?;
+        Ok(Choice::untuned(anchor, config, matched))
+    };
+    UNTUNED_ANCHORS.into_iter().map(choice).collect()
 }
 
 /// The layers of tuned records that `options` point at; damaged ones are skipped with a warning.

@@ -22,8 +22,7 @@ use swiglu_kernels::families::{self, Family, Target};
 use swiglu_kernels::{Config, DType, Op, Problem, WeightLayout, render};
 use swiglu_runtime::cublaslt::{CublasLt, Gemm};
 use swiglu_runtime::gpu::{Gpu, Kernel};
-use swiglu_runtime::runtime::UNTUNED_ANCHORS;
-use swiglu_runtime::{Options, RawMatrix, RawStep, launch, runtime, serving_anchor};
+use swiglu_runtime::{Options, RawMatrix, RawStep, launch, runtime, serving_choice};
 
 /// What to time against.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -32,6 +31,8 @@ enum Peer {
     Cublaslt,
     /// What the runtime would launch for the same sizes in bf16 with k_major weights.
     OursBf16,
+    /// What the database has tuned for that very M; ours is what serves without the database.
+    Tuned,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -158,10 +159,10 @@ pub(crate) fn run(args: &BenchArgs, options: &Options) -> Result<ExitCode> {
     let given: Result<Vec<Config>, _> = args.config.iter().map(|text| serde_json::from_str(text)).collect();
     let given = given.context("--config is no config")?;
     let lab = open_gpu_lab(Gpu::open(args.gpu)?, options)?;
-    let table = runtime::load_table(options);
-    if args.against == Peer::OursBf16 {
-        return own::run(args, &problems, &given, &lab, &table, options);
+    if args.against != Peer::Cublaslt {
+        return own::run(args, &problems, &given, &lab, options);
     }
+    let table = runtime::load_table(options);
     let mut rows = Vec::new();
     for problem in problems {
         for &config in &given {
@@ -226,9 +227,10 @@ fn config_for(
     Ok(match found {
         Some((m, record, matched)) => (record.config, format!("{matched}, M {m}")),
         None => {
-            let m = serving_anchor(&UNTUNED_ANCHORS, problem.m).unwrap_or(problem.m);
-            let (config, rung) = runtime::untuned_config(&lab.gpu.device.class, &problem.with_m(m), lab.gpu.arch)?;
-            (config, rung.to_string())
+            let class = &lab.gpu.device.class;
+            let choices = runtime::untuned_choices(class, problem, lab.gpu.arch)?;
+            let serving = serving_choice(class, problem, &choices).context("nothing serves the problem")?;
+            (serving.config, serving.matched.to_string())
         }
     })
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use swiglu_db::{Match, Record, TuningTable, journal};
 use swiglu_kernels::{Problem, Target};
-use swiglu_runtime::{Options, serving_anchor};
+use swiglu_runtime::{Choice, Options, serving_choice};
 
 /// The tuning database's folder.
 pub(crate) fn db_dir(options: &Options) -> Result<PathBuf> {
@@ -32,8 +32,9 @@ pub(crate) fn serving(
     target: Target,
 ) -> Option<(u32, Record, Match)> {
     let anchors = table.anchors(class, problem, target);
-    let anchor = serving_anchor(&anchors.iter().map(|(m, ..)| *m).collect::<Vec<_>>(), problem.m)?;
-    anchors.into_iter().find(|(m, ..)| *m == anchor)
+    let choices: Vec<Choice> = anchors.iter().map(|(m, record, matched)| Choice::tuned(*m, record, *matched)).collect();
+    let serving = serving_choice(class, problem, &choices)?.anchor;
+    anchors.into_iter().find(|(m, ..)| *m == serving)
 }
 
 /// Says, where a database has records and none is of this device, whose they are.

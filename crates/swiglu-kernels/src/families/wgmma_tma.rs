@@ -242,7 +242,7 @@ impl WgmmaTmaConfig {
         )?;
         self.schedule.check_consumers(consumers, 3)?;
         let whole = match self.schedule {
-            Schedule::Cooperative if blocks_per_sm == 2 => matches!(block_m, 16 | 32 | 64),
+            Schedule::Cooperative if consumers == 1 => matches!(block_m, 16 | 32 | 64),
             schedule => schedule.has_whole_blocks(block_m, consumers),
         };
         ensure(whole && block_m <= 256, "a warpgroup holds whole 64-row blocks, a box at most 256 rows", || {
@@ -268,8 +268,8 @@ impl WgmmaTmaConfig {
             "a cluster is at most a pair",
             || format!("{cluster_m}x{cluster_n}x{cluster_k}"),
         )?;
-        ensure(cluster_k == 1 || blocks_per_sm == 2, "a split along K is for tiles of few tokens", || {
-            format!("cluster_k {cluster_k} with {blocks_per_sm} blocks per multiprocessor")
+        ensure(cluster_k == 1 || consumers == 1, "a split along K is for tiles of few tokens", || {
+            format!("cluster_k {cluster_k} with {consumers} consumers")
         })?;
         ensure(
             problem.weight_major == WeightMajor::K || block_n.is_multiple_of(32),
@@ -288,8 +288,8 @@ impl WgmmaTmaConfig {
             || format!("{blocks_per_sm} blocks of {consumers} consumers"),
         )?;
         ensure(fill <= blocks_per_sm, "no more blocks are launched than fit", || format!("{fill} of {blocks_per_sm}"))?;
-        ensure(blocks_per_sm == 1 || problem.dtype != DType::E4m3, "tiles of few tokens sum once", || {
-            format!("{blocks_per_sm} blocks of {}", problem.dtype)
+        ensure(consumers > 1 || problem.dtype != DType::E4m3, "tiles of few tokens sum once", || {
+            format!("1 consumer of {}", problem.dtype)
         })?;
         ensure(
             blocks_per_sm * (self.smem_bytes(problem.dtype) + RESERVED_BYTES) <= arch.smem_per_block + RESERVED_BYTES,
@@ -344,10 +344,10 @@ impl WgmmaTmaConfig {
     }
 }
 
-/// block_m, block_n, cluster_n, cluster_k of the tiles for few tokens, where reading the weights once is all there is to do:
-/// blocks of half a multiprocessor, so that the next launch begins while this one ends. Which width shares the columns out
+/// block_m, block_n, cluster_n, cluster_k of the tiles for few tokens that are half a multiprocessor each, so that the next
+/// launch begins while this one ends. Reading the weights once is all there is to do, and which width shares the columns out
 /// evenly depends on N, hence so many.
-const STREAM_TILES: [(u32, u32, u32, u32); 27] = [
+const HALF_STREAM_TILES: [(u32, u32, u32, u32); 25] = [
     (16, 32, 1, 1),
     (16, 40, 1, 1),
     (16, 48, 1, 1),
@@ -373,23 +373,41 @@ const STREAM_TILES: [(u32, u32, u32, u32); 27] = [
     (64, 56, 2, 1),
     (64, 64, 2, 1),
     (64, 88, 2, 1),
-    (64, 56, 1, 2),
-    (64, 64, 1, 2),
 ];
 
-fn stream_tile((block_m, block_n, cluster_n, cluster_k): (u32, u32, u32, u32), dtype: DType) -> WgmmaTmaConfig {
+/// block_n of the tiles for few tokens that fill a multiprocessor: twice the stages.
+const WHOLE_STREAM_COLUMNS: [u32; 9] = [32, 48, 56, 64, 72, 80, 88, 96, 112];
+
+fn stream_tile(
+    (block_m, block_n, cluster_n, cluster_k): (u32, u32, u32, u32),
+    blocks_per_sm: u32,
+    dtype: DType,
+) -> WgmmaTmaConfig {
     let store_cols = if block_n.is_multiple_of(16) { 16 } else { block_n };
     let config = WgmmaTmaConfig {
         cluster_n,
         cluster_k,
         store_cols,
         store_buffers: 1,
-        blocks_per_sm: 2,
-        // Some 100 KiB a multiprocessor.
-        prefetch: 400 / block_n,
+        blocks_per_sm,
+        // Some 100 KiB a multiprocessor; 140 where the launch ahead has to end first.
+        prefetch: if blocks_per_sm == 2 { 400 } else { 560 } / block_n,
         ..tile(Schedule::Cooperative, block_m, block_n, 1, dtype)
     };
     config.with_most_stages(12, dtype)
+}
+
+fn stream_tiles(dtype: DType) -> impl Iterator<Item = WgmmaTmaConfig> {
+    let halves = HALF_STREAM_TILES
+        .into_iter()
+        .flat_map(move |tile| [1, 2].map(|fill| WgmmaTmaConfig { fill, ..stream_tile(tile, 2, dtype) }));
+    let wholes = [16, 32, 64].into_iter().flat_map(move |block_m| {
+        WHOLE_STREAM_COLUMNS
+            .into_iter()
+            .flat_map(move |block_n| [1, 2].map(|cluster_k| stream_tile((block_m, block_n, 1, cluster_k), 1, dtype)))
+    });
+    // Four bytes a sum: the widest split tiles have too little left for stages.
+    halves.chain(wholes).filter(|config| config.stages >= 4)
 }
 
 pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaTmaConfig> + use<> {
@@ -406,10 +424,7 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaTmaConfig> +
             })
         })
     });
-    let streams = STREAM_TILES
-        .into_iter()
-        .filter(move |_| dtype != DType::E4m3)
-        .flat_map(move |tile| [1, 2].map(|fill| WgmmaTmaConfig { fill, ..stream_tile(tile, dtype) }));
+    let streams = stream_tiles(dtype).filter(move |_| dtype != DType::E4m3);
     tiles.chain(streams)
 }
 

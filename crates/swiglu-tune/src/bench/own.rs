@@ -1,13 +1,14 @@
-//! A number format beside bf16: what each gains, by our own kernels, of the same sizes in the same run.
+//! Our own kernels beside each other: a number format beside bf16, or what serves beside what was tuned for that very M.
 
-use super::{BenchArgs, as_error, config_for, interleave, medians, print_json, verified};
+use super::{BenchArgs, Peer, as_error, config_for, interleave, medians, print_json, verified};
 use crate::gpu_subject::{GpuLab, Stopwatch};
-use crate::race::Failure;
+use crate::race::{Failure, quantile};
+use crate::records;
 use crate::report::{geometric_mean, terminal_table};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde::Serialize;
 use std::process::ExitCode;
-use swiglu_db::TuningTable;
+use swiglu_db::{Layer, Record, TuningTable};
 use swiglu_kernels::{Config, DType, Problem, WeightMajor};
 use swiglu_runtime::Options;
 
@@ -18,11 +19,11 @@ struct Row {
     config: Config,
     source: String,
     ours_us: f64,
-    bf16_config: Config,
-    bf16_source: String,
-    bf16_us: f64,
-    /// Time in bf16 over ours.
-    over_bf16: f64,
+    peer_config: Config,
+    peer_source: String,
+    peer_us: f64,
+    /// Time of the peer over ours.
+    over_peer: f64,
 }
 
 /// Times every problem and prints the ratios.
@@ -31,20 +32,29 @@ pub(super) fn run(
     problems: &[Problem],
     given: &[Config],
     lab: &GpuLab,
-    table: &TuningTable,
     options: &Options,
 ) -> Result<ExitCode> {
+    let mut layers = options.layers();
+    // What the database has is the peer then, and does not serve.
+    layers.retain(|(layer, _)| args.against != Peer::Tuned || *layer != Layer::User);
+    let (table, _) = TuningTable::load(&layers);
+    let tuned = if args.against == Peer::Tuned { records::read(options)? } else { Vec::new() };
     let mut rows = Vec::new();
     for &problem in problems {
         let Problem { op, m, n, k, .. } = problem;
-        let bf16 = Problem::forward(DType::Bf16, WeightMajor::K, m, n, k).with_op(op);
-        let bf16_config = config_for(lab, table, None, &bf16, options)?;
+        let peer = match args.against {
+            Peer::Tuned => (problem, (best_of(&tuned, &problem, lab)?, "tuned".into())),
+            Peer::Cublaslt | Peer::OursBf16 => {
+                let bf16 = Problem::forward(DType::Bf16, WeightMajor::K, m, n, k).with_op(op);
+                (bf16, config_for(lab, &table, None, &bf16, options)?)
+            }
+        };
         let configs = match given {
-            [] => vec![config_for(lab, table, args.family, &problem, options)?],
+            [] => vec![config_for(lab, &table, args.family, &problem, options)?],
             given => given.iter().map(|&config| (config, "given".into())).collect(),
         };
         for ours in configs {
-            rows.push(bench(lab, (problem, ours), (bf16, bf16_config.clone()), args.rounds)?);
+            rows.push(bench(lab, (problem, ours), peer.clone(), args.rounds)?);
         }
     }
     if args.json {
@@ -55,21 +65,29 @@ pub(super) fn run(
     Ok(ExitCode::SUCCESS)
 }
 
+fn best_of(records: &[Record], problem: &Problem, lab: &GpuLab) -> Result<Config> {
+    let of_problem =
+        records.iter().filter(|record| record.problem == *problem && record.device.class == lab.gpu.device.class);
+    let measured = of_problem.filter_map(|record| Some((record.measurement()?.median_us, record.config)));
+    let best = measured.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, config)| config);
+    best.with_context(|| format!("M {} of N {} and K {} is not tuned in the database", problem.m, problem.n, problem.k))
+}
+
 type Entrant = (Problem, (Config, String));
 
-fn bench(lab: &GpuLab, ours: Entrant, bf16: Entrant, rounds: usize) -> Result<Row> {
-    let ((problem, (config, source)), (bf16_problem, (bf16_config, bf16_source))) = (ours, bf16);
+fn bench(lab: &GpuLab, ours: Entrant, peer: Entrant, rounds: usize) -> Result<Row> {
+    let ((problem, (config, source)), (peer_problem, (peer_config, peer_source))) = (ours, peer);
     let watch = Stopwatch::new(lab).map_err(|failure| as_error(&failure))?;
     let (arena, kernel) = verified(lab, problem, config, &watch)?;
-    let (bf16_arena, bf16_kernel) = verified(lab, bf16_problem, bf16_config, &watch)?;
+    let (peer_arena, peer_kernel) = verified(lab, peer_problem, peer_config, &watch)?;
     let race = || -> Result<[Vec<f64>; 2], Failure> {
         let ours = |index: usize| arena.launch(lab, &kernel, index);
-        let bf16 = |index: usize| bf16_arena.launch(lab, &bf16_kernel, index);
-        interleave(&watch, [&ours, &bf16], rounds)
+        let peer = |index: usize| peer_arena.launch(lab, &peer_kernel, index);
+        interleave(&watch, [&ours, &peer], rounds)
     };
-    let [ours_us, bf16_us] = medians(&race().map_err(|failure| as_error(&failure))?);
-    let over_bf16 = bf16_us / ours_us;
-    Ok(Row { problem, config, source, ours_us, bf16_config, bf16_source, bf16_us, over_bf16 })
+    let [ours_us, peer_us] = medians(&race().map_err(|failure| as_error(&failure))?);
+    let over_peer = peer_us / ours_us;
+    Ok(Row { problem, config, source, ours_us, peer_config, peer_source, peer_us, over_peer })
 }
 
 fn print_table(rows: &[Row]) {
@@ -80,11 +98,11 @@ fn print_table(rows: &[Row]) {
         "K",
         "config",
         "from",
-        "bf16 config",
+        "peer config",
         "from",
         "ours us",
-        "bf16 us",
-        "bf16/ours",
+        "peer us",
+        "peer/ours",
         "TFLOP/s",
         "GB/s",
     ]);
@@ -97,15 +115,21 @@ fn print_table(rows: &[Row]) {
             k.to_string(),
             row.config.to_string(),
             row.source.clone(),
-            row.bf16_config.to_string(),
-            row.bf16_source.clone(),
+            row.peer_config.to_string(),
+            row.peer_source.clone(),
             format!("{:.1}", row.ours_us),
-            format!("{:.1}", row.bf16_us),
-            format!("{:.3}", row.over_bf16),
+            format!("{:.1}", row.peer_us),
+            format!("{:.3}", row.over_peer),
             format!("{:.1}", row.problem.flops() / row.ours_us * 1e-6),
             format!("{:.0}", row.problem.bytes() / row.ours_us * 1e-3),
         ]);
     }
     println!("{table}");
-    println!("geometric mean: {:.3} of bf16", geometric_mean(rows.iter().map(|row| row.over_bf16)).unwrap_or(1.0));
+    let ratios: Vec<f64> = rows.iter().map(|row| row.over_peer).collect();
+    println!(
+        "peer/ours: geometric mean {:.3}, median {:.3}, least {:.3}",
+        geometric_mean(ratios.iter().copied()).unwrap_or(1.0),
+        quantile(&ratios, 0.5),
+        quantile(&ratios, 0.0)
+    );
 }
