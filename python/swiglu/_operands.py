@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import NoReturn
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 LAYOUTS = ("separate_nk", "separate_kn", "packed_nk", "packed_kn")
 GATE_ORDERS = ("gate_first", "up_first")
+SAVE = ("preactivations", "nothing")
 
 
 def bad_value(argument: str, reason: str) -> NoReturn:
@@ -74,6 +76,12 @@ def check_bias(name: str, bias: Tensor, x: Tensor, weight: Tensor) -> None:
         bad_type(name, f"is {bias.dtype}, expected {x.dtype} as `x`")
     if bias.device != x.device:
         bad_value(name, f"is on {bias.device}, expected {x.device} as `x`")
+
+
+def is_dtensor(tensor: Tensor | None) -> bool:
+    """Whether it is one; there is none where nobody imported them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def row_stride(matrix: Tensor) -> int | None:

@@ -23,10 +23,12 @@ fn set_nvrtc_folder(folder: PathBuf) {
     plans::set_nvrtc_folder(folder);
 }
 
-/// A plan for GPU `device`, or for the CPU where it is negative. Compiles and loads what is missing.
+/// A plan for GPU `device`, or for the CPU where it is negative; it stores the pre-activations if `save`. Compiles and loads
+/// what is missing.
 #[pyfunction]
-fn prepare(py: Python<'_>, device: i32, dtype: &str, layout: &str, n: u64, k: u64) -> PyResult<NativePlan> {
-    let key = key(device, dtype, layout, n, k, false)?;
+#[pyo3(signature = (device, dtype, layout, n, k, save = false))]
+fn prepare(py: Python<'_>, device: i32, dtype: &str, layout: &str, n: u64, k: u64, save: bool) -> PyResult<NativePlan> {
+    let key = key(device, dtype, layout, n, k, save)?;
     Ok(NativePlan(py.detach(|| guarded(|| plans::get_or_prepare(key)))?))
 }
 
