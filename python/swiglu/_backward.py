@@ -15,7 +15,7 @@ from ._ffn import ffn_op, ffn_saving_op, run_ffn, run_ffn_saving
 from ._gate import gate_gradients, gate_op
 from ._library import define, is_batch, is_plain_call, is_transformed, register_gradients
 from ._op import forward_op, forward_saving_op, run, run_saving
-from ._operands import as_weights, is_dtensor
+from ._operands import as_rows, as_weights, is_dtensor
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -115,6 +115,7 @@ def _launched(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs):
             if output is not None:
                 output.copy_(value)
         return [output for output in outputs if output is not None]
+    dy, x = as_rows(dy)[0], as_rows(x)[0]  # copied once, if at all
     if g is None:
         z, g, u = run_saving(x, gate, up, gate_bias, up_bias)
         dg, du, z_again = g, u, None  # in place: nobody else has them

@@ -4,6 +4,7 @@ may step past torch's dispatcher."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +34,15 @@ def register_gradients(
 ) -> Callable:
     """Gives ``op``, computed by ``run``, its gradients; returns the same for plain tensors, without torch's dispatcher."""
     torch.library.register_autograd(op._schema.name, backward, setup_context=setup_context, lib=lib)
-    body = {"forward": run, "setup_context": setup_context, "backward": backward}
-    names = {name: staticmethod(function) for name, function in body.items()}
-    return type(f"{op._opname}_direct", (torch.autograd.Function,), names).apply
+
+    def forward(ctx, *inputs):  # with a setup_context of its own torch would look up the signature in every call
+        output = run(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    names = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    direct: Any = type(f"{op._opname}_direct", (torch.autograd.Function,), names)
+    return direct.apply
 
 
 def is_recording(*tensors: Tensor | None) -> bool:
