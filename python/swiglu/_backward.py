@@ -15,7 +15,7 @@ from ._ffn import ffn_op, ffn_saving_op, run_ffn, run_ffn_saving
 from ._gate import gate_gradients, gate_op
 from ._library import define, is_batch, is_plain_call, is_transformed, register_gradients
 from ._op import forward_op, forward_saving_op, run, run_saving
-from ._operands import as_rows, as_weights, is_dtensor
+from ._operands import are_halves, as_rows, as_weights, is_dtensor
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -38,7 +38,7 @@ def gradients(
     operands = (dy, x, gate, up, down, *biases, *saved)
     if not _by_steps(dy, x, gate, needs):
         return _plain(*operands, needs)
-    found = iter(_launched(*operands, needs) if is_plain_call(*operands) else backward_op(*operands, needs))
+    found = iter(_launched(*operands, needs, True) if is_plain_call(*operands) else backward_op(*operands, needs))
     return tuple(next(found) if need else None for need in needs)
 
 
@@ -89,26 +89,32 @@ def _plain(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arrived=(None
 # ---- the runtime's steps ----
 
 
-def _outputs(x, gate, up, down, needs) -> list[Tensor | None]:
-    """The gradients' tensors; those of weights lie in memory as their weights do."""
+def _outputs(x, gate, up, down, needs, together=False) -> list[Tensor | None]:
+    """The gradients' tensors; those of weights lie in memory as their weights do, if ``together`` also as halves of one."""
     need_x, need_weights, _, need_down, *need_biases = needs
     n = gate.shape[0]
     *_, layout = as_weights(gate, up)
-    d_gate, d_up = (_new(gate, layout) if need_weights else None for _ in range(2))
+    d_gate = d_up = None
+    if need_weights and together and (are_halves(gate, up) or are_halves(up, gate)):
+        both = _new(gate, layout, 2)
+        d_gate, d_up = (both[:n], both[n:]) if are_halves(gate, up) else (both[n:], both[:n])
+    elif need_weights:
+        d_gate, d_up = _new(gate, layout), _new(up, layout)
     d_down = _new(down, as_weights(down, down)[-1]) if need_down else None
     d_biases = [x.new_empty(n) if need else None for need in need_biases]
     return [x.new_empty(x.shape) if need_x else None, d_gate, d_up, d_down, *d_biases]
 
 
-def _new(weight: Tensor, layout: str) -> Tensor:
-    rows, cols = weight.shape
+def _new(weight: Tensor, layout: str, count: int = 1) -> Tensor:
+    """For ``count`` matrices such as ``weight``, one below the other."""
+    rows, cols = weight.shape[0] * count, weight.shape[1]
     return weight.new_empty((cols, rows)).t() if layout == "separate_kn" else weight.new_empty((rows, cols))
 
 
-def _launched(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs):
+def _launched(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, together=False):
     """Those of :func:`_outputs` that are needed: three launches of the forward's, four of the block's, and one more where the
     pre-activations are computed again."""
-    outputs = _outputs(x, gate, up, down, needs)
+    outputs = _outputs(x, gate, up, down, needs, together)
     dx, d_gate, d_up, d_down, *d_biases = outputs
     if not _steps.serves(x, gate, dy):
         for output, value in zip(outputs, _plain(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs)):

@@ -20,7 +20,7 @@ from ._gate import (
 )
 from ._library import is_plain_call, is_recording, is_transformed
 from ._op import forward_op, forward_saving_op, reference, run
-from ._operands import GATE_ORDERS, LAYOUTS, SAVE, bad_value, check, check_choice
+from ._operands import GATE_ORDERS, LAYOUTS, SAVE, are_halves, bad_value, check, check_choice
 from ._sharding import prepare_for
 
 __all__ = ["forward", "split_packed", "swiglu_ffn", "swiglu_fused", "swiglu_torch"]
@@ -156,8 +156,23 @@ def split_packed(weight: Tensor, *, layout: str, gate_order: str = "gate_first")
     if packed.dim() != 2 or packed.shape[0] % 2:
         expected = "[2N, K]" if layout == "packed_nk" else "[K, 2N]"
         bad_value("weight", f"has shape {list(weight.shape)}, expected {expected}")
-    first, second = packed.chunk(2)
+    halves = _Halves.apply if is_recording(packed) and is_plain_call(packed) else torch.chunk
+    first, second = halves(packed, 2)
     return (first, second) if gate_order == "gate_first" else (second, first)
+
+
+class _Halves(torch.autograd.Function):
+    """``torch.chunk`` into two, whose backward copies nothing where the gradients are halves of one tensor already."""
+
+    @staticmethod
+    def forward(ctx, packed, count):
+        return packed.chunk(count)
+
+    @staticmethod
+    def backward(ctx, first, second):
+        if torch.is_grad_enabled() or not is_plain_call(first, second) or not are_halves(first, second):
+            return torch.cat((first, second)), None
+        return first.as_strided((2 * first.shape[0], first.shape[1]), first.stride()), None
 
 
 def swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:

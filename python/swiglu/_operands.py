@@ -117,6 +117,16 @@ def as_weights(gate: Tensor, up: Tensor) -> tuple[Tensor, int, Tensor, int, str]
     return gate.contiguous(), gate.shape[1], up.contiguous(), up.shape[1], "separate_nk"
 
 
+def are_halves(first: Tensor, second: Tensor) -> bool:
+    """Whether both are in memory what ``chunk(2)`` makes of one matrix."""
+    distance = first.shape[0] * first.stride(0) * first.element_size()
+    return (
+        first.stride() == second.stride()
+        and second.data_ptr() - first.data_ptr() == distance
+        and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    )
+
+
 def dtype_word(dtype: torch.dtype, device: int) -> str:
     """The runtime's word for a number format; fp32 on a GPU follows torch's matmul precision."""
     word = DTYPES[dtype]

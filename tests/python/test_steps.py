@@ -158,6 +158,46 @@ def test_strides(save, device, steps):
     assert {"down", "dgated", "input_grad", "weight_grad", "down_weight_grad"} == set(steps)
 
 
+@pytest.mark.parametrize("gate_order", ["gate_first", "up_first"])
+@pytest.mark.parametrize("layout", ["packed_nk", "packed_kn"])
+@pytest.mark.parametrize("save", SAVE)
+def test_a_packed_weight_gets_one_gradient_without_a_copy(save, layout, gate_order, device, steps):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    x, gate, up, down, *_ = ffn_operands(9, 40, 24, device=device)
+    dy = torch.randn(9, 24, device=device)
+    _, expected = float64([x, gate, up, down, None, None, None], dy)
+    order = [0, 1] if gate_order == "gate_first" else [1, 0]
+    packed, wanted = (torch.cat([pair[i] for i in order]) for pair in ((gate, up), expected[1:3]))
+    if layout == "packed_kn":
+        packed, wanted = packed.t().contiguous(), wanted.t()
+    packed.requires_grad_()
+
+    def block():
+        return swiglu.swiglu_ffn(x, *swiglu.split_packed(packed, layout=layout, gate_order=gate_order), down, save=save)
+
+    y, seen = block(), []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    y.backward(dy)
+    assert packed.grad.stride() == packed.stride() and "weight_grad" in steps
+    assert packed.grad.untyped_storage().nbytes() == packed.untyped_storage().nbytes()
+    assert relative_error(packed.grad, wanted) <= TOLERANCE[torch.float32]
+    # Where a mode waits, and where both halves have another use, copies are right too.
+    with Recorder():
+        (through,) = torch.autograd.grad(block(), packed, dy)
+    assert OPS.backward.default in seen and torch.equal(through, packed.grad)
+    (twice,) = torch.autograd.grad(block() + block(), packed, dy)
+    torch.testing.assert_close(twice, 2 * packed.grad)
+    halves = swiglu.split_packed(packed, layout=layout)
+    (one,) = torch.autograd.grad(halves[0].sum(), packed)
+    assert one.sum() == halves[0].numel()
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("shape", [(7,), (2, 3, 16), (33, 129), (1, 1)])
 def test_gate(shape, dtype, device, steps):
