@@ -13,7 +13,7 @@ from torch import Tensor
 from . import _steps
 from ._ffn import ffn_op, ffn_saving_op, run_ffn, run_ffn_saving
 from ._gate import gate_gradients, gate_op
-from ._library import define, is_batch, is_plain_call, is_transformed, register_gradients
+from ._library import define, is_batch, is_plain_call, is_transformed, may_overwrite_saved, register_gradients
 from ._op import forward_op, forward_saving_op, run, run_saving
 from ._operands import are_halves, as_rows, as_weights, is_dtensor
 
@@ -29,16 +29,18 @@ def gradients(
     biases: tuple[Tensor | None, Tensor | None],
     saved: tuple[Tensor | None, Tensor | None],
     needs: tuple[bool, ...],
+    in_place: bool = False,
 ) -> Gradients:
     """Of x, gate, up, down and both biases, where ``needs`` says so.
 
-    Without ``down``, ``dy`` is the gradient of z. ``saved`` are the pre-activations; where they are None, they are computed
-    again, which takes the biases.
+    Without ``down``, ``dy`` is the gradient of z. ``saved`` are the pre-activations, whose gradients take their place if
+    ``in_place``; where they are None, they are computed again, which takes the biases.
     """
     operands = (dy, x, gate, up, down, *biases, *saved)
     if not _by_steps(dy, x, gate, needs):
         return _plain(*operands, needs)
-    found = iter(_launched(*operands, needs, True) if is_plain_call(*operands) else backward_op(*operands, needs))
+    plain = is_plain_call(*operands)
+    found = iter(_launched(*operands, needs, True, in_place) if plain else backward_op(*operands, needs))
     return tuple(next(found) if need else None for need in needs)
 
 
@@ -111,7 +113,7 @@ def _new(weight: Tensor, layout: str, count: int = 1) -> Tensor:
     return weight.new_empty((cols, rows)).t() if layout == "separate_kn" else weight.new_empty((rows, cols))
 
 
-def _launched(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, together=False):
+def _launched(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, together=False, in_place=False):
     """Those of :func:`_outputs` that are needed: three launches of the forward's, four of the block's, and one more where the
     pre-activations are computed again."""
     outputs = _outputs(x, gate, up, down, needs, together)
@@ -124,10 +126,10 @@ def _launched(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, together=F
     dy, x = as_rows(dy)[0], as_rows(x)[0]  # copied once, if at all
     if g is None:
         z, g, u = run_saving(x, gate, up, gate_bias, up_bias)
-        dg, du, z_again = g, u, None  # in place: nobody else has them
+        z_again, in_place = None, True
     else:
-        dg, du = (g.new_empty(g.shape) for _ in range(2))
         z = z_again = g.new_empty(g.shape) if d_down is not None else None
+    dg, du = (g, u) if in_place else (g.new_empty(g.shape), g.new_empty(g.shape))
     if down is None:
         _steps.gate_backward(dy, g, u, dg, du, gate.shape[1])
     else:
@@ -165,7 +167,7 @@ def _setup_forward(ctx, inputs, output):
 
 def _setup_forward_saving(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # the pre-activations are not asked for by anyone: no zeros for them
-    ctx.save_for_backward(*inputs[:3], *output[1:])
+    ctx.save_for_backward(*inputs, *output[1:])
 
 
 def _backward_forward(ctx, dz):
@@ -174,8 +176,8 @@ def _backward_forward(ctx, dz):
 
 
 def _backward_forward_saving(ctx, dz, grad_g, grad_u):
-    x, gate, up, *saved = ctx.saved_tensors  # once: checkpointing refuses a second time
-    return _without_down(_of_saving(dz, x, gate, up, None, saved, _needs(ctx), (grad_g, grad_u)))
+    x, gate, up, *others = ctx.saved_tensors  # once: checkpointing refuses a second time
+    return _without_down(_of_saving(ctx, dz, x, gate, up, None, *others, _needs(ctx), (grad_g, grad_u)))
 
 
 def _needs(ctx) -> tuple[bool, ...]:
@@ -188,12 +190,14 @@ def _without_down(found: Gradients) -> Gradients:
     return *found[:3], *found[4:]
 
 
-def _of_saving(dy, x, gate, up, down, saved, needs, arrived):
+def _of_saving(ctx, dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arrived) -> Gradients:
     if dy is None:
-        dy = saved[0].new_zeros((*x.shape[:-1], (gate if down is None else down).shape[0]))
+        dy = g.new_zeros((*x.shape[:-1], (gate if down is None else down).shape[0]))
+    if torch.is_grad_enabled():  # hidden outputs have no gradients: from the operands again
+        g = u = None
     if arrived[0] is None and arrived[1] is None:
-        return gradients(dy, x, gate, up, down, (None, None), saved, needs)
-    return _plain(dy, x, gate, up, down, None, None, *saved, needs, arrived)
+        return gradients(dy, x, gate, up, down, (gate_bias, up_bias), (g, u), needs, may_overwrite_saved(ctx))
+    return _plain(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arrived)
 
 
 def _setup_ffn(ctx, inputs, output):
@@ -202,7 +206,7 @@ def _setup_ffn(ctx, inputs, output):
 
 def _setup_ffn_saving(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:4], *output[1:])
+    ctx.save_for_backward(*inputs[:6], *output[1:])
 
 
 def _backward_ffn(ctx, dy):
@@ -212,9 +216,8 @@ def _backward_ffn(ctx, dy):
 
 
 def _backward_ffn_saving(ctx, dy, grad_g, grad_u):
-    x, gate, up, down, *saved = ctx.saved_tensors
     *needs, need_bias = ctx.needs_input_grad
-    return *_of_saving(dy, x, gate, up, down, saved, needs, (grad_g, grad_u)), _down_bias(dy, need_bias)
+    return *_of_saving(ctx, dy, *ctx.saved_tensors, needs, (grad_g, grad_u)), _down_bias(dy, need_bias)
 
 
 def _down_bias(dy: Tensor | None, need: bool) -> Tensor | None:
@@ -223,7 +226,9 @@ def _down_bias(dy: Tensor | None, need: bool) -> Tensor | None:
 
 forward_recorded = register_gradients(forward_op, run, _setup_forward, _backward_forward)
 forward_saving_recorded = register_gradients(
-    forward_saving_op, run_saving, _setup_forward_saving, _backward_forward_saving
+    forward_saving_op, run_saving, _setup_forward_saving, _backward_forward_saving, hidden=2
 )
 ffn_recorded = register_gradients(ffn_op, run_ffn, _setup_ffn, _backward_ffn)
-ffn_saving_recorded = register_gradients(ffn_saving_op, run_ffn_saving, _setup_ffn_saving, _backward_ffn_saving)
+ffn_saving_recorded = register_gradients(
+    ffn_saving_op, run_ffn_saving, _setup_ffn_saving, _backward_ffn_saving, hidden=2
+)

@@ -79,7 +79,7 @@ def forward(
         return reference(*operands)
     direct, recording = _goes_direct(*operands), is_recording(*operands)
     if recording and save == "preactivations":
-        return (forward_saving_recorded if direct else forward_saving_op)(*operands)[0]
+        return forward_saving_recorded(*operands) if direct else forward_saving_op(*operands)[0]
     if not direct:
         return forward_op(*operands)
     return (forward_recorded if recording else run)(*operands)
@@ -128,7 +128,7 @@ def swiglu_ffn(
         return F.linear(reference(x, w_gate, w_up, b_gate, b_up), w_down, b_down)
     direct, recording = _goes_direct(*operands), is_recording(*operands)
     if recording and save == "preactivations":
-        return (ffn_saving_recorded if direct else ffn_saving_op)(*operands)[0]
+        return ffn_saving_recorded(*operands) if direct else ffn_saving_op(*operands)[0]
     if not direct:
         return ffn_op(*operands)
     return (ffn_recorded if recording else run_ffn)(*operands)

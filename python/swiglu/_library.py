@@ -30,19 +30,31 @@ def define(schema: str, run: Callable, fake: Callable) -> torch._ops.OpOverload:
 
 
 def register_gradients(
-    op: torch._ops.OpOverload, run: Callable, setup_context: Callable, backward: Callable
+    op: torch._ops.OpOverload, run: Callable, setup_context: Callable, backward: Callable, hidden: int = 0
 ) -> Callable:
-    """Gives ``op``, computed by ``run``, its gradients; returns the same for plain tensors, without torch's dispatcher."""
+    """Gives ``op``, computed by ``run``, its gradients; returns the same for plain tensors, without torch's dispatcher.
+
+    The last ``hidden`` outputs of what is returned stay between it and its backward, which alone holds them then.
+    """
     torch.library.register_autograd(op._schema.name, backward, setup_context=setup_context, lib=lib)
 
     def forward(ctx, *inputs):  # with a setup_context of its own torch would look up the signature in every call
         output = run(*inputs)
         setup_context(ctx, inputs, output)
-        return output
+        ctx.hides = hidden > 0
+        return output[0] if hidden else output
 
-    names = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    def direct_backward(ctx, *gradients):
+        return backward(ctx, *gradients, *(None,) * hidden)
+
+    names = {"forward": staticmethod(forward), "backward": staticmethod(direct_backward)}
     direct: Any = type(f"{op._opname}_direct", (torch.autograd.Function,), names)
     return direct.apply
+
+
+def may_overwrite_saved(ctx: Any) -> bool:
+    """Whether a backward is the last that reads what ``ctx`` saved of hidden outputs."""
+    return getattr(ctx, "hides", False) and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def is_recording(*tensors: Tensor | None) -> bool:

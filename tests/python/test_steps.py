@@ -274,6 +274,29 @@ def test_twice_through_the_graph_checkpointed_and_a_weight_used_twice(save, devi
         assert relative_error(got, expected) <= TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("block", [False, True])
+def test_saved_tensors_are_overwritten_only_by_the_last_backward(block, device, steps, monkeypatch):
+    inputs = [t.requires_grad_() for t in ffn_operands(5, 12, 8, device=device)[: 4 if block else 3]]
+    groups = []
+    step = _steps._native.step
+    monkeypatch.setattr(_steps._native, "step", lambda *given: groups.append(given[10:12]) or step(*given))
+
+    def train(call, retain_graph=False):
+        y = call()
+        del groups[:]
+        gradients = torch.autograd.grad(y.sum(), inputs, retain_graph=retain_graph)
+        return gradients, groups[0][0] == groups[0][1][:2]
+
+    function = swiglu.swiglu_ffn if block else swiglu.forward
+    op = OPS.ffn_saving if block else OPS.forward_saving
+    kept, is_kept_in_place = train(lambda: function(*inputs), retain_graph=True)
+    last, is_last_in_place = train(lambda: function(*inputs))
+    # Outputs of the operation are its caller's.
+    other, is_other_in_place = train(lambda: op(*inputs, *[None] * (7 - len(inputs) if block else 2))[0])
+    assert (is_kept_in_place, is_last_in_place, is_other_in_place) == (False, True, False)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(kept, last, other))
+
+
 def test_what_is_differentiated_again_is_torchs(device, steps):
     inputs = [t.requires_grad_() for t in ffn_operands(3, 12, 8, device=device)[:4]]
     y = swiglu.swiglu_ffn(*inputs)
