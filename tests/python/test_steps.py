@@ -432,3 +432,40 @@ def test_same_bits_in_every_run(save, device):
     dy = torch.randn(300, 512, device=device, dtype=torch.bfloat16)
     first, *others = (torch.autograd.grad(swiglu.swiglu_ffn(*inputs, save=save), inputs, dy) for _ in range(4))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
+
+
+def test_wrong_native_arguments_are_named():
+    good = [0, "bf16", "gate", "k_major", 8, 8, 0, 4, [], [], [(16, 8)] * 2, [(16, 8)], 0]
+    for place, wrong, argument in (
+        (0, -1, "device"),
+        (1, "bf17", "dtype"),
+        (1, "e4m3", "dtype"),
+        (2, "gates", "op"),
+        (3, "k", "major"),
+        (4, 2**40, "n"),
+        (5, 2**40, "k"),
+        (7, 2**40, "x"),
+        (8, [(16, 8)] * 3, "left"),
+        (10, [(16, 8)] * 3, "saved"),
+        (11, [(16, 8)] * 4, "out"),
+    ):
+        with pytest.raises(ValueError, match=f"argument `{argument}`: "):
+            _steps._native.step(*good[:place], wrong, *good[place + 1 :])
+    with pytest.raises(ValueError, match="argument `device`: "):
+        _steps._native.prepare_step(-1, "bf16", "down", "k_major", 8, 8)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_gpu_is_a_sentence():
+    with pytest.raises(RuntimeError, match="NVIDIA driver|GPU"):
+        _steps._native.prepare_step(0, "bf16", "down", "k_major", 8, 8)
+
+
+@pytest.mark.gpu
+def test_wrong_steps_are_named_on_a_gpu():
+    step = _steps._native.step
+    given = (0, "bf16", "gate", "k_major", 8, 8, torch.cuda.current_stream().cuda_stream, 4)
+    with pytest.raises(ValueError, match="`saved`.*is 0"):
+        step(*given, [], [], [(0, 8)] * 2, [(16, 8)], 0)
+    with pytest.raises(ValueError, match="forward.*no step|no step"):
+        _steps._native.prepare_step(0, "bf16", "forward", "k_major", 8, 8)

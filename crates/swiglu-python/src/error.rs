@@ -63,7 +63,9 @@ impl From<Failure> for PyErr {
         match failure {
             Failure::Argument { .. }
             | Failure::Launch(LaunchError::Argument(_))
-            | Failure::Prepare(PrepareError::TooLarge { .. } | PrepareError::Empty { .. }) => PyValueError::new_err(failure.to_string()),
+            | Failure::Prepare(
+                PrepareError::TooLarge { .. } | PrepareError::Empty { .. } | PrepareError::NotAStep(_),
+            ) => PyValueError::new_err(failure.to_string()),
             Failure::Prepare(_)
             | Failure::Launch(_)
             | Failure::Driver { .. }
