@@ -129,6 +129,7 @@ def _launched(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, together=F
         z_again, in_place = None, True
     else:
         z = z_again = g.new_empty(g.shape) if d_down is not None else None
+    in_place = in_place and g.is_contiguous() and u.is_contiguous()  # a hook may have laid them otherwise
     dg, du = (g, u) if in_place else (g.new_empty(g.shape), g.new_empty(g.shape))
     if down is None:
         _steps.gate_backward(dy, g, u, dg, du, gate.shape[1])

@@ -367,6 +367,27 @@ def test_compiles_whole_with_one_operation_for_the_backward(dynamic, save, devic
     assert OPS.backward.default not in forward
 
 
+@pytest.mark.parametrize("save", SAVE)
+def test_compiles_with_inductor(save, device, steps):
+    mlp = swiglu.SwiGLU(24, 40, True, device=device, save=save)
+    x = torch.randn(5, 24, device=device, requires_grad=True)
+    expected, got = mlp(x), torch.compile(mlp, fullgraph=True)(x)
+    torch.testing.assert_close(got, expected)
+    leaves = [x, *mlp.parameters()]
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), leaves) for y in (got, expected))):
+        torch.testing.assert_close(a, b)
+    assert steps.count("dgated") == 2
+
+
+def test_hooks_that_lay_saved_tensors_otherwise(device, steps):
+    inputs = [t.requires_grad_() for t in ffn_operands(6, 12, 8, device=device)[:4]]
+    expected = torch.autograd.grad(swiglu.swiglu_ffn(*inputs).sum(), inputs)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.cpu(), lambda t: t.to(device).t().contiguous().t()):
+        y = swiglu.swiglu_ffn(*inputs)
+    for a, b in zip(torch.autograd.grad(y.sum(), inputs), expected):
+        torch.testing.assert_close(a, b)
+
+
 def test_autocast(device, steps):
     inputs = [t.requires_grad_() for t in ffn_operands(64, 96, 48, device=device, bias=True)]
     with torch.autocast(device, dtype=torch.bfloat16):
