@@ -36,16 +36,19 @@ fn make_current(gpu: &Gpu) -> Result<Option<Current>, Failure> {
     Current::set(gpu.context.cu_ctx()).map_err(Failure::driver("make the tensors' GPU current"))
 }
 
-/// An error while `stream` is captured: compiling and loading are illegal then.
-pub(crate) fn refuse_capture(stream: u64) -> Result<(), Failure> {
-    library::driver().map_err(|missing| PrepareError::from(swiglu_runtime::gpu::GpuError::from(missing)))?;
-    // SAFETY: torch's current stream is live; 0 is the default stream.
-    let status = unsafe { result::stream::is_capturing(stream as sys::CUstream) };
-    match status.map_err(Failure::driver("tell whether a graph is captured"))? {
-        sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE => Ok(()),
-        sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE
-        | sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_INVALIDATED => Err(Failure::Capturing),
-    }
+/// An error while `stream` of GPU `ordinal` is captured: compiling and loading are illegal then.
+pub(crate) fn refuse_capture(ordinal: u32, stream: u64) -> Result<(), Failure> {
+    keep_current(|| {
+        // The driver asks for a current context, and a thread of autograd may have none yet: opening makes it current.
+        let _gpu = Gpu::open(ordinal as usize).map_err(PrepareError::from)?;
+        // SAFETY: torch's current stream is live; 0 is the default stream.
+        let status = unsafe { result::stream::is_capturing(stream as sys::CUstream) };
+        match status.map_err(Failure::driver("tell whether a graph is captured"))? {
+            sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE => Ok(()),
+            sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE
+            | sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_INVALIDATED => Err(Failure::Capturing),
+        }
+    })
 }
 
 /// Runs `work`, which may change the current context, and restores it: torch reads its current device from there.

@@ -85,8 +85,8 @@ fn forward(
     }
     let plan = py.detach(|| {
         guarded(|| {
-            if matches!(key.device, Device::Gpu(_)) {
-                gpu::refuse_capture(stream)?;
+            if let Device::Gpu(ordinal) = key.device {
+                gpu::refuse_capture(ordinal, stream)?;
             }
             plans::get_or_prepare(key)
         })
@@ -134,7 +134,7 @@ fn step(
         Some(plan) => plan,
         None => py.detach(|| {
             guarded(|| {
-                gpu::refuse_capture(stream)?;
+                gpu::refuse_capture(key.gpu, stream)?;
                 plans::get_or_prepare(key)
             })
         })?,
