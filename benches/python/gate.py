@@ -48,7 +48,7 @@ def measure(m: int, n: int, args) -> list[dict]:
     rows = []
     for way, providers, moved in (("forward", forward, 3), ("backward", backward, 5)):
         with torch.set_grad_enabled(way == "backward"):
-            figures = harness.race(providers, args.device, args.rounds)
+            figures = harness.race(providers, args)
         for name, figure in figures.items():
             numbers = 4 if name == "copy" else moved
             rate = numbers * m * n * item / figure["us"] * 1e-3

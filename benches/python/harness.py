@@ -2,12 +2,14 @@
 
 Protocol: every provider is held to float64 first; every round times every provider once, in random order; a figure
 is the median over the rounds, a ratio the median of the ratios of a round (over 1: ours is faster). On a GPU the L2
-is overwritten before every sample and the launches queue behind a pause, so that the host's pace does not count.
+is overwritten before every sample and the launches queue behind a pause, so that the host's pace does not count; with
+``--host`` there is no pause, and it does.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib
 import importlib.metadata
@@ -36,6 +38,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     flags.add_argument("--quick", action="store_true", help="tiny sizes and few rounds: shows that it runs")
     flags.add_argument("--rounds", type=int, default=None)
     flags.add_argument("--threads", type=int, default=None, help="of torch, on the CPU")
+    flags.add_argument("--host", action="store_true", help="the host's pace counts: no pause before a sample, on a GPU")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--out", help="JSON file for the raw rows")
     return flags
@@ -68,6 +71,14 @@ def liger():
         return None
 
 
+def need_liger():
+    """The same; ImportError without it."""
+    module = liger()
+    if module is None:
+        raise ImportError("liger_kernel is not installed, or there is no GPU")
+    return module
+
+
 def hold(name: str, got: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> float:
     """The largest relative error; ArithmeticError where it is more than rounding."""
     worst = 0.0
@@ -79,14 +90,14 @@ def hold(name: str, got: Iterable[torch.Tensor], expected: Iterable[torch.Tensor
     return worst
 
 
-def race(providers: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, dict]:
+def race(providers: dict[str, Callable[[], object]], args: argparse.Namespace) -> dict[str, dict]:
     """Times every provider once a round. Of each: ``us``, ``p10_us``, ``p90_us`` and, beside "ours", ``ratio``."""
-    clock = _gpu_sample if device.type == "cuda" else _cpu_sample
+    clock = _cpu_sample if args.device.type == "cpu" else _paced_sample if args.host else _gpu_sample
     for call in providers.values():
         for _ in range(3):
             call()
     times: dict[str, list[float]] = {name: [] for name in providers}
-    for _ in range(rounds):
+    for _ in range(args.rounds):
         for name in random.sample(list(providers), len(providers)):
             times[name].append(clock(providers[name]))
     figures = {}
@@ -113,18 +124,71 @@ _flush: dict[int, torch.Tensor] = {}
 
 
 def _gpu_sample(call: Callable[[], object]) -> float:
+    _overwrite_l2()
+    torch.cuda._sleep(4_000_000)  # some 2 ms: longer than any call takes to be queued
+    return _between_events(call)
+
+
+def _paced_sample(call: Callable[[], object]) -> float:
+    _overwrite_l2()
+    torch.cuda.synchronize()
+    return _between_events(call)
+
+
+def _overwrite_l2() -> None:
     device = torch.cuda.current_device()
     if device not in _flush:
         bytes_ = 4 * torch.cuda.get_device_properties(device).L2_cache_size
         _flush[device] = torch.empty(bytes_, dtype=torch.uint8, device="cuda")
     _flush[device].zero_()
+
+
+def _between_events(call: Callable[[], object]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(4_000_000)  # some 2 ms: longer than any call takes to be queued
     start.record()
     call()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) * 1e3
+
+
+def in_graphs(providers: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """Each call as the replay of a CUDA graph; one that cannot be captured is left out with its reason."""
+    replays: dict[str, Callable[[], object]] = {}
+    for name, call in providers.items():
+        try:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                call()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call()
+            replays[name] = graph.replay
+        except Exception as error:  # whatever a peer's own code raises
+            torch.cuda.synchronize()
+            print(f"{name} in a graph: left out, {type(error).__name__}: {str(error)[:300]}", flush=True)
+    return replays
+
+
+def peak_mb(call: Callable[[], object], device: torch.device) -> float | None:
+    """What one call allocates at most, on a GPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def release(device: torch.device) -> None:
+    """Gives cached memory back, so that the next shape finds it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -138,6 +202,38 @@ def table(title: str, rows: list[dict], columns: dict[str, str]) -> None:
     print(f"\n{title}")
     for line in (list(columns), *cells):
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+
+
+def print_means(rows: list[dict]) -> None:
+    """The geometric mean of every provider's ratios, a way at a time."""
+    for way, name in dict.fromkeys((row["way"], row["provider"]) for row in rows):
+        ratios = [row["ratio"] for row in rows if (row["way"], row["provider"]) == (way, name) and "ratio" in row]
+        if ratios:
+            print(f"{way}, {name}: geometric mean {geometric_mean(ratios):.3f} over {len(ratios)} shapes")
+
+
+def plot(rows: list[dict], path: str) -> None:
+    """Time of every provider over ours, over M: a picture for every way, K and N."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("--plot needs matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pictures = list(dict.fromkeys((row["way"], row["k"], row["n"]) for row in rows))
+    figure, all_axes = pyplot.subplots(
+        len(pictures), squeeze=False, figsize=(7, 4 * len(pictures)), layout="constrained"
+    )
+    for (way, k, n), axes in zip(pictures, all_axes[:, 0]):
+        here = [row for row in rows if (row["way"], row["k"], row["n"]) == (way, k, n)]
+        for name in dict.fromkeys(row["provider"] for row in here):
+            of = sorted((row for row in here if row["provider"] == name), key=lambda row: row["m"])
+            axes.plot([row["m"] for row in of], [row.get("ratio", 1.0) for row in of], marker="o", label=name)
+        axes.set(xscale="log", xlabel="tokens (M)", ylabel="time over ours", title=f"{way}, K = {k}, N = {n}")
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.savefig(path, bbox_inches="tight")
 
 
 def write(args: argparse.Namespace, script: str, rows: list[dict]) -> None:
@@ -164,6 +260,7 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
     }
     if device.type == "cuda":
         facts["device"] = torch.cuda.get_device_name(device)
-    if liger() is not None:
-        facts["liger"] = importlib.metadata.version("liger-kernel")
+    for name in ("liger-kernel", "quack-kernels", "triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            facts[name] = importlib.metadata.version(name)
     return facts

@@ -24,8 +24,12 @@ def plain(x, gate, up):
     return F.silu(F.linear(x, gate)) * F.linear(x, up)
 
 
+def nothing_kept(x, gate, up):
+    return swiglu.forward(x, gate, up, save="nothing")
+
+
 def providers(args) -> dict:
-    functions = {harness.OURS: swiglu.forward, "torch": plain}
+    functions = {harness.OURS: swiglu.forward, "ours, nothing kept": nothing_kept, "torch": plain}
     if (liger := harness.liger()) is not None:
         functions["liger"] = lambda x, gate, up: liger.LigerSiLUMulFunction.apply(F.linear(x, gate), F.linear(x, up))
     if args.compile:
@@ -54,30 +58,9 @@ def measure(m: int, k: int, n: int, ways: list[str], functions: dict, args) -> l
             z = function(*operands)
             calls[name] = lambda z=z, wanted=operands[:count]: torch.autograd.grad(z, wanted, dz, retain_graph=True)
             harness.hold(name, calls[name](), gradients[:count])
-        figures = harness.race(calls, args.device, args.rounds)
+        figures = harness.race(calls, args)
         rows += [{"way": way, "m": m, "k": k, "n": n, "provider": name, **f} for name, f in figures.items()]
     return rows
-
-
-def plot(rows: list[dict], path: str) -> None:
-    """Time of every provider over ours, over M."""
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("--plot needs matplotlib: pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for name in dict.fromkeys(row["provider"] for row in rows):
-        of = [row for row in rows if row["provider"] == name]
-        axes.plot([row["m"] for row in of], [row.get("ratio", 1.0) for row in of], marker="o", label=name)
-    axes.set(
-        xscale="log", xlabel="tokens (M)", ylabel="time over ours", title=f"K = {rows[0]['k']}, N = {rows[0]['n']}"
-    )
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, bbox_inches="tight")
 
 
 def main(argv: list[str]) -> None:
@@ -88,7 +71,7 @@ def main(argv: list[str]) -> None:
     flags.add_argument("--k", type=int, default=4096)
     flags.add_argument("--n", type=int, default=14336)
     flags.add_argument("--m", type=harness.numbers, help="of the sweep")
-    flags.add_argument("--plot", help="picture of the sweep, .svg or .png")
+    flags.add_argument("--plot", help="picture of time over ours, .svg or .png")
     flags.add_argument("--compile", action="store_true", help="torch.compile as a provider")
     args = harness.parse(flags, argv)
     functions = providers(args)
@@ -103,14 +86,10 @@ def main(argv: list[str]) -> None:
         rows = [row for b in bs for d in ds for row in measure(b, d, d, ways, functions, args)]
     columns = {"way": "", "m": "d", "k": "d", "n": "d", "provider": "", "us": ".1f", "ratio": ".3f"}
     harness.table("one layer; ratio: the provider's time over ours", rows, columns)
-    for way in dict.fromkeys(row["way"] for row in rows):
-        for name in functions:
-            ratios = [row["ratio"] for row in rows if (row["way"], row["provider"]) == (way, name) and "ratio" in row]
-            if ratios:
-                print(f"{way}, {name}: geometric mean {harness.geometric_mean(ratios):.3f} over {len(ratios)} shapes")
+    harness.print_means(rows)
     harness.write(args, "layer.py", rows)
     if args.plot:
-        plot([row for row in rows if row["way"] == "forward"], args.plot)
+        harness.plot(rows, args.plot)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class ForwardOnly(swiglu.SwiGLU):
     """The fused layer with torch's GEMM behind it: the activation is kept, the pre-activations are not."""
 
     def forward(self, x):
-        return self.w_down(swiglu.forward(x, self.w_gate.weight, self.w_up.weight))
+        return self.w_down(swiglu.forward(x, self.w_gate.weight, self.w_up.weight, save="nothing"))
 
 
 def liger_block(k, n):

@@ -5,19 +5,25 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from ._backward import ffn_recorded, ffn_saving_recorded, forward_recorded, forward_saving_recorded
 from ._ffn import check_ffn, ffn_op, ffn_saving_op, run_ffn
-from ._gate import check_packed, check_pair, gate_op, gate_packed_op, run_gate, run_gate_packed
-from ._op import forward_op, reference, run
-from ._operands import GATE_ORDERS, LAYOUTS, bad_value, check, check_choice
+from ._gate import (
+    check_packed,
+    check_pair,
+    gate_op,
+    gate_packed_op,
+    gate_packed_recorded,
+    gate_recorded,
+    run_gate,
+    run_gate_packed,
+)
+from ._library import is_plain_call, is_recording, is_transformed
+from ._op import forward_op, forward_saving_op, reference, run
+from ._operands import GATE_ORDERS, LAYOUTS, SAVE, are_halves, bad_value, check, check_choice
 from ._sharding import prepare_for
 
 __all__ = ["forward", "split_packed", "swiglu_ffn", "swiglu_fused", "swiglu_torch"]
-
-SAVE = ("preactivations", "nothing")
-
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def forward(
@@ -28,6 +34,7 @@ def forward(
     up_bias: Tensor | None = None,
     *,
     layout: str = "separate_nk",
+    save: str = "preactivations",
 ) -> Tensor:
     """``silu(x @ gate.T + gate_bias) * (x @ up.T + up_bias)`` in one launch; ``[..., N]``.
 
@@ -38,13 +45,16 @@ def forward(
         gate_bias: ``[N]``, if any.
         up_bias: ``[N]``, if any.
         layout: ``"separate_kn"`` when ``gate`` and ``up`` are ``[K, N]``, as in ``x @ W``.
+        save: what is kept for the backward besides the operands. ``"preactivations"``: ``x @ gate.T`` and ``x @ up.T``,
+            2 N numbers a token, stored by the same launch. ``"nothing"``: the backward computes both again.
 
     Nothing is copied where each matrix is described by one row stride, transposed views included. float32 on a GPU
     runs in TF32 where ``torch.set_float32_matmul_precision`` allows it. The first call for a new ``(device, dtype,
     order of the weights, N, K)`` compiles its kernels; :func:`prepare` does that ahead.
 
-    The backward recomputes the pre-activations and is made of plain torch operations: it is not fused. Under
-    ``torch.func`` and with forward gradients all of it is plain torch operations.
+    The backward on a GPU is three launches: the gate's, one GEMM for ``x``, one for both weights; what is frozen is not
+    computed. On the CPU, in float64 and where gradients are differentiated again it is torch's operations. Under
+    ``torch.func`` and with forward gradients all of it is.
 
     Raises:
         TypeError: a number format is not supported or differs from ``x``'s.
@@ -62,12 +72,17 @@ def forward(
         bad_value(
             "layout", f"is {layout!r}, expected 'separate_nk' or 'separate_kn'; split_packed() takes packed weights"
         )
+    check_choice("save", save, SAVE)
+    operands = (x, gate, up, gate_bias, up_bias)
     if _is_transformed_eagerly():
-        check(x, gate, up, gate_bias, up_bias)
-        return reference(x, gate, up, gate_bias, up_bias)
-    if _goes_direct(x, gate, up, gate_bias, up_bias):
-        return run(x, gate, up, gate_bias, up_bias)
-    return forward_op(x, gate, up, gate_bias, up_bias)
+        check(*operands)
+        return reference(*operands)
+    direct, recording = _goes_direct(*operands), is_recording(*operands)
+    if recording and save == "preactivations":
+        return forward_saving_recorded(*operands) if direct else forward_saving_op(*operands)[0]
+    if not direct:
+        return forward_op(*operands)
+    return (forward_recorded if recording else run)(*operands)
 
 
 def swiglu_ffn(
@@ -93,7 +108,8 @@ def swiglu_ffn(
             ``x @ w_up.T``, 2 N numbers a token, stored by the fused kernel beside z. ``"nothing"``: the forward is the fused
             kernel and the backward computes both again, two GEMMs more.
 
-    Without gradients to record it is the fused kernel and one GEMM, whatever ``save`` says.
+    The backward on a GPU is four launches, of which ``dz`` never reaches memory; what is frozen is not computed. Else as in
+    :func:`forward`. Without gradients to record it is the fused kernel and one GEMM, whatever ``save`` says.
 
     Raises:
         TypeError: a number format is not supported or differs from ``x``'s.
@@ -110,12 +126,12 @@ def swiglu_ffn(
     if _is_transformed_eagerly():
         check_ffn(*operands)
         return F.linear(reference(x, w_gate, w_up, b_gate, b_up), w_down, b_down)
-    if _goes_direct(*operands):
-        return run_ffn(*operands)
-    recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    direct, recording = _goes_direct(*operands), is_recording(*operands)
     if recording and save == "preactivations":
-        return ffn_saving_op(*operands)[0]
-    return ffn_op(*operands)
+        return ffn_saving_recorded(*operands) if direct else ffn_saving_op(*operands)[0]
+    if not direct:
+        return ffn_op(*operands)
+    return (ffn_recorded if recording else run_ffn)(*operands)
 
 
 def split_packed(weight: Tensor, *, layout: str, gate_order: str = "gate_first") -> tuple[Tensor, Tensor]:
@@ -140,8 +156,23 @@ def split_packed(weight: Tensor, *, layout: str, gate_order: str = "gate_first")
     if packed.dim() != 2 or packed.shape[0] % 2:
         expected = "[2N, K]" if layout == "packed_nk" else "[K, 2N]"
         bad_value("weight", f"has shape {list(weight.shape)}, expected {expected}")
-    first, second = packed.chunk(2)
+    halves = _Halves.apply if is_recording(packed) and is_plain_call(packed) else torch.chunk
+    first, second = halves(packed, 2)
     return (first, second) if gate_order == "gate_first" else (second, first)
+
+
+class _Halves(torch.autograd.Function):
+    """``torch.chunk`` into two, whose backward copies nothing where the gradients are halves of one tensor already."""
+
+    @staticmethod
+    def forward(ctx, packed, count):
+        return packed.chunk(count)
+
+    @staticmethod
+    def backward(ctx, first, second):
+        if torch.is_grad_enabled() or not is_plain_call(first, second) or not are_halves(first, second):
+            return torch.cat((first, second)), None
+        return first.as_strided((2 * first.shape[0], first.shape[1]), first.stride()), None
 
 
 def swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
@@ -183,51 +214,24 @@ def swiglu_fused(gate: Tensor, up: Tensor | None = None, *, gate_order: str = "g
             gate, up = (first, second) if gate_order == "gate_first" else (second, first)
         check_pair(gate, up)
         return swiglu_torch(gate, up)
-    direct = _goes_direct(gate, up)
+    direct, recording = _goes_direct(gate, up), is_recording(gate, up)
     if up is None:
-        return (run_gate_packed if direct else gate_packed_op)(gate, gate_order == "up_first")
-    return (run_gate if direct else gate_op)(gate, up)
+        packed = gate_packed_op if not direct else gate_packed_recorded if recording else run_gate_packed
+        return packed(gate, gate_order == "up_first")
+    return (gate_op if not direct else gate_recorded if recording else run_gate)(gate, up)
 
 
 def _is_transformed_eagerly() -> bool:
-    return not torch.compiler.is_compiling() and _is_transformed()
-
-
-def _is_transformed() -> bool:
-    """Whether torch.func or forward gradients are at work: torch.library refuses the former and drops the latter."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return not torch.compiler.is_compiling() and is_transformed()
 
 
 def _goes_direct(*tensors: Tensor | None) -> bool:
     """Whether to step past torch's dispatcher; where not, it is made ready for DTensors."""
-    if torch.compiler.is_compiling():
-        return False
-    if _is_plain_call(*tensors):
+    if is_plain_call(*tensors):
         return True
-    prepare_for(tensors)
+    if not torch.compiler.is_compiling():
+        prepare_for(tensors)
     return False
-
-
-def _is_plain_call(*tensors: Tensor | None) -> bool:
-    """Whether torch's dispatcher would only pass the call on: that takes longer than the launch.
-
-    Everything that may stand in between is asked for: subclasses, gradients, lazy negation, tensors without memory,
-    modes, autocast, tracing.
-    """
-    recording = torch.is_grad_enabled()
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in PLAIN_TYPES or tensor.is_neg() or (recording and tensor.requires_grad):
-            return False
-        if not (tensor.is_cpu or tensor.is_cuda):
-            return False
-    return (
-        not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and not torch._C._is_any_autocast_enabled()
-        and torch._C._get_tracing_state() is None
-    )
 
 
 def _transposed(name: str, matrix: Tensor) -> Tensor:

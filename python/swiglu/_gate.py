@@ -1,6 +1,6 @@
 """``silu(gate) * up`` elementwise: ``torch.ops.swiglu.gate`` of two tensors, ``gate_packed`` of two halves of one.
 
-:func:`silu_mul` and :func:`silu_mul_backward` are all that computes: a kernel takes their place.
+:func:`silu_mul` and :func:`silu_mul_backward` are all that computes: a kernel on a GPU, else torch's operations.
 """
 
 from __future__ import annotations
@@ -11,17 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._library import define, lib, register_autocast
+from . import _steps
+from ._library import define, is_plain_call, register_autocast, register_gradients
 from ._operands import bad_type, bad_value, check_dtype
 
 
 def silu_mul(gate: Tensor, up: Tensor, z: Tensor) -> None:
     """Writes ``silu(gate) * up`` to ``z``: computed in float32 (float64 of float64), rounded once. Any strides."""
+    if gate.dim() and _steps.serves(gate):
+        return _steps.gate(gate, up, z)
     torch.mul(F.silu(gate.to(_wide(gate))), up, out=z)
 
 
 def silu_mul_backward(dz: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
     """Writes the gradients of :func:`silu_mul`, each rounded once. Any strides."""
+    if gate.dim() and _steps.serves(gate):
+        return _steps.gate_backward(dz, gate, up, dgate, dup)
     silu, slope, _ = _silu_derivatives(gate)
     torch.mul(dz, silu, out=dup)
     torch.mul(slope.mul_(up), dz, out=dgate)
@@ -94,12 +99,18 @@ gate_backward_op = define(
 )
 
 
-def gradients(dz: Tensor, gate: Tensor, up: Tensor | None, need_gate: bool, need_up: bool):
+def gate_gradients(dz: Tensor, gate: Tensor, up: Tensor | None, need_gate: bool, need_up: bool):
     """The gradients asked for, None for the others; ``up`` matters only to the gate's."""
     if need_gate:
-        dgate, dup = gate_backward_op(dz, gate, up)
+        dgate, dup = _straight(_run_backward, gate_backward_op, dz, gate, up)
         return dgate, dup if need_up else None
-    return None, gate_op(gate, dz) if need_up else None
+    return None, _straight(run_gate, gate_op, gate, dz) if need_up else None
+
+
+def _straight(run, op, *operands):
+    """``op`` of ``operands``, past torch's dispatcher where nothing waits there and nobody differentiates again."""
+    tensors = (tensor for tensor in operands if isinstance(tensor, Tensor))
+    return (op if torch.is_grad_enabled() or not is_plain_call(*tensors) else run)(*operands)
 
 
 def _save_inputs(ctx, inputs, output):
@@ -107,7 +118,7 @@ def _save_inputs(ctx, inputs, output):
 
 
 def _backward(ctx, dz):
-    return gradients(dz, *ctx.saved_tensors, *ctx.needs_input_grad)
+    return gate_gradients(dz, *ctx.saved_tensors, *ctx.needs_input_grad)
 
 
 def _second_gradients(dz, gate, up, grad_dgate, grad_dup):
@@ -124,8 +135,8 @@ def _second_backward(ctx, grad_dgate, grad_dup):
     return _second_gradients(*ctx.saved_tensors, grad_dgate, grad_dup)
 
 
-torch.library.register_autograd("swiglu::gate", _backward, setup_context=_save_inputs, lib=lib)
-torch.library.register_autograd("swiglu::gate_backward", _second_backward, setup_context=_save_inputs, lib=lib)
+gate_recorded = register_gradients(gate_op, run_gate, _save_inputs, _backward)
+register_gradients(gate_backward_op, _run_backward, _save_inputs, _second_backward)
 
 
 # ---- two halves of one ----
@@ -167,7 +178,8 @@ def _save_packed(ctx, inputs, output):
 
 
 def _packed_backward(ctx, dz):
-    return gate_packed_backward_op(dz, *ctx.saved_tensors, ctx.up_first), None
+    (gate_up,) = ctx.saved_tensors
+    return _straight(_run_packed_backward, gate_packed_backward_op, dz, gate_up, ctx.up_first), None
 
 
 def _packed_second_backward(ctx, grad):
@@ -177,10 +189,8 @@ def _packed_second_backward(ctx, grad):
     return by_dz, torch.cat((by_up, by_gate) if ctx.up_first else (by_gate, by_up), -1), None
 
 
-torch.library.register_autograd("swiglu::gate_packed", _packed_backward, setup_context=_save_packed, lib=lib)
-torch.library.register_autograd(
-    "swiglu::gate_packed_backward", _packed_second_backward, setup_context=_save_packed, lib=lib
-)
+gate_packed_recorded = register_gradients(gate_packed_op, run_gate_packed, _save_packed, _packed_backward)
+register_gradients(gate_packed_backward_op, _run_packed_backward, _save_packed, _packed_second_backward)
 
 
 def _promoted(_device_type: str, tensors: list[Tensor]) -> torch.dtype:

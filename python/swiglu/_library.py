@@ -1,14 +1,19 @@
-"""What the operations under ``torch.ops.swiglu`` share: their library, and how they meet autocast."""
+"""What the operations under ``torch.ops.swiglu`` share: their library, how they meet autograd and autocast, and when a call
+may step past torch's dispatcher."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
+from torch.autograd import forward_ad
 
 lib = torch.library.Library("swiglu", "DEF")
+
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 _AUTOCAST = {"cpu": DispatchKey.AutocastCPU, "cuda": DispatchKey.AutocastCUDA}
 _BOTH = DispatchKeySet(DispatchKey.AutocastCPU) | DispatchKeySet(DispatchKey.AutocastCUDA)
@@ -22,6 +27,73 @@ def define(schema: str, run: Callable, fake: Callable) -> torch._ops.OpOverload:
         lib.impl(name, run, device_type)
     torch.library.register_fake(f"swiglu::{name}", fake, lib=lib)
     return getattr(torch.ops.swiglu, name).default
+
+
+def register_gradients(
+    op: torch._ops.OpOverload, run: Callable, setup_context: Callable, backward: Callable, hidden: int = 0
+) -> Callable:
+    """Gives ``op``, computed by ``run``, its gradients; returns the same for plain tensors, without torch's dispatcher.
+
+    The last ``hidden`` outputs of what is returned stay between it and its backward, which alone holds them then.
+    """
+    torch.library.register_autograd(op._schema.name, backward, setup_context=setup_context, lib=lib)
+
+    def forward(ctx, *inputs):  # with a setup_context of its own torch would look up the signature in every call
+        output = run(*inputs)
+        setup_context(ctx, inputs, output)
+        ctx.hides = hidden > 0
+        return output[0] if hidden else output
+
+    def direct_backward(ctx, *gradients):
+        return backward(ctx, *gradients, *(None,) * hidden)
+
+    names = {"forward": staticmethod(forward), "backward": staticmethod(direct_backward)}
+    direct: Any = type(f"{op._opname}_direct", (torch.autograd.Function,), names)
+    return direct.apply
+
+
+def may_overwrite_saved(ctx: Any) -> bool:
+    """Whether a backward is the last that reads what ``ctx`` saved of hidden outputs."""
+    return getattr(ctx, "hides", False) and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def is_recording(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for gradients of one of ``tensors``."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward gradients are at work: torch.library refuses the former and drops the latter."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_batch(gradient: Tensor) -> bool:
+    """Whether it stands for many, by ``is_grads_batched``, and has no memory of its own."""
+    return torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
+def is_plain_call(*tensors: Tensor | None) -> bool:
+    """Whether torch's dispatcher would only record gradients and pass the call on: that takes longer than the launch.
+
+    Everything else that may stand in between is asked for: compilation, subclasses, lazy negation, tensors without memory,
+    modes, autocast, tracing, torch.func.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in PLAIN_TYPES or tensor.is_neg() or is_batch(tensor):
+            return False
+        if not (tensor.is_cpu or tensor.is_cuda):
+            return False
+    return (
+        not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._is_any_autocast_enabled()
+        and torch._C._get_tracing_state() is None
+        and not is_transformed()
+    )
 
 
 def register_autocast(op: torch._ops.OpOverload, dtype_of: Callable[[str, list[Tensor]], torch.dtype]) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from ._functional import PLAIN_TYPES, SAVE, forward, split_packed, swiglu_ffn, swiglu_fused
-from ._operands import GATE_ORDERS, check_choice
-from ._sharding import is_dtensor
+from ._functional import forward, split_packed, swiglu_ffn, swiglu_fused
+from ._library import PLAIN_TYPES
+from ._operands import GATE_ORDERS, SAVE, check_choice, is_dtensor
 
 
 class SwiGLU(nn.Module):

@@ -1,11 +1,12 @@
 """The native half. Addresses and strides are integers, strides in elements; a bias address of 0 means none."""
 
+from collections.abc import Sequence
 from typing import final
 
 __version__: str
 
 def set_nvrtc_folder(folder: str) -> None: ...
-def prepare(device: int, dtype: str, layout: str, n: int, k: int) -> Plan: ...
+def prepare(device: int, dtype: str, layout: str, n: int, k: int, save: bool = False) -> Plan: ...
 def forward(
     device: int,
     dtype: str,
@@ -29,6 +30,22 @@ def forward(
     saved_up: int,
     saved_up_stride: int,
 ) -> bool: ...
+def prepare_step(device: int, dtype: str, op: str, major: str, n: int, k: int) -> None: ...
+def step(
+    device: int,
+    dtype: str,
+    op: str,
+    major: str,
+    n: int,
+    k: int,
+    stream: int,
+    m: int,
+    left: Sequence[tuple[int, int]],
+    right: Sequence[tuple[int, int]],
+    saved: Sequence[tuple[int, int]],
+    out: Sequence[tuple[int, int]],
+    bias: int,
+) -> None: ...
 
 @final
 class Plan:

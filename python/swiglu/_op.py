@@ -1,4 +1,4 @@
-"""``torch.ops.swiglu.forward``: the operation as torch knows it."""
+"""``torch.ops.swiglu.forward``, and ``forward_saving`` that also stores what its backward would compute again."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _native
-from ._gate import gradients
-from ._library import autocast_dtype, define, lib, register_autocast
+from ._library import autocast_dtype, define, register_autocast
 from ._operands import as_rows, as_weights, check, dtype_word, stream_of
 from ._tuning import note_untuned
 
@@ -104,7 +103,7 @@ def _launch(
         n,
     )
     if prepared_now:
-        note_untuned(_native.prepare(device, word, layout, n, k), device, n, k, tokens)
+        note_untuned(_native.prepare(device, word, layout, n, k, saved is not None), device, n, k, tokens)
     return z
 
 
@@ -113,44 +112,14 @@ def _fake(x, gate, up, gate_bias=None, up_bias=None):
     return x.new_empty((*x.shape[:-1], gate.shape[0]))
 
 
-forward_op = define(
-    "forward(Tensor x, Tensor gate, Tensor up, Tensor? gate_bias=None, Tensor? up_bias=None) -> Tensor", run, _fake
-)
+def _fake_saving(x, gate, up, gate_bias=None, up_bias=None):
+    check(x, gate, up, gate_bias, up_bias)
+    z, g, u = (x.new_empty((*x.shape[:-1], gate.shape[0])) for _ in range(3))
+    return z, g, u
 
 
-def projection_gradients(
-    x: Tensor, gate: Tensor, up: Tensor, dg: Tensor | None, du: Tensor | None, needs: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """From the gradients of both pre-activations those of x, gate, up and the biases, where ``needs`` says so."""
-    need_x, need_gate, need_up, need_gate_bias, need_up_bias = needs
-    n, k = gate.shape
-    rows = x.reshape(-1, k)
-    dg = None if dg is None else dg.reshape(-1, n)
-    du = None if du is None else du.reshape(-1, n)
-    return (
-        torch.addmm(dg @ gate, du, up).reshape(x.shape) if need_x else None,
-        dg.t() @ rows if need_gate else None,
-        du.t() @ rows if need_up else None,
-        dg.sum(0) if need_gate_bias else None,
-        du.sum(0) if need_up_bias else None,
-    )
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, dz):
-    """Plain torch operations for now: the pre-activations are computed again, then one GEMM a gradient and weight."""
-    x, gate, up, gate_bias, up_bias = ctx.saved_tensors
-    # The dispatcher drops trailing arguments that equal their defaults.
-    needs = (*ctx.needs_input_grad, False, False)[:5]
-    need_x, need_gate, need_up, need_gate_bias, need_up_bias = needs
-    need_dg, need_du = need_x or need_gate or need_gate_bias, need_x or need_up or need_up_bias
-    g = F.linear(x, gate, gate_bias)
-    u = F.linear(x, up, up_bias) if need_dg else None
-    return projection_gradients(x, gate, up, *gradients(dz, g, u, need_dg, need_du), needs)
-
-
-torch.library.register_autograd("swiglu::forward", _backward, setup_context=_setup_context, lib=lib)
+_OPERANDS = "Tensor x, Tensor gate, Tensor up, Tensor? gate_bias=None, Tensor? up_bias=None"
+forward_op = define(f"forward({_OPERANDS}) -> Tensor", run, _fake)
+forward_saving_op = define(f"forward_saving({_OPERANDS}) -> (Tensor, Tensor, Tensor)", run_saving, _fake_saving)
 register_autocast(forward_op, autocast_dtype)
+register_autocast(forward_saving_op, autocast_dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import NoReturn
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 LAYOUTS = ("separate_nk", "separate_kn", "packed_nk", "packed_kn")
 GATE_ORDERS = ("gate_first", "up_first")
+SAVE = ("preactivations", "nothing")
 
 
 def bad_value(argument: str, reason: str) -> NoReturn:
@@ -76,6 +78,12 @@ def check_bias(name: str, bias: Tensor, x: Tensor, weight: Tensor) -> None:
         bad_value(name, f"is on {bias.device}, expected {x.device} as `x`")
 
 
+def is_dtensor(tensor: Tensor | None) -> bool:
+    """Whether it is one; there is none where nobody imported them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def row_stride(matrix: Tensor) -> int | None:
     """Elements from row to row, if that says all: rows of adjacent elements that do not overlap."""
     rows, cols = matrix.shape
@@ -107,6 +115,16 @@ def as_weights(gate: Tensor, up: Tensor) -> tuple[Tensor, int, Tensor, int, str]
         if strides[0] is not None and strides[1] is not None:
             return first, strides[0], second, strides[1], layout
     return gate.contiguous(), gate.shape[1], up.contiguous(), up.shape[1], "separate_nk"
+
+
+def are_halves(first: Tensor, second: Tensor) -> bool:
+    """Whether both are in memory what ``chunk(2)`` makes of one matrix."""
+    distance = first.shape[0] * first.stride(0) * first.element_size()
+    return (
+        first.stride() == second.stride()
+        and second.data_ptr() - first.data_ptr() == distance
+        and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    )
 
 
 def dtype_word(dtype: torch.dtype, device: int) -> str:

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._functional import SAVE, split_packed, swiglu_ffn, swiglu_fused
+from ._functional import split_packed, swiglu_ffn, swiglu_fused
 from ._module import is_known, mlp, packed_mlp
-from ._operands import check_choice
+from ._operands import SAVE, check_choice
 
 _SEPARATE = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _PACKED = ("gate_up_proj", "down_proj")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _native, _steps
 from ._operands import DTYPES, LAYOUTS, bad_type, bad_value, check_choice, dtype_word, row_stride, stream_of
 from ._tuning import note_untuned
 
@@ -116,11 +116,13 @@ def prepare(
     dtype: torch.dtype,
     device: torch.device | str | int,
     layout: str = "separate_nk",
+    training: bool = False,
 ) -> Plan:
-    """Compiles and loads every kernel that :func:`swiglu.forward` may launch for these sizes, whatever M.
+    """Compiles and loads every kernel that :func:`swiglu.forward` and :func:`swiglu.swiglu_ffn` may launch for these sizes,
+    whatever M.
 
-    Afterwards ``swiglu.forward`` and the returned plan may be captured in a CUDA graph. Keep no plan for that: plans
-    stay for the life of the process.
+    Afterwards they and the returned plan may be captured in a CUDA graph. Keep no plan for that: plans stay for the life of
+    the process.
 
     Args:
         hidden_size: K, columns of ``x``.
@@ -128,7 +130,8 @@ def prepare(
         dtype: bfloat16, float16 or float32.
         device: ``"cuda"``, ``"cuda:1"``, ``"cpu"``.
         layout: how the weights lie in memory: ``"separate_nk"`` or ``"packed_nk"`` (rows of K, ``nn.Linear``),
-            ``"separate_kn"`` or ``"packed_kn"`` (rows of N).
+            ``"separate_kn"`` or ``"packed_kn"`` (rows of N). The down projection lies likewise.
+        training: whether gradients will be asked for: then also what saves for them and what computes them.
 
     Raises:
         TypeError: ``dtype`` is not supported.
@@ -156,6 +159,11 @@ def prepare(
     elif device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     index = -1 if device.index is None else device.index
-    native = _native.prepare(index, dtype_word(dtype, index), layout, intermediate_size, hidden_size)
+    word, sizes = dtype_word(dtype, index), (intermediate_size, hidden_size)
+    native = _native.prepare(index, word, layout, *sizes)
+    if training:
+        _native.prepare(index, word, layout, *sizes, True)
+    if index >= 0 and min(sizes) > 0:
+        _steps.prepare(index, word, layout.endswith("kn"), *sizes, training)
     note_untuned(native, index, intermediate_size, hidden_size, _MANY_TOKENS)
     return Plan(native, device, dtype, layout.endswith("kn"), intermediate_size, hidden_size)

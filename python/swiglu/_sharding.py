@@ -6,19 +6,13 @@ Registered when the first DTensor comes by: importing this package shall not imp
 from __future__ import annotations
 
 import functools
-import sys
 
 from torch import Tensor
 
 from ._ffn import ffn_op, ffn_saving_op
 from ._gate import gate_backward_op, gate_op, gate_packed_backward_op, gate_packed_op
-from ._op import forward_op
-
-
-def is_dtensor(tensor: Tensor | None) -> bool:
-    """Whether it is one; there is none where nobody imported them."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+from ._op import forward_op, forward_saving_op
+from ._operands import is_dtensor
 
 
 def prepare_for(tensors: tuple[Tensor | None, ...]) -> None:
@@ -66,14 +60,19 @@ def _register() -> None:
     def _gate_packed_backward(dz, gate_up, up_first):
         return rows(gate_up, 1, [True, True, None])
 
-    @register_sharding(forward_op)
-    def _forward(x, gate, up, gate_bias=None, up_bias=None):
-        biases = [gate_bias, up_bias]
-        by_columns = [Replicate(), Shard(0), Shard(0), *(given(Shard(0), bias) for bias in biases)]
-        return [
-            *rows(x, 1, [True, False, False, *(given(False, bias) for bias in biases)]),
-            ([Shard(x.ndim - 1)], by_columns),
-        ]
+    def forward(outputs: int):
+        def rule(x, gate, up, gate_bias=None, up_bias=None):
+            biases = [gate_bias, up_bias]
+            by_columns = [Replicate(), Shard(0), Shard(0), *(given(Shard(0), bias) for bias in biases)]
+            return [
+                *rows(x, outputs, [True, False, False, *(given(False, bias) for bias in biases)]),
+                ([Shard(x.ndim - 1)] * outputs, by_columns),
+            ]
+
+        return rule
+
+    register_sharding(forward_op)(forward(1))
+    register_sharding(forward_saving_op)(forward(3))
 
     def ffn(outputs: int):
         def rule(x, w_gate, w_up, w_down, b_gate, b_up, b_down):

@@ -1,4 +1,4 @@
-"""Says once per process that what is launched was not tuned."""
+"""Says once per process, of every kind of guess, that what is launched was not tuned."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _said: set[str] = set()
 def note_untuned(plan: _native.Plan, device: int, n: int, k: int, m: int) -> None:
     """Warns if ``plan`` serves ``m`` tokens by less than a measurement of its own N and K."""
     matched = plan.matched(m)
-    if matched in _TUNED or _said:
+    if matched in _TUNED or matched in _said:
         return
     _said.add(matched)
     name = torch.cuda.get_device_name(device)

@@ -51,31 +51,35 @@ def test_any_subset(wanted):
             assert relative_error(tensor.grad, expected) <= TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("save", ["preactivations", "nothing"])
 @pytest.mark.parametrize(
-    "wanted, gemms",
-    # Recomputed pre-activations, then one GEMM a gradient and two for x.
-    [((0,), 2 + 2), ((1,), 2 + 1), ((2,), 1 + 1), ((3,), 2), ((4,), 1), ((0, 1, 2), 2 + 4)],
+    "wanted, again, gemms",
+    # Pre-activations computed again where they are not kept, then one GEMM a gradient and two for x.
+    [((0,), 2, 2), ((1,), 2, 1), ((2,), 1, 1), ((3,), 2, 0), ((4,), 1, 0), ((0, 1, 2), 2, 4)],
 )
-def test_only_the_gemms_asked_for(wanted, gemms):
+def test_only_the_gemms_asked_for(wanted, again, gemms, save):
     from torch.utils.flop_counter import FlopCounterMode
 
     m, n, k = 16, 24, 8
     inputs = operands(m, n, k, bias=True)
     for index in wanted:
         inputs[index].requires_grad_()
-    z = swiglu.forward(*inputs)
+    z = swiglu.forward(*inputs, save=save)
     with FlopCounterMode(display=False) as counter:
         z.sum().backward()
-    assert counter.get_total_flops() == gemms * 2 * m * n * k
+    assert counter.get_total_flops() == (gemms + again * (save == "nothing")) * 2 * m * n * k
 
 
-def test_what_is_kept():
-    """Nothing but the operands."""
+@pytest.mark.parametrize("save, matrices", [("preactivations", 2), ("nothing", 0)])
+def test_what_is_kept(save, matrices):
+    """Beside the operands."""
     inputs = [t.requires_grad_() for t in operands(5, 12, 8, bias=True)]
     given, kept = {t.data_ptr() for t in inputs}, []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
-        swiglu.forward(*inputs)
-    assert set(kept) <= given
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        swiglu.forward(*inputs, save=save)
+    assert sum(t.numel() for t in kept if t.data_ptr() not in given) == matrices * 5 * 12
+    with pytest.raises(ValueError, match="argument `save`: "):
+        swiglu.forward(*inputs, save="all")
 
 
 def test_a_gradient_into_a_view_and_twice_through_the_graph():

@@ -57,6 +57,20 @@ def test_ffn(rows):
     assert {row["provider"] for row in found} >= {"ours", "ours, nothing kept", "torch"}
 
 
+def test_ffn_leaves_out_who_is_wrong_or_fails(load, rows, monkeypatch, capsys):
+    ffn = load("ffn")
+    monkeypatch.setitem(
+        ffn.PROVIDERS, "wrong", lambda weights, args: ffn.Block(lambda *given: 2 * ffn.plain(*given), weights)
+    )
+    monkeypatch.setitem(ffn.PROVIDERS, "broken", lambda weights, args: 1 / 0)
+    found = rows("ffn", "--ways", "forward", "--m", "1,4", "--providers", "ours,wrong,broken,torch")
+    assert {(row["provider"], row["way"]) for row in found} == {("ours", "forward"), ("torch", "forward")}
+    said = capsys.readouterr().out
+    assert "wrong: left out, ArithmeticError" in said and "broken: left out, ZeroDivisionError" in said
+    with pytest.raises(SystemExit):
+        rows("ffn", "--providers", "nobody")
+
+
 def test_memory(rows):
     kept = {row["provider"]: row["kept_mb"] for row in rows("memory")}
     assert kept["ours, nothing kept"] < kept["ours, forward + linear"] < kept["ours"] < kept["torch"]

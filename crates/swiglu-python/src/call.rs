@@ -1,7 +1,7 @@
 //! The operands of one call, as Python passes them.
 
 use crate::error::Failure;
-use swiglu_runtime::{ForwardSpec, RawForward};
+use swiglu_runtime::{ForwardSpec, RawForward, RawMatrix};
 
 /// Where and on what; both weights are separate matrices, a packed one is passed as its two halves.
 #[derive(Debug, Clone, Copy)]
@@ -17,9 +17,7 @@ pub(crate) struct Call {
 impl Call {
     /// The operands, M held to its range.
     pub(crate) fn raw(&self) -> Result<RawForward, Failure> {
-        let too_many = || Failure::argument("x", format!("has {} rows, at most {} are supported", self.m, i32::MAX));
-        let m = i32::try_from(self.m).map_err(|_| too_many())?.unsigned_abs();
-        Ok(RawForward { m, ..self.operands })
+        Ok(RawForward { m: tokens(self.m)?, ..self.operands })
     }
 
     /// An error where an output shares memory with another operand: kernels read while others write.
@@ -55,4 +53,22 @@ impl Call {
         }
         Ok(())
     }
+}
+
+/// M, held to its range.
+pub(crate) fn tokens(m: u64) -> Result<u32, Failure> {
+    let too_many = |_| Failure::argument("x", format!("has {m} rows, at most {} are supported", i32::MAX));
+    Ok(i32::try_from(m).map_err(too_many)?.unsigned_abs())
+}
+
+/// The matrices of one group of a step's operands, each an address and a row stride; at most as many as the group has.
+pub(crate) fn matrices<const COUNT: usize>(
+    argument: &'static str,
+    given: &[(u64, i64)],
+) -> Result<[RawMatrix; COUNT], Failure> {
+    if given.len() > COUNT {
+        return Err(Failure::argument(argument, format!("has {} matrices, at most {COUNT} are taken", given.len())));
+    }
+    let matrix = |&(address, stride): &(u64, i64)| RawMatrix { address, stride };
+    Ok(std::array::from_fn(|index| given.get(index).map_or_else(RawMatrix::default, matrix)))
 }

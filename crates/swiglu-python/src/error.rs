@@ -34,7 +34,7 @@ pub(crate) enum Failure {
     },
     /// A plan would have to be compiled while a graph is captured.
     #[error(
-        "no plan is prepared for these sizes, and kernels cannot be compiled while a CUDA graph is captured; call swiglu.prepare() before the capture"
+        "no plan is prepared for these sizes, and kernels cannot be compiled while a CUDA graph is captured; call swiglu.prepare() before the capture, or run once what is captured"
     )]
     Capturing,
     /// A defect of ours or of a library below.
@@ -63,7 +63,9 @@ impl From<Failure> for PyErr {
         match failure {
             Failure::Argument { .. }
             | Failure::Launch(LaunchError::Argument(_))
-            | Failure::Prepare(PrepareError::TooLarge { .. }) => PyValueError::new_err(failure.to_string()),
+            | Failure::Prepare(
+                PrepareError::TooLarge { .. } | PrepareError::Empty { .. } | PrepareError::NotAStep(_),
+            ) => PyValueError::new_err(failure.to_string()),
             Failure::Prepare(_)
             | Failure::Launch(_)
             | Failure::Driver { .. }

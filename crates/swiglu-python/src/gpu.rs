@@ -8,7 +8,7 @@ use crate::call::Call;
 use crate::error::Failure;
 use cudarc::driver::{DriverError, result, sys};
 use swiglu_runtime::gpu::Gpu;
-use swiglu_runtime::{Options, Plan, PrepareError, Runtime, library, runtime};
+use swiglu_runtime::{Options, Plan, PrepareError, RawStep, Runtime, StepPlan, library, runtime};
 
 /// A runtime on the primary context of GPU `ordinal`, which is the one that torch uses.
 pub(crate) fn runtime(ordinal: u32, options: &Options) -> Result<Runtime, Failure> {
@@ -20,22 +20,35 @@ pub(crate) fn runtime(ordinal: u32, options: &Options) -> Result<Runtime, Failur
 pub(crate) fn launch(plan: &Plan, call: &Call) -> Result<(), Failure> {
     let raw = call.raw()?;
     call.check_overlap(plan.spec())?;
-    let ours = plan.gpu().context.cu_ctx();
-    let _restore = Current::set(ours).map_err(Failure::driver("make the tensors' GPU current"))?;
-    // SAFETY: by the module's contract; `ours` is current.
+    let _restore = make_current(plan.gpu())?;
+    // SAFETY: by the module's contract; the plan's context is current.
     Ok(unsafe { plan.launch_raw(call.stream as sys::CUstream, &raw) }?)
 }
 
-/// An error while `stream` is captured: compiling and loading are illegal then.
-pub(crate) fn refuse_capture(stream: u64) -> Result<(), Failure> {
-    library::driver().map_err(|missing| PrepareError::from(swiglu_runtime::gpu::GpuError::from(missing)))?;
-    // SAFETY: torch's current stream is live; 0 is the default stream.
-    let status = unsafe { result::stream::is_capturing(stream as sys::CUstream) };
-    match status.map_err(Failure::driver("tell whether a graph is captured"))? {
-        sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE => Ok(()),
-        sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE
-        | sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_INVALIDATED => Err(Failure::Capturing),
-    }
+/// The same for a step, whose outputs Python has made for it, so that they overlap nothing.
+pub(crate) fn launch_step(plan: &StepPlan, stream: u64, args: &RawStep) -> Result<(), Failure> {
+    let _restore = make_current(plan.gpu())?;
+    // SAFETY: by the module's contract; the plan's context is current.
+    Ok(unsafe { plan.launch_raw(stream as sys::CUstream, args) }?)
+}
+
+fn make_current(gpu: &Gpu) -> Result<Option<Current>, Failure> {
+    Current::set(gpu.context.cu_ctx()).map_err(Failure::driver("make the tensors' GPU current"))
+}
+
+/// An error while `stream` of GPU `ordinal` is captured: compiling and loading are illegal then.
+pub(crate) fn refuse_capture(ordinal: u32, stream: u64) -> Result<(), Failure> {
+    keep_current(|| {
+        // The driver asks for a current context, and a thread of autograd may have none yet: opening makes it current.
+        let _gpu = Gpu::open(ordinal as usize).map_err(PrepareError::from)?;
+        // SAFETY: torch's current stream is live; 0 is the default stream.
+        let status = unsafe { result::stream::is_capturing(stream as sys::CUstream) };
+        match status.map_err(Failure::driver("tell whether a graph is captured"))? {
+            sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE => Ok(()),
+            sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE
+            | sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_INVALIDATED => Err(Failure::Capturing),
+        }
+    })
 }
 
 /// Runs `work`, which may change the current context, and restores it: torch reads its current device from there.

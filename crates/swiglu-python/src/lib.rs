@@ -8,14 +8,14 @@ mod error;
 mod gpu;
 mod plans;
 
-use crate::call::Call;
+use crate::call::{Call, matrices, tokens};
 use crate::error::{Failure, guarded};
-use crate::plans::{Device, Key, Plan};
+use crate::plans::{Device, Key, Plan, StepKey};
 use pyo3::prelude::*;
 use std::fmt::Display;
 use std::path::PathBuf;
-use swiglu_kernels::WeightMajor;
-use swiglu_runtime::{DType, ForwardSpec, GateOrder, RawForward, WeightLayout};
+use swiglu_kernels::{Op, Problem, WeightMajor};
+use swiglu_runtime::{DType, ForwardSpec, GateOrder, RawForward, RawStep, WeightLayout};
 
 /// Tells where NVRTC lies unless `SWIGLU_NVRTC` says so; without effect once a GPU plan was prepared.
 #[pyfunction]
@@ -23,10 +23,12 @@ fn set_nvrtc_folder(folder: PathBuf) {
     plans::set_nvrtc_folder(folder);
 }
 
-/// A plan for GPU `device`, or for the CPU where it is negative. Compiles and loads what is missing.
+/// A plan for GPU `device`, or for the CPU where it is negative; it stores the pre-activations if `save`. Compiles and loads
+/// what is missing.
 #[pyfunction]
-fn prepare(py: Python<'_>, device: i32, dtype: &str, layout: &str, n: u64, k: u64) -> PyResult<NativePlan> {
-    let key = key(device, dtype, layout, n, k, false)?;
+#[pyo3(signature = (device, dtype, layout, n, k, save = false))]
+fn prepare(py: Python<'_>, device: i32, dtype: &str, layout: &str, n: u64, k: u64, save: bool) -> PyResult<NativePlan> {
+    let key = key(device, dtype, layout, n, k, save)?;
     Ok(NativePlan(py.detach(|| guarded(|| plans::get_or_prepare(key)))?))
 }
 
@@ -83,8 +85,8 @@ fn forward(
     }
     let plan = py.detach(|| {
         guarded(|| {
-            if matches!(key.device, Device::Gpu(_)) {
-                gpu::refuse_capture(stream)?;
+            if let Device::Gpu(ordinal) = key.device {
+                gpu::refuse_capture(ordinal, stream)?;
             }
             plans::get_or_prepare(key)
         })
@@ -92,7 +94,55 @@ fn forward(
     run(py, &plan, &call).map(|()| true)
 }
 
-/// A prepared problem.
+/// Compiles and loads what [`step`] launches for these sizes on GPU `device`.
+#[pyfunction]
+fn prepare_step(py: Python<'_>, device: i32, dtype: &str, op: &str, major: &str, n: u64, k: u64) -> PyResult<()> {
+    let key = step_key(device, dtype, op, major, n, k)?;
+    py.detach(|| guarded(|| plans::get_or_prepare(key))).map(|_| ())
+}
+
+/// Launches a step of the FFN on `m` tokens, through a plan that is kept as that of [`forward`] is. `left`, `right`, `saved`
+/// and `out` are what `RawStep` names so, an address and a row stride each; what the op has none of is left out.
+#[pyfunction]
+#[allow(clippy::too_many_arguments, reason = "one flat call costs Python less than any structure")]
+fn step(
+    py: Python<'_>,
+    device: i32,
+    dtype: &str,
+    op: &str,
+    major: &str,
+    n: u64,
+    k: u64,
+    stream: u64,
+    m: u64,
+    left: Vec<(u64, i64)>,
+    right: Vec<(u64, i64)>,
+    saved: Vec<(u64, i64)>,
+    out: Vec<(u64, i64)>,
+    bias: u64,
+) -> PyResult<()> {
+    let key = step_key(device, dtype, op, major, n, k)?;
+    let args = RawStep {
+        m: tokens(m)?,
+        left: matrices("left", &left)?,
+        right: matrices("right", &right)?,
+        saved: matrices("saved", &saved)?,
+        out: matrices("out", &out)?,
+        bias,
+    };
+    let plan = match plans::get(&key) {
+        Some(plan) => plan,
+        None => py.detach(|| {
+            guarded(|| {
+                gpu::refuse_capture(key.gpu, stream)?;
+                plans::get_or_prepare(key)
+            })
+        })?,
+    };
+    guarded(|| gpu::launch_step(&plan, stream, &args))
+}
+
+/// A prepared forward.
 #[pyclass(frozen, name = "Plan", module = "swiglu._native")]
 struct NativePlan(Plan);
 
@@ -166,13 +216,6 @@ fn run(py: Python<'_>, plan: &Plan, call: &Call) -> PyResult<()> {
 }
 
 fn key(device: i32, dtype: &str, layout: &str, n: u64, k: u64, save_preactivations: bool) -> Result<Key, Failure> {
-    let size = |argument, value: u64| {
-        u32::try_from(value).map_err(|_| Failure::argument(argument, format!("is {value}, which is too large")))
-    };
-    let dtype: DType = dtype.parse().map_err(unknown("dtype"))?;
-    if dtype.is_scaled() {
-        return Err(Failure::argument("dtype", format!("{dtype} has scales, which this operation does not take")));
-    }
     let layout: WeightLayout = layout.parse().map_err(unknown("layout"))?;
     // The halves of a packed weight come as two matrices, of which Python says which is the gate.
     let layout = match layout.major() {
@@ -181,7 +224,7 @@ fn key(device: i32, dtype: &str, layout: &str, n: u64, k: u64, save_preactivatio
     };
     let device = u32::try_from(device).map_or(Device::Cpu, Device::Gpu);
     let spec = ForwardSpec {
-        dtype,
+        dtype: number_format(dtype)?,
         layout,
         gate_order: GateOrder::GateFirst,
         n: size("n", n)?,
@@ -189,6 +232,26 @@ fn key(device: i32, dtype: &str, layout: &str, n: u64, k: u64, save_preactivatio
         save_preactivations,
     };
     Ok(Key { device, spec })
+}
+
+fn step_key(device: i32, dtype: &str, op: &str, major: &str, n: u64, k: u64) -> Result<StepKey, Failure> {
+    let gpu = u32::try_from(device).map_err(|_| Failure::argument("device", "is the CPU; a step runs on a GPU"))?;
+    let op: Op = op.parse().map_err(unknown("op"))?;
+    let major: WeightMajor = major.parse().map_err(unknown("major"))?;
+    let problem = Problem::forward(number_format(dtype)?, major, 1, size("n", n)?, size("k", k)?).with_op(op);
+    Ok(StepKey { gpu, problem })
+}
+
+fn number_format(word: &str) -> Result<DType, Failure> {
+    let dtype: DType = word.parse().map_err(unknown("dtype"))?;
+    if dtype.is_scaled() {
+        return Err(Failure::argument("dtype", format!("{dtype} has scales, which this operation does not take")));
+    }
+    Ok(dtype)
+}
+
+fn size(argument: &'static str, value: u64) -> Result<u32, Failure> {
+    u32::try_from(value).map_err(|_| Failure::argument(argument, format!("is {value}, which is too large")))
 }
 
 fn unknown<E: Display>(argument: &'static str) -> impl FnOnce(E) -> Failure {
@@ -201,5 +264,7 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<NativePlan>()?;
     module.add_function(wrap_pyfunction!(set_nvrtc_folder, module)?)?;
     module.add_function(wrap_pyfunction!(prepare, module)?)?;
-    module.add_function(wrap_pyfunction!(forward, module)?)
+    module.add_function(wrap_pyfunction!(forward, module)?)?;
+    module.add_function(wrap_pyfunction!(prepare_step, module)?)?;
+    module.add_function(wrap_pyfunction!(step, module)?)
 }

@@ -4,10 +4,12 @@ use crate::error::Failure;
 use crate::gpu;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::hash::Hash;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError, RwLock};
+use swiglu_kernels::Problem;
 use swiglu_runtime::cpu::CpuPlan;
-use swiglu_runtime::{CpuRuntime, ForwardSpec, Options, Runtime};
+use swiglu_runtime::{CpuRuntime, ForwardSpec, Options, Runtime, StepPlan};
 
 /// Where a plan runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -18,7 +20,7 @@ pub(crate) enum Device {
     Gpu(u32),
 }
 
-/// What a plan is kept under.
+/// What a plan of the forward is kept under.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
     pub(crate) device: Device,
@@ -26,21 +28,37 @@ pub(crate) struct Key {
     pub(crate) spec: ForwardSpec,
 }
 
-/// A prepared problem, shared by every caller.
+/// What a plan of a step is kept under.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct StepKey {
+    /// CUDA's number of the GPU.
+    pub(crate) gpu: u32,
+    /// At M = 1.
+    pub(crate) problem: Problem,
+}
+
+/// A prepared forward, shared by every caller.
 #[derive(Debug, Clone)]
 pub(crate) enum Plan {
     Gpu(Arc<swiglu_runtime::Plan>),
     Cpu(Arc<CpuPlan>),
 }
 
+/// Something that is prepared once and kept for the life of the process.
+pub(crate) trait Prepared: Copy + Eq + Hash + 'static {
+    type Plan: Clone + 'static;
+
+    fn plans() -> &'static RwLock<HashMap<Self, Self::Plan>>;
+    fn prepare(&self, runtimes: &mut Runtimes) -> Result<Self::Plan, Failure>;
+}
+
 /// Makes plans; under a lock, so that two threads never compile the same kernels.
 #[derive(Default)]
-struct Runtimes {
+pub(crate) struct Runtimes {
     cpu: Option<CpuRuntime>,
     gpus: HashMap<u32, Runtime>,
 }
 
-static PLANS: OnceLock<RwLock<HashMap<Key, Plan>>> = OnceLock::new();
 static RUNTIMES: Mutex<Option<Runtimes>> = Mutex::new(None);
 static NVRTC_FOLDER: OnceLock<PathBuf> = OnceLock::new();
 
@@ -50,38 +68,64 @@ pub(crate) fn set_nvrtc_folder(folder: PathBuf) {
 }
 
 /// The plan, if there is one.
-pub(crate) fn get(key: &Key) -> Option<Plan> {
+pub(crate) fn get<K: Prepared>(key: &K) -> Option<K::Plan> {
     // A poisoned map is still whole: it is only ever inserted into.
-    PLANS.get()?.read().unwrap_or_else(PoisonError::into_inner).get(key).cloned()
+    K::plans().read().unwrap_or_else(PoisonError::into_inner).get(key).cloned()
 }
 
 /// The plan, prepared now if there is none. Call it without the interpreter: it may compile for seconds.
-pub(crate) fn get_or_prepare(key: Key) -> Result<Plan, Failure> {
+pub(crate) fn get_or_prepare<K: Prepared>(key: K) -> Result<K::Plan, Failure> {
     let mut runtimes = RUNTIMES.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(plan) = get(&key) {
         return Ok(plan);
     }
-    let plan = runtimes.get_or_insert_default().prepare(&key)?;
-    let plans = PLANS.get_or_init(RwLock::default);
-    plans.write().unwrap_or_else(PoisonError::into_inner).insert(key, plan.clone());
+    let plan = key.prepare(runtimes.get_or_insert_default())?;
+    K::plans().write().unwrap_or_else(PoisonError::into_inner).insert(key, plan.clone());
     Ok(plan)
 }
 
-impl Runtimes {
-    fn prepare(&mut self, key: &Key) -> Result<Plan, Failure> {
-        match key.device {
+impl Prepared for Key {
+    type Plan = Plan;
+
+    fn plans() -> &'static RwLock<HashMap<Self, Plan>> {
+        static PLANS: LazyLock<RwLock<HashMap<Key, Plan>>> = LazyLock::new(RwLock::default);
+        &PLANS
+    }
+
+    fn prepare(&self, runtimes: &mut Runtimes) -> Result<Plan, Failure> {
+        match self.device {
             Device::Cpu => {
-                let runtime = self.cpu.get_or_insert_with(|| CpuRuntime::new(&options()));
-                Ok(Plan::Cpu(Arc::new(runtime.prepare(&key.spec)?)))
+                let runtime = runtimes.cpu.get_or_insert_with(|| CpuRuntime::new(&options()));
+                Ok(Plan::Cpu(Arc::new(runtime.prepare(&self.spec)?)))
             }
-            Device::Gpu(ordinal) => gpu::keep_current(|| {
-                let runtime = match self.gpus.entry(ordinal) {
-                    Entry::Occupied(known) => known.into_mut(),
-                    Entry::Vacant(new) => new.insert(gpu::runtime(ordinal, &options())?),
-                };
-                Ok(Plan::Gpu(Arc::new(runtime.prepare(&key.spec)?)))
-            }),
+            Device::Gpu(ordinal) => runtimes.on_gpu(ordinal, |gpu| Ok(Plan::Gpu(Arc::new(gpu.prepare(&self.spec)?)))),
         }
+    }
+}
+
+impl Prepared for StepKey {
+    type Plan = Arc<StepPlan>;
+
+    fn plans() -> &'static RwLock<HashMap<Self, Arc<StepPlan>>> {
+        static PLANS: LazyLock<RwLock<HashMap<StepKey, Arc<StepPlan>>>> = LazyLock::new(RwLock::default);
+        &PLANS
+    }
+
+    fn prepare(&self, runtimes: &mut Runtimes) -> Result<Arc<StepPlan>, Failure> {
+        runtimes.on_gpu(self.gpu, |gpu| Ok(Arc::new(gpu.prepare_step(&self.problem)?)))
+    }
+}
+
+impl Runtimes {
+    /// `work` on the GPU's runtime, which is made now if there is none.
+    fn on_gpu<T>(&mut self, ordinal: u32, work: impl FnOnce(&Runtime) -> Result<T, Failure>) -> Result<T, Failure> {
+        gpu::keep_current(|| {
+            let runtime = match self.gpus.entry(ordinal) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(new) => new.insert(gpu::runtime(ordinal, &options())?),
+            };
+            work(runtime)
+        })
     }
 }
 
