@@ -78,6 +78,16 @@ impl Chip {
         Some(OVERHEAD_US + together * 1e6)
     }
 
+    /// How long a config takes at another M, in units of its own: its waves of tiles, and the length of their sums where M is
+    /// what is summed over. `None` for a CPU's config.
+    pub fn work(&self, problem: &Problem, config: &Config) -> Option<f64> {
+        let shape = config.launch_shape(problem)?;
+        let per_sm = shape.per_sm.map_or_else(|| resident(problem, &shape, self.arch), f64::from);
+        let slots = (self.sms * per_sm / f64::from(shape.cluster.max(1))).floor().max(1.0);
+        let depth = problem.product().filter(|_| problem.sums_over_m()).map_or(1, |product| product.depth.max(1));
+        Some((shape.tiles(problem) as f64 / slots).ceil().max(1.0) * f64::from(depth))
+    }
+
     /// Operations a clock of one multiprocessor.
     fn flops_per_clock(&self, problem: &Problem, config: &Config) -> Option<f64> {
         let of_dtype = |dtype| flops_per_clock(self.arch.name, dtype).or_else(|| flops_per_clock("sm_90a", dtype));

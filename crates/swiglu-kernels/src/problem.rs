@@ -407,6 +407,11 @@ impl Problem {
         }
     }
 
+    /// Whether M is the length of the sums: of the weights' gradients.
+    pub const fn sums_over_m(&self) -> bool {
+        matches!(self.op, Op::WeightGrad | Op::WeightGradAdd | Op::DownWeightGrad | Op::DownWeightGradAdd)
+    }
+
     /// Rows and columns of one output matrix.
     pub fn output(&self) -> (u32, u32) {
         self.product().map_or((self.m, self.n), |product| (product.rows, product.cols))

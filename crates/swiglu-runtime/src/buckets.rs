@@ -1,7 +1,8 @@
 //! Which anchor serves which M. Exact up to 8, then four buckets an octave: a table index, no search.
 //!
-//! Between anchors the nearest one's kernel may be a bad choice: at M = 9 a kernel for 8 tokens reads the weights twice. So a
-//! bucket takes the kernel with the least time by the model, scaled to what was measured at the kernel's own anchor.
+//! Between anchors the nearest one's kernel may be a bad choice: at M = 9 a kernel for 8 tokens reads the weights twice. So of
+//! the anchors on both sides that one serves whose kernel should take least: what was measured at its anchor, times its waves
+//! of tiles here over those there.
 
 use crate::plan::Choice;
 use swiglu_kernels::Problem;
@@ -33,18 +34,30 @@ fn largest_of(bucket: usize) -> u64 {
 #[derive(Debug, Clone)]
 pub(crate) struct BucketTable([u16; COUNT]);
 
-/// Anchors further away than this factor are not asked for their time.
-const FAR: u32 = 4;
 /// Sizes of M of a bucket whose times count.
 const SAMPLES: u64 = 4;
 
 impl BucketTable {
-    /// `anchors` ascend and are not empty. A bucket that ends at an anchor is its own; any other goes to the anchor whose
-    /// kernel has the least `time` there, of (index, M), or to the nearest in log2 where not all near ones have one.
+    /// `anchors` ascend and are not empty. A bucket that ends at an anchor is its own; any other goes to the neighbour whose
+    /// kernel has the least `time` there, of (index, M), or to the nearest in log2 where one has none.
     pub(crate) fn new(anchors: &[u32], time: impl Fn(usize, u32) -> Option<f64>) -> Self {
         Self(std::array::from_fn(|bucket| {
-            let own = anchors.iter().rposition(|&anchor| u64::from(anchor) == largest_of(bucket));
-            let best = own.or_else(|| fastest(anchors, bucket, &time)).unwrap_or_else(|| nearest(anchors, bucket));
+            let above = anchors.partition_point(|&anchor| u64::from(anchor) < largest_of(bucket));
+            let best = match (above.checked_sub(1), anchors.get(above)) {
+                (_, Some(&anchor)) if u64::from(anchor) == largest_of(bucket) => above,
+                (None, _) => 0,
+                (Some(below), None) => below,
+                (Some(below), Some(_)) => {
+                    let of_both = samples(bucket).and_then(|samples| {
+                        let over_bucket = |index| samples.iter().map(|&m| time(index, m)).sum::<Option<f64>>();
+                        Some((over_bucket(below)?, over_bucket(above)?))
+                    });
+                    let here = largest_of(bucket) as f64;
+                    let is_nearer = || here * here <= f64::from(anchors[below]) * f64::from(anchors[above]);
+                    let takes_below = of_both.map_or_else(is_nearer, |(of_below, of_above)| of_below < of_above);
+                    if takes_below { below } else { above }
+                }
+            };
             u16::try_from(best).unwrap_or(u16::MAX)
         }))
     }
@@ -55,9 +68,8 @@ impl BucketTable {
         let chip = Chip::of_class(device_class);
         Self::new(&anchors, |index, m| {
             let (chip, choice) = (chip.as_ref()?, choices.get(index)?);
-            let model = |m| chip.predict_us(&problem.with_m(m), &choice.config);
-            let scale = choice.median_us.map_or(Some(1.0), |measured| Some(measured / model(choice.anchor)?))?;
-            Some(model(m)? * scale)
+            let work = |m| chip.work(&problem.with_m(m), &choice.config);
+            Some(choice.median_us? * work(m)? / work(choice.anchor)?)
         })
     }
 
@@ -67,24 +79,11 @@ impl BucketTable {
     }
 }
 
-/// The near anchor with the least time over a bucket; `None` where one has none.
-fn fastest(anchors: &[u32], bucket: usize, time: &impl Fn(usize, u32) -> Option<f64>) -> Option<usize> {
-    let (above, largest) = (largest_of(bucket.checked_sub(1)?), u32::try_from(largest_of(bucket)).ok()?);
-    let width = u64::from(largest) - above;
-    let samples: Vec<u32> =
-        (1..=SAMPLES).filter_map(|part| u32::try_from(above + (width * part).div_ceil(SAMPLES)).ok()).collect();
-    let is_near = |anchor: u32| anchor.max(largest) / anchor.min(largest).max(1) <= FAR;
-    let near = (0..anchors.len()).filter(|&index| is_near(anchors[index]));
-    let timed = near.map(|index| Some((index, samples.iter().map(|&m| time(index, m)).sum::<Option<f64>>()?)));
-    let timed: Vec<(usize, f64)> = timed.collect::<Option<_>>()?;
-    timed.into_iter().min_by(|a, b| a.1.total_cmp(&b.1)).map(|(index, _)| index)
-}
-
-fn nearest(anchors: &[u32], bucket: usize) -> usize {
-    let log2 = |m: f64| m.max(1.0).log2();
-    let here = log2(largest_of(bucket) as f64);
-    let distance = |index: &usize| (log2(f64::from(anchors[*index])) - here).abs();
-    (0..anchors.len()).min_by(|a, b| distance(a).total_cmp(&distance(b))).unwrap_or(0)
+/// Evenly spread sizes of a bucket; `None` beyond 32 bits.
+fn samples(bucket: usize) -> Option<Vec<u32>> {
+    let above = largest_of(bucket.checked_sub(1)?);
+    let width = largest_of(bucket) - above;
+    (1..=SAMPLES).map(|part| u32::try_from(above + (width * part).div_ceil(SAMPLES)).ok()).collect()
 }
 
 /// Of the choices for `problem`, ascending by anchor, the one whose kernel a prepared plan launches for the problem's M.
@@ -118,17 +117,17 @@ mod tests {
     }
 
     #[test]
-    fn between_anchors_the_fastest_of_the_near_ones_serves() {
+    fn between_anchors_the_faster_neighbour_serves() {
         // Tiles of as many rows as the anchor; a tile takes as long as it has rows, and one more.
         let by_tiles = |index: usize, m: u32| Some(f64::from(m.div_ceil(ANCHORS[index]) * (ANCHORS[index] + 1)));
         let table = BucketTable::new(&ANCHORS, by_tiles);
-        let served = [1, 4, 16, 17, 60, 80, 256, 1000, 1024, 4096].map(|m| table.anchor(m));
-        assert_eq!(served, [0, 0, 1, 1, 1, 2, 2, 2, 2, 3], "80 is too far from 16 to ask it");
+        let served = [1, 4, 10, 16, 17, 60, 224, 241, 256, 1000, 4096, 5000].map(|m| table.anchor(m));
+        assert_eq!(served, [0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 3, 3]);
         let away = BucketTable::new(&ANCHORS, |index, _| Some(index as f64));
         assert_eq!(
             [1, 16, 4096].map(|m| away.anchor(m)),
             [0, 1, 3],
-            "an anchor serves its own M, whatever the model says"
+            "an anchor serves its own M, whatever is said of it"
         );
     }
 

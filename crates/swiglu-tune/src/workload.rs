@@ -8,7 +8,8 @@ use std::str::FromStr;
 use swiglu_kernels::{DType, Op, Problem, WeightLayout};
 
 /// The values of M that are tuned when none are given.
-pub(crate) const ANCHORS: [u32; 14] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192];
+pub(crate) const ANCHORS: [u32; 22] =
+    [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192];
 
 /// What `--op` takes: an op, or a word for several.
 #[derive(Debug, Clone, PartialEq, Eq)]
