@@ -193,12 +193,10 @@ impl Gpu {
     }
 
     /// A loaded entry with the shared memory that `config` asks for.
-    pub(crate) fn kernel(
-        &self,
-        function: &CudaFunction,
-        config: &Config,
-        problem: &Problem,
-    ) -> Result<Kernel, GpuError> {
+    ///
+    /// # Errors
+    /// When the driver refuses it, or the config has no source.
+    pub fn kernel(&self, function: &CudaFunction, config: &Config, problem: &Problem) -> Result<Kernel, GpuError> {
         let shape = config.launch_shape(problem).ok_or(GpuError::Driver {
             act: "load a config without source",
             error: DriverError(sys::CUresult::CUDA_ERROR_INVALID_VALUE),
