@@ -101,13 +101,12 @@ impl Selection {
         alignment: u32,
         launch: impl Fn(&Kernel) -> Result<(), Refusal>,
     ) -> Option<Result<(), LaunchError>> {
-        let kernel = self.select(m, alignment)?;
-        let launched = |kernel: &Kernel| launch(kernel).map_err(|refusal| (kernel.config, refusal));
-        let launched = match (launched(kernel), &self.serving(m).instead) {
-            (Err((_, Refusal::Declined(_))), Some(instead)) => launched(instead),
-            (result, _) => result,
+        let serving = self.select(m, alignment)?;
+        let (kernel, launched) = match (launch(serving), &self.serving(m).instead) {
+            (Err(Refusal::Declined(_)), Some(instead)) => (instead, launch(instead)),
+            (launched, _) => (serving, launched),
         };
-        Some(launched.map_err(|(config, refusal)| LaunchError::of(config, refusal)))
+        Some(launched.map_err(|refusal| LaunchError::of(kernel.config, refusal)))
     }
 }
 

@@ -118,9 +118,12 @@ impl<T: Element + DeviceRepr> StepCase<T> {
         let bias: Option<Vec<f64>> = self
             .bias
             .map(|start| self.inputs[start..start + cols].iter().map(|value| f64::from(value.to_f32())).collect());
-        let (left, right): ([&dyn Fn(usize, usize) -> f64; 2], [&dyn Fn(usize, usize) -> f64; 2]) =
-            ([&left0, &left1], [&right0, &right1]);
-        let operands = oracle::Step { left, right, saved: [&gate, &up], bias: bias.as_deref() };
+        let operands = oracle::Step {
+            left: [&left0, &left1],
+            right: [&right0, &right1],
+            saved: [&gate, &up],
+            bias: bias.as_deref(),
+        };
         let mut outs = oracle::step(&self.problem, &operands);
         if self.problem.op.accumulates() {
             outs.iter_mut().flatten().for_each(|value| *value += f64::from(BEFORE));
