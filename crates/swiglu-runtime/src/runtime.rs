@@ -208,7 +208,9 @@ impl Runtime {
         let mut failure = None;
         for config in configs.iter().filter(|config| config.family() == Family::Cublaslt) {
             match self.library_kernel(problem, config) {
-                Ok(kernel) => drop(kernels.insert(*config, kernel)),
+                Ok(kernel) => {
+                    kernels.insert(*config, kernel);
+                }
                 Err(error) => {
                     tracing::warn!(%config, %error, "a config cannot be used");
                     failure = Some(error);

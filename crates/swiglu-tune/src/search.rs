@@ -29,7 +29,8 @@ const SEEDS: usize = 8;
 const ORDERS: usize = 2;
 
 /// The candidates of `problem` to measure, the most promising first: `wanted` and the library's, of which the model knows
-/// nothing, in any case, then the winners of `seeds` near it, then by the model's order. All of them where there is no model, as of the steps, or they are few.
+/// nothing, in any case, then the winners of `seeds` near it, then by the model's order. All of them where there is no model, as
+/// of the steps, or they are few.
 pub(crate) fn pick(
     chip: Option<&Chip>,
     problem: &Problem,
