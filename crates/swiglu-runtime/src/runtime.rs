@@ -111,7 +111,7 @@ impl Runtime {
     ///
     /// # Errors
     /// When a size is out of range, or nothing compiles. A tuned config that no longer compiles is skipped with
-    /// a warning; the default serves in its place. So it does in place of a library that is not installed.
+    /// a warning; the default serves in its place. In place of a library that is not installed what won at the nearest M does.
     pub fn prepare(&self, spec: &ForwardSpec) -> Result<Plan, PrepareError> {
         check_sizes(&spec.problem(1))?;
         Ok(Plan { gpu: self.gpu.clone(), spec: *spec, selection: self.selection(&spec.problem(1))? })
@@ -136,13 +136,14 @@ impl Runtime {
             && let Err(why) = self.library()
         {
             tracing::warn!(%why, op = %problem.op, dtype = %problem.dtype, "tuned for a library that is not here");
-            replace_library(&mut tuned, &self.gpu.device.class, problem, self.gpu.arch)?;
+            tuned = self.of_ours(problem, &tuned)?;
         }
         if !tuned.is_empty() {
             match self.kernels_of(problem, &tuned) {
                 Ok(kernels) => {
+                    let stand_ins = self.of_ours(problem, &tuned)?;
                     let mut selection = self.assemble(problem, tuned, &kernels)?;
-                    self.stand_in(problem, &mut selection)?;
+                    self.stand_in(problem, &mut selection, &stand_ins)?;
                     return Ok(selection);
                 }
                 Err(error) => tracing::warn!(%error, "no tuned config can be used"),
@@ -157,12 +158,16 @@ impl Runtime {
         self.library.get_or_init(|| CublasLt::new(&self.gpu.context).map(Arc::new)).clone()
     }
 
+    /// The same choices with kernels of ours only.
+    fn of_ours(&self, problem: &Problem, choices: &[Choice]) -> Result<Vec<Choice>, Rejected> {
+        choices.iter().map(|choice| ours(choice, choices, &self.gpu.device.class, problem, self.gpu.arch)).collect()
+    }
+
     /// A kernel of ours beside every library, for what it declines.
-    fn stand_in(&self, problem: &Problem, selection: &mut Selection) -> Result<(), PrepareError> {
+    fn stand_in(&self, problem: &Problem, selection: &mut Selection, stand_ins: &[Choice]) -> Result<(), PrepareError> {
         for serving in selection.anchors.iter_mut().filter(|serving| of_library(&serving.choice)) {
-            let problem = problem.with_m(serving.choice.anchor);
-            let (config, _) = untuned_config(&self.gpu.device.class, &problem, self.gpu.arch)?;
-            serving.instead = Some(self.kernel(&problem, config)?);
+            let stand_in = stand_ins.iter().find(|choice| choice.anchor == serving.choice.anchor);
+            serving.instead = stand_in.map(|choice| self.kernel(problem, choice.config)).transpose()?;
         }
         Ok(())
     }
@@ -287,18 +292,30 @@ fn of_library(choice: &Choice) -> bool {
     choice.config.family() == Family::Cublaslt
 }
 
-/// What serves untuned takes the place of every choice of a library.
-fn replace_library(
-    choices: &mut [Choice],
+/// `choice`, or a kernel of ours in place of a library: that of the nearest of `choices`, or what serves untuned where none of
+/// them is near.
+fn ours(
+    choice: &Choice,
+    choices: &[Choice],
     device_class: &str,
     problem: &Problem,
     arch: &'static ArchSpec,
-) -> Result<(), Rejected> {
-    for choice in choices.iter_mut().filter(|choice| of_library(choice)) {
-        (choice.config, choice.matched) = untuned_config(device_class, &problem.with_m(choice.anchor), arch)?;
+) -> Result<Choice, Rejected> {
+    if !of_library(choice) {
+        return Ok(*choice);
     }
-    Ok(())
+    let log2 = |anchor: u32| f64::from(anchor.max(1)).log2();
+    let far = |other: &Choice| (log2(other.anchor) - log2(choice.anchor)).abs();
+    let near = choices.iter().filter(|other| !of_library(other) && far(other) <= NEAR);
+    let (config, matched) = match near.min_by(|a, b| far(a).total_cmp(&far(b))) {
+        Some(nearest) => (nearest.config, Match::NearestM),
+        None => untuned_config(device_class, &problem.with_m(choice.anchor), arch)?,
+    };
+    Ok(Choice { config, matched, ..*choice })
 }
+
+/// How far apart two M are, by the logarithm to base 2, whose best kernels are alike.
+const NEAR: f64 = 2.0;
 
 /// What serves `problem` where nothing was tuned: the default, or the model's choice where that is better by more than the
 /// model errs.
@@ -412,16 +429,17 @@ mod tests {
     use swiglu_kernels::{DType, WeightMajor, arch};
 
     #[test]
-    fn without_the_library_what_serves_untuned_takes_its_place_and_no_other() {
+    fn in_place_of_the_library_serves_what_won_nearby_else_what_serves_untuned() {
         let arch = arch::by_name("sm_90a").unwrap();
         let problem = Problem::forward(DType::Bf16, WeightMajor::K, 1, 14336, 4096).with_op(Op::Down);
         let library = Config::Cublaslt(CublasltConfig { algorithm: 1 });
-        let ours = default_config(&problem.with_m(16), arch).unwrap();
+        let tuned = swiglu_kernels::families::candidates(&problem, Target::Gpu(arch))[0];
         let choice = |anchor, config| Choice { anchor, config, matched: Match::Exact };
-        let mut choices = [choice(16, ours), choice(4096, library)];
-        replace_library(&mut choices, "sm_90a-sm132", &problem, arch).unwrap();
+        let choices = [choice(16, tuned), choice(64, library), choice(4096, library)];
+        let ours = |at: usize| ours(&choices[at], &choices, "sm_90a-sm132", &problem, arch).unwrap();
         let untuned = default_config(&problem.with_m(4096), arch).unwrap();
-        assert_eq!(choices[0], choice(16, ours));
-        assert_eq!(choices[1], Choice { matched: Match::Untuned, ..choice(4096, untuned) });
+        assert_eq!(ours(0), choices[0]);
+        assert_eq!(ours(1), Choice { matched: Match::NearestM, ..choice(64, tuned) });
+        assert_eq!(ours(2), Choice { matched: Match::Untuned, ..choice(4096, untuned) });
     }
 }
