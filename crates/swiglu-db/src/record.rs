@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 use swiglu_kernels::families::Target;
-use swiglu_kernels::{Config, Problem, arch};
+use swiglu_kernels::{Config, Family, Problem, arch};
 
 /// The device a record holds for.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -305,8 +305,8 @@ impl Record {
 
 /// The record that serves each key, in the order of the keys: of one origin the fastest, since only times of
 /// one machine compare; between origins the better supported of those, and what was measured here when equal.
-/// Of those that tie with the fastest: the one its race chose, then the least shared memory, the fewest registers, the
-/// first config in order.
+/// Of those that tie with the fastest: the one its race chose, then one that needs no library, then the least shared memory,
+/// the fewest registers, the first config in order.
 pub fn winners(records: impl IntoIterator<Item = Record>) -> Vec<Record> {
     let mut groups: BTreeMap<(String, Origin), Vec<Record>> = BTreeMap::new();
     for record in records.into_iter().filter(|record| record.measurement().is_some()) {
@@ -351,10 +351,11 @@ fn mark(records: &mut [Record], chosen: Option<Config>) {
 }
 
 impl Record {
-    /// Which of several that are as fast serves: the least. Stable from run to run.
-    fn among_ties(&self) -> (bool, u32, u32, Config) {
+    /// Which of several that are as fast serves: a kernel of ours, which needs no library, and of those the least. Stable from
+    /// run to run.
+    fn among_ties(&self) -> (bool, bool, u32, u32, Config) {
         let chosen = self.measurement().is_some_and(|measured| measured.chosen);
         let smem = self.config.launch_shape(&self.problem).map_or(0, |shape| shape.smem_bytes);
-        (!chosen, smem, self.environment.registers, self.config)
+        (!chosen, self.config.family() == Family::Cublaslt, smem, self.environment.registers, self.config)
     }
 }

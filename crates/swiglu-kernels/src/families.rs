@@ -3,6 +3,7 @@
 //! A family is named after its mechanism, not after a chip; the chip is data in [`ArchSpec`].
 
 pub mod cpu;
+pub mod cublaslt;
 pub mod elementwise;
 pub mod mma_direct;
 pub mod mma_sync;
@@ -18,6 +19,7 @@ use std::fmt;
 use std::str::FromStr;
 
 pub use cpu::CpuConfig;
+pub use cublaslt::CublasltConfig;
 pub use elementwise::ElementwiseConfig;
 pub use mma_direct::MmaDirectConfig;
 pub use mma_sync::{MmaSyncConfig, Staging};
@@ -56,13 +58,15 @@ pub enum Family {
     SimtGemm,
     /// A step that is one GEMM, on the main loop of [`Family::WgmmaTma`].
     WgmmaGemm,
+    /// NVIDIA's library for the GEMMs, where it is installed; with our gate behind them where the op has one.
+    Cublaslt,
     /// Blocked GEMM and gate on CPU threads.
     Cpu,
 }
 
 names!(Family, "family", Family::Simt => "simt", Family::MmaDirect => "mma_direct", Family::MmaSync => "mma_sync",
     Family::WgmmaTma => "wgmma_tma", Family::Elementwise => "elementwise", Family::SimtGemm => "simt_gemm", Family::WgmmaGemm => "wgmma_gemm",
-    Family::Cpu => "cpu");
+    Family::Cublaslt => "cublaslt", Family::Cpu => "cpu");
 
 impl Family {
     /// Families that are CUDA source.
@@ -82,7 +86,13 @@ impl Family {
             Self::Simt | Self::MmaDirect | Self::MmaSync | Self::WgmmaTma | Self::Cpu => op.is_forward(),
             Self::Elementwise => op.is_elementwise(),
             Self::SimtGemm | Self::WgmmaGemm => !op.is_forward() && !op.is_elementwise(),
+            Self::Cublaslt => !op.is_elementwise(),
         }
+    }
+
+    /// Whether its configs are CUDA source.
+    pub const fn has_source(self) -> bool {
+        !matches!(self, Self::Cublaslt | Self::Cpu)
     }
 }
 
@@ -104,6 +114,8 @@ pub enum Config {
     SimtGemm(SimtGemmConfig),
     /// See [`wgmma_gemm`].
     WgmmaGemm(WgmmaGemmConfig),
+    /// See [`cublaslt`].
+    Cublaslt(CublasltConfig),
     /// See [`cpu`].
     Cpu(CpuConfig),
 }
@@ -181,6 +193,7 @@ impl Config {
             Self::Elementwise(_) => Family::Elementwise,
             Self::SimtGemm(_) => Family::SimtGemm,
             Self::WgmmaGemm(_) => Family::WgmmaGemm,
+            Self::Cublaslt(_) => Family::Cublaslt,
             Self::Cpu(_) => Family::Cpu,
         }
     }
@@ -203,6 +216,7 @@ impl Config {
             (Self::Elementwise(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::SimtGemm(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::WgmmaGemm(config), Target::Gpu(arch)) => config.check(problem, arch),
+            (Self::Cublaslt(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::Cpu(config), Target::Cpu { threads }) => config.check(problem, threads),
             (_, Target::Cpu { .. }) => {
                 ensure(false, "the family runs on this kind of device", || format!("`{family}` needs a GPU"))
@@ -213,7 +227,7 @@ impl Config {
         }
     }
 
-    /// How the kernel is launched; `None` for the CPU.
+    /// How the kernel is launched; `None` for the CPU, and for a library that decides itself.
     pub fn launch_shape(&self, problem: &Problem) -> Option<LaunchShape> {
         match self {
             Self::Simt(config) => Some(config.launch_shape(problem.dtype)),
@@ -223,7 +237,7 @@ impl Config {
             Self::Elementwise(config) => Some(config.launch_shape(problem)),
             Self::SimtGemm(config) => Some(config.launch_shape()),
             Self::WgmmaGemm(config) => Some(config.launch_shape(problem)),
-            Self::Cpu(_) => None,
+            Self::Cublaslt(_) | Self::Cpu(_) => None,
         }
     }
 }
@@ -238,6 +252,7 @@ impl fmt::Display for Config {
             Self::Elementwise(config) => config.fmt(f),
             Self::SimtGemm(config) => config.fmt(f),
             Self::WgmmaGemm(config) => config.fmt(f),
+            Self::Cublaslt(config) => config.fmt(f),
             Self::Cpu(config) => config.fmt(f),
         }
     }
@@ -245,18 +260,19 @@ impl fmt::Display for Config {
 
 /// Every point of the spaces that `target` could have, legal or not, in a fixed order.
 pub fn space(problem: &Problem, target: Target) -> Vec<Config> {
+    let cublaslt = || cublaslt::space().map(Config::Cublaslt);
     match target {
         Target::Gpu(_) if problem.op.is_elementwise() => elementwise::space(problem).map(Config::Elementwise).collect(),
         Target::Gpu(_) if !problem.op.is_forward() => {
             let simt_gemm = simt_gemm::space(problem).map(Config::SimtGemm);
-            simt_gemm.chain(wgmma_gemm::space(problem).map(Config::WgmmaGemm)).collect()
+            simt_gemm.chain(wgmma_gemm::space(problem).map(Config::WgmmaGemm)).chain(cublaslt()).collect()
         }
         Target::Gpu(_) => {
             let simt = simt::space(problem).map(Config::Simt);
             let mma_direct = mma_direct::space(problem).map(Config::MmaDirect);
             let mma_sync = mma_sync::space(problem).map(Config::MmaSync);
             let wgmma_tma = wgmma_tma::space(problem).map(Config::WgmmaTma);
-            simt.chain(mma_direct).chain(mma_sync).chain(wgmma_tma).collect()
+            simt.chain(mma_direct).chain(mma_sync).chain(wgmma_tma).chain(cublaslt()).collect()
         }
         Target::Cpu { threads } => cpu::space(threads).map(Config::Cpu).collect(),
     }
@@ -294,7 +310,7 @@ pub fn default_config(problem: &Problem, arch: &'static ArchSpec) -> Result<Conf
     Err(rejected)
 }
 
-/// The default config of one GPU family: the first legal one of its preferences, else of its space.
+/// The default config of one family on a GPU: the first legal one of its preferences, else of its space.
 ///
 /// # Errors
 /// [`Rejected`] when the family cannot run the problem on `arch`; for the CPU family always.
@@ -308,7 +324,7 @@ pub fn default_of(family: Family, problem: &Problem, arch: &'static ArchSpec) ->
         Family::Elementwise => vec![Config::Elementwise(elementwise::default(problem))],
         Family::SimtGemm => simt_gemm::defaults(problem).map(Config::SimtGemm).to_vec(),
         Family::WgmmaGemm => wgmma_gemm::defaults(problem).into_iter().map(Config::WgmmaGemm).collect(),
-        Family::Cpu => Vec::new(),
+        Family::Cublaslt | Family::Cpu => Vec::new(),
     };
     let mut rejected =
         Rejected { rule: "the family runs on this kind of device", reason: format!("{family} on {arch}") };

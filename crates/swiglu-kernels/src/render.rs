@@ -1,7 +1,7 @@
 //! Templates to CUDA source. Pure: equal inputs give equal bytes, so the digest is a cache key.
 
 use crate::ArchSpec;
-use crate::families::{Config, Rejected, Staging, Target};
+use crate::families::{Config, Family, Rejected, Staging, Target};
 use crate::problem::Problem;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::LazyLock;
@@ -32,9 +32,9 @@ pub enum RenderError {
         /// The broken rule.
         rejected: Rejected,
     },
-    /// The CPU family has no source.
-    #[error("family `cpu` has no CUDA source; use `simt` or `mma_sync`")]
-    NoSource,
+    /// The family has no source.
+    #[error("family `{0}` has no CUDA source; `swiglu-tune list` names those that have")]
+    NoSource(Family),
     /// The template engine refused: a defect of a template.
     #[error("template `{template}`: {source}")]
     Template {
@@ -132,15 +132,31 @@ fn engine(template: &'static str) -> Result<&'static Tera, RenderError> {
 /// The source of `config` for `problem`; M, N, K and the raster order are launch parameters.
 ///
 /// # Errors
-/// [`RenderError::Illegal`] when [`Config::check`] refuses, [`RenderError::NoSource`] for the CPU family.
+/// [`RenderError::Illegal`] when [`Config::check`] refuses, [`RenderError::NoSource`] for a family without.
 pub fn render(problem: &Problem, config: &Config, arch: &'static ArchSpec) -> Result<KernelSource, RenderError> {
-    config
-        .check(problem, Target::Gpu(arch))
-        .map_err(|rejected| RenderError::Illegal { config: config.to_string(), rejected })?;
+    check(problem, config, arch)?;
     let template = template_of(problem, config)?;
     let context = context(problem, config, template)?;
     let entry = if problem.op.is_forward() { "swiglu_forward" } else { "swiglu_step" };
     source(config.family().name(), entry, template, &context)
+}
+
+fn check(problem: &Problem, config: &Config, arch: &'static ArchSpec) -> Result<(), RenderError> {
+    let illegal = |rejected| RenderError::Illegal { config: config.to_string(), rejected };
+    config.check(problem, Target::Gpu(arch)).map_err(illegal)
+}
+
+/// What tells whether a record is of what would run now: the digest of the source. A library's config has none: that of its
+/// own words. Which version of the library ran is not among them, as that of the driver is not.
+///
+/// # Errors
+/// As [`render`], but for a library's config.
+pub fn digest(problem: &Problem, config: &Config, arch: &'static ArchSpec) -> Result<String, RenderError> {
+    if let Config::Cublaslt(_) = config {
+        check(problem, config, arch)?;
+        return Ok(blake3::hash(config.to_string().as_bytes()).to_hex().to_string());
+    }
+    Ok(render(problem, config, arch)?.digest)
 }
 
 /// A source and the configs that share it: they differ in launch parameters only.
@@ -152,7 +168,7 @@ pub struct SharedSource {
     pub configs: Vec<Config>,
 }
 
-/// The sources of `configs`, each once, in the order of their first config.
+/// The sources of `configs`, each once, in the order of their first config; configs of families without are left out.
 ///
 /// # Errors
 /// As [`render`].
@@ -163,7 +179,7 @@ pub fn shared_sources(
 ) -> Result<Vec<SharedSource>, RenderError> {
     let mut shared: Vec<SharedSource> = Vec::new();
     let mut index_of: BTreeMap<String, usize> = BTreeMap::new();
-    for &config in configs {
+    for &config in configs.iter().filter(|config| config.family().has_source()) {
         let source = render(problem, &config, arch)?;
         let index = *index_of.entry(source.digest.clone()).or_insert(shared.len());
         match shared.get_mut(index) {
@@ -199,7 +215,7 @@ fn template_of(problem: &Problem, config: &Config) -> Result<&'static str, Rende
         Config::Elementwise(_) => Ok("elementwise/kernel.cu.tera"),
         Config::SimtGemm(_) => Ok("simt_gemm/kernel.cu.tera"),
         Config::WgmmaGemm(_) => Ok("wgmma_gemm/kernel.cu.tera"),
-        Config::Cpu(_) => Err(RenderError::NoSource),
+        Config::Cublaslt(_) | Config::Cpu(_) => Err(RenderError::NoSource(config.family())),
     }
 }
 
@@ -230,7 +246,7 @@ fn context(problem: &Problem, config: &Config, template: &'static str) -> Result
         Config::Elementwise(config) => Context::from_serialize(config),
         Config::SimtGemm(config) => Context::from_serialize(config),
         Config::WgmmaGemm(config) => Context::from_serialize(config),
-        Config::Cpu(_) => return Err(RenderError::NoSource),
+        Config::Cublaslt(_) | Config::Cpu(_) => return Err(RenderError::NoSource(config.family())),
     };
     let mut context = fields.map_err(|source| RenderError::Template { template, source })?;
     for field in LAUNCH_FIELDS.into_iter().chain(TEMPLATE_FIELDS) {
@@ -288,6 +304,7 @@ fn write_out(
 mod tests {
     use super::*;
     use crate::arch;
+    use crate::families::CublasltConfig;
     use crate::problem::{DType, Op, WeightMajor};
 
     /// Tera takes an unknown name in `if` for false, so the names a template uses are held to those it gets.
@@ -299,7 +316,8 @@ mod tests {
         let weight_only = Problem::forward(DType::Bf16E4m3, WeightMajor::K, 64, 64, 64);
         let problems = [forward, weight_only, forward.with_op(Op::Gate), forward.with_op(Op::Dgated)];
         let candidates = |&problem: &Problem| {
-            crate::families::candidates(&problem, Target::Gpu(arch)).into_iter().map(move |config| (problem, config))
+            let all = crate::families::candidates(&problem, Target::Gpu(arch)).into_iter();
+            all.filter(|config| config.family().has_source()).map(move |config| (problem, config))
         };
         for (problem, config) in problems.iter().flat_map(candidates) {
             let template = template_of(&problem, &config).unwrap();
@@ -342,6 +360,22 @@ mod tests {
         let both = [Config::MmaSync(config), Config::MmaSync(other)];
         let shared = shared_sources(&problem, &both, arch).unwrap();
         assert_eq!(shared, [SharedSource { source: first, configs: both.to_vec() }]);
+    }
+
+    #[test]
+    fn a_library_has_a_digest_of_its_own_and_no_source() {
+        let arch = arch::by_name("sm_90a").unwrap();
+        let problem = Problem::forward(DType::Bf16, WeightMajor::K, 64, 128, 256).with_op(Op::Down);
+        let of = |algorithm| Config::Cublaslt(CublasltConfig { algorithm });
+        assert!(matches!(render(&problem, &of(0), arch), Err(RenderError::NoSource(Family::Cublaslt))));
+        let digests = [0, 1].map(|algorithm| digest(&problem, &of(algorithm), arch).unwrap());
+        assert_ne!(digests[0], digests[1]);
+        assert_eq!(digests[0], digest(&problem.with_m(1), &of(0), arch).unwrap());
+        assert!(matches!(digest(&problem, &of(8), arch), Err(RenderError::Illegal { .. })));
+        let ours = crate::families::default_config(&problem, arch).unwrap();
+        assert_eq!(digest(&problem, &ours, arch).unwrap(), render(&problem, &ours, arch).unwrap().digest);
+        let shared = shared_sources(&problem, &[of(0), ours], arch).unwrap();
+        assert_eq!(shared.iter().flat_map(|shared| shared.configs.clone()).collect::<Vec<_>>(), [ours]);
     }
 
     #[test]

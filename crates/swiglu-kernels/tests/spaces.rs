@@ -4,8 +4,8 @@
 use proptest::prelude::*;
 use swiglu_kernels::arch::{self, ARCHES};
 use swiglu_kernels::families::{
-    self, ElementwiseConfig, Family, MmaDirectConfig, MmaSyncConfig, Raster, Schedule, SimtConfig, SimtGemmConfig,
-    Staging, Target, WgmmaGemmConfig, WgmmaTmaConfig,
+    self, CublasltConfig, ElementwiseConfig, Family, MmaDirectConfig, MmaSyncConfig, Raster, Schedule, SimtConfig,
+    SimtGemmConfig, Staging, Target, WgmmaGemmConfig, WgmmaTmaConfig,
 };
 use swiglu_kernels::{Config, DType, Format, Op, Problem, WeightMajor, render};
 
@@ -53,9 +53,9 @@ fn every_space_has_candidates_and_they_survive_toml_and_json() {
         for dtype in DType::ALL {
             let major = if dtype.weights() == Format::Int4 { WeightMajor::N } else { WeightMajor::K };
             let problem = Problem::forward(dtype, major, 512, 14336, 4096);
-            for problem in [Op::Forward, Op::Gate, Op::Dgated].map(|op| problem.with_op(op)) {
+            for problem in [Op::Forward, Op::Gate, Op::Dgated, Op::Down].map(|op| problem.with_op(op)) {
                 let candidates = families::candidates(&problem, Target::Gpu(arch));
-                for family in Family::GPU {
+                for family in Family::GPU.into_iter().chain([Family::Cublaslt]) {
                     let count = candidates.iter().filter(|config| config.family() == family).count();
                     let possible = families::default_of(family, &problem, arch).is_ok();
                     assert_eq!(possible, count > 0, "{family} {dtype} on {arch}");
@@ -87,6 +87,39 @@ fn a_step_is_refused_by_the_families_of_the_forward_and_its_own_say_why() {
     // The strips of the same store are twice as wide in fp32.
     let plain = families::default_config(&problem.with_op(Op::WeightGrad), arch).unwrap();
     assert_eq!(rule(plain, &problem.with_op(Op::WeightGradAdd)), "a store is whole boxes of 32, 64 or 128 bytes");
+}
+
+#[test]
+fn the_library_multiplies_what_it_can_and_is_never_the_default() {
+    let rule = |problem: &Problem, arch: &str, algorithm| {
+        let config = Config::Cublaslt(CublasltConfig { algorithm });
+        config.check(problem, Target::Gpu(arch::by_name(arch).unwrap())).err().map(|why| why.rule)
+    };
+    for dtype in DType::ALL {
+        let problem = Problem::forward(dtype, WeightMajor::K, 100, 72, 40);
+        for op in Op::ALL {
+            let problem = problem.with_op(op);
+            let expected = match dtype {
+                _ if op.is_elementwise() => Some("the family computes this op"),
+                _ if dtype.is_scaled() && !op.is_forward() => Some("scaled formats are the forward's"),
+                _ if dtype.is_scaled() => Some("scaled formats run in wgmma_tma (e4m3) and mma_direct (weights only)"),
+                DType::F16 | DType::Bf16 if op.is_forward() || op == Op::Dgated => {
+                    Some("what lies between two launches is fp32")
+                }
+                _ => None,
+            };
+            assert_eq!(rule(&problem, "sm_90a", 7), expected, "{op} {dtype}");
+            if let Ok(default) = families::default_config(&problem, arch::by_name("sm_90a").unwrap()) {
+                assert_ne!(default.family(), Family::Cublaslt, "{op} {dtype}");
+            }
+        }
+    }
+    let down = Problem::forward(DType::Bf16, WeightMajor::K, 0, 72, 40).with_op(Op::Down);
+    assert_eq!(rule(&down, "sm_80", 0), None);
+    assert_eq!(rule(&down, "sm_75", 0), Some("tf32 and bf16 need compute capability 8.0"));
+    assert_eq!(rule(&down, "sm_90a", 8), Some("the library proposes at most 8 algorithms"));
+    assert_eq!(rule(&Problem { n: 0, ..down }, "sm_90a", 0), Some("the library needs sums of at least 1"));
+    assert_eq!(rule(&down.with_op(Op::WeightGrad), "sm_90a", 0), None, "of no tokens too");
 }
 
 #[test]
@@ -138,6 +171,7 @@ proptest! {
             Config::WgmmaTma(WgmmaTmaConfig { block_m: a, block_n: b, block_k: c, stages: d, consumers: e, schedule: if tma { Schedule::Pingpong } else { Schedule::Cooperative }, cluster_m: f, cluster_n: g, cluster_k: 1 + f % 2, store_cols: h, store_buffers: e, blocks_per_sm: 1 + b % 2, fill: 1 + c % 2, prefetch: a, fast_silu: tma, raster: Raster::AlongM, raster_group: d }),
             Config::Simt(SimtConfig { block_m: a, block_n: b, block_k: c, thread_m: d, thread_n: e, stages: f, access_bytes: g, raster: Raster::AlongN, raster_group: h }),
             Config::Elementwise(ElementwiseConfig { threads: a, rows: b, access_bytes: c }),
+            Config::Cublaslt(CublasltConfig { algorithm: a }),
             Config::SimtGemm(SimtGemmConfig { block_m: a, block_n: b, block_k: c, thread_m: d, thread_n: e, access_bytes: g, raster: Raster::AlongN, raster_group: h }),
             Config::WgmmaGemm(WgmmaGemmConfig { block_m: a, block_n: b, block_k: c, stages: d, consumers: e, schedule: if tma { Schedule::Pingpong } else { Schedule::Cooperative }, cluster_m: f, cluster_n: g, store_cols: h, store_buffers: e, raster: Raster::AlongM, raster_group: d }),
         ];
@@ -145,7 +179,7 @@ proptest! {
         for arch in &ARCHES {
             for (config, problem) in configs.into_iter().flat_map(|config| problems.map(|problem| (config, problem))) {
                 if config.check(&problem, Target::Gpu(arch)).is_ok() {
-                    render::render(&problem, &config, arch).unwrap();
+                    render::digest(&problem, &config, arch).unwrap();
                 }
             }
         }

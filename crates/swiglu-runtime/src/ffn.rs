@@ -143,7 +143,8 @@ pub struct RawFfnBackward {
     pub workspace: u64,
 }
 
-/// A prepared FFN on one GPU. `Send` and `Sync`; launches take no lock and allocate nothing.
+/// A prepared FFN on one GPU. `Send` and `Sync`; launches take no lock and allocate nothing, but for steps that a library serves
+/// ([`StepPlan`]).
 #[derive(Debug)]
 pub struct FfnPlan {
     spec: FfnSpec,

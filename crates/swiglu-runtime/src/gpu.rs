@@ -1,7 +1,9 @@
 //! One GPU: what it is called, what decides its speed, how kernels are loaded on it.
 #![allow(unsafe_code, reason = "asks the driver for its version; loads modules")]
 
+use crate::cublaslt::CublasLt;
 use crate::library::{self, MissingLibrary};
+use crate::library_call::LibraryCall;
 use crate::nvrtc::Cubin;
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 use cudarc::driver::{CudaContext, CudaFunction, DriverError};
@@ -9,9 +11,10 @@ use cudarc::nvrtc::Ptx;
 use std::sync::Arc;
 use swiglu_db::Device;
 use swiglu_kernels::arch::{self, UnknownArch};
-use swiglu_kernels::families::LaunchShape;
+use swiglu_kernels::families::cublaslt::behind;
+use swiglu_kernels::families::{Family, LaunchShape, default_of};
 use swiglu_kernels::render::SharedSource;
-use swiglu_kernels::{ArchSpec, Config, Problem};
+use swiglu_kernels::{ArchSpec, Config, Problem, Rejected, Target};
 
 /// Why a GPU cannot be used.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -190,14 +193,12 @@ impl Gpu {
     }
 
     /// A loaded entry with the shared memory that `config` asks for.
-    pub(crate) fn kernel(
-        &self,
-        function: &CudaFunction,
-        config: &Config,
-        problem: &Problem,
-    ) -> Result<Kernel, GpuError> {
+    ///
+    /// # Errors
+    /// When the driver refuses it, or the config has no source.
+    pub fn kernel(&self, function: &CudaFunction, config: &Config, problem: &Problem) -> Result<Kernel, GpuError> {
         let shape = config.launch_shape(problem).ok_or(GpuError::Driver {
-            act: "launch a CPU config",
+            act: "load a config without source",
             error: DriverError(sys::CUresult::CUDA_ERROR_INVALID_VALUE),
         })?;
         let smem = i32::try_from(shape.smem_bytes).unwrap_or(i32::MAX);
@@ -210,21 +211,69 @@ impl Gpu {
         let resident_blocks = self.sm_count * per_sm.min(shape.per_sm.unwrap_or(u32::MAX)).max(1);
         let dependent_launch = self.dependent_launch();
         let function = function.clone();
-        Ok(Kernel { function, shape, problem: *problem, resident_blocks, dependent_launch, config: *config })
+        let code = Code::Function(Function { function, shape, resident_blocks, dependent_launch });
+        Ok(Kernel { code, problem: *problem, config: *config })
+    }
+
+    /// The same for a config of the library; `load` compiles and loads our default gate where one is behind it.
+    ///
+    /// # Errors
+    /// When the config is no legal one of the library, or `load` fails.
+    pub fn library_kernel<E: From<Rejected>>(
+        &self,
+        library: &Arc<CublasLt>,
+        problem: &Problem,
+        config: &Config,
+        load: impl FnOnce(&Problem, Config) -> Result<Kernel, E>,
+    ) -> Result<Kernel, E> {
+        config.check(problem, Target::Gpu(self.arch))?;
+        let Config::Cublaslt(choice) = *config else {
+            let reason = format!("`{}` is no library's", config.family());
+            return Err(Rejected { rule: "the family is a library's", reason }.into());
+        };
+        let gate = behind(problem.op).map(|op| problem.with_op(op));
+        let gate = gate.map(|gate| load(&gate, default_of(Family::Elementwise, &gate, self.arch)?)).transpose()?;
+        let code = Code::Library(Arc::new(LibraryCall::new(library, choice, gate)));
+        Ok(Kernel { code, problem: *problem, config: *config })
     }
 }
 
-/// A loaded config. The module lives as long as this does, so keep it while a captured graph uses it.
+/// A config that is ready to launch. What it loaded lives as long as this does, so keep it while a captured graph uses it.
 #[derive(Debug, Clone)]
 pub struct Kernel {
+    pub(crate) code: Code,
+    /// N, K, number format, weight order and alignment it is launched for; M comes with each launch.
+    pub(crate) problem: Problem,
+    /// The config it was made from.
+    pub config: Config,
+}
+
+impl Kernel {
+    /// What addresses and strides have to be multiples of.
+    pub(crate) fn access_bytes(&self) -> u32 {
+        match &self.code {
+            Code::Function(function) => function.shape.access_bytes,
+            Code::Library(_) => self.problem.alignment,
+        }
+    }
+}
+
+/// What a launch runs.
+#[derive(Debug, Clone)]
+pub(crate) enum Code {
+    /// A function of ours.
+    Function(Function),
+    /// GEMMs of a library, with a function of ours behind them where the op has a gate.
+    Library(Arc<LibraryCall>),
+}
+
+/// A loaded function and how it is launched.
+#[derive(Debug, Clone)]
+pub(crate) struct Function {
     pub(crate) function: CudaFunction,
     pub(crate) shape: LaunchShape,
-    /// N, K, number format and weight order it is launched for; M comes with each launch.
-    pub(crate) problem: Problem,
     /// Blocks that run at a time on the whole GPU, or fewer where its shape asks for fewer.
     pub(crate) resident_blocks: u32,
     /// Whether it may start before its predecessor in the stream ends.
     pub(crate) dependent_launch: bool,
-    /// The config it was made from.
-    pub config: Config,
 }

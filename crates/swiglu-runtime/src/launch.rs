@@ -3,7 +3,8 @@
 //! Contract: `KernelParams` mirrors `Params` in `templates/shared/params.cuh`; the caller vouches for pointers.
 #![allow(unsafe_code, reason = "hands raw device pointers to the driver")]
 
-use crate::gpu::Kernel;
+use crate::cublaslt::CublasLtError;
+use crate::gpu::{Code, Function, Kernel};
 use crate::step::{RawStep, StepParams};
 use crate::tensor_map;
 use cudarc::driver::{CudaFunction, DeviceRepr, DriverError, sys};
@@ -167,14 +168,48 @@ impl KernelParams {
 // SAFETY: plain integers in C layout.
 unsafe impl DeviceRepr for KernelParams {}
 
+/// Why nothing, or not all, was launched.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// The driver's report.
+    #[error("the CUDA driver refused the launch: {0}")]
+    Driver(#[from] DriverError),
+    /// The library does not take these operands, or has no memory. Nothing was launched; a kernel of ours can be.
+    #[error(transparent)]
+    Declined(CublasLtError),
+    /// The library failed.
+    #[error(transparent)]
+    Library(#[from] CublasLtError),
+}
+
 /// Launches `kernel` on `stream`; `m` and `n` are positive.
+///
+/// # Errors
+/// The refusal of the driver or the library.
 ///
 /// # Safety
 /// Every address is of device memory of the kernel's GPU that holds its whole matrix in the kernel's number
 /// format and stays allocated until the launch has finished; the outputs overlap no other operand; addresses and strides
 /// are multiples of the config's `access_bytes`; `stream` is live and of the kernel's context.
-pub unsafe fn forward(kernel: &Kernel, stream: sys::CUstream, args: &RawForward) -> Result<(), DriverError> {
-    let Kernel { shape, problem, .. } = kernel;
+pub unsafe fn forward(kernel: &Kernel, stream: sys::CUstream, args: &RawForward) -> Result<(), Refusal> {
+    match &kernel.code {
+        // SAFETY: by this function's own contract.
+        Code::Function(function) => Ok(unsafe { forward_function(kernel, function, stream, args) }?),
+        // SAFETY: as above.
+        Code::Library(call) => unsafe { call.forward(&kernel.problem, stream, args) },
+    }
+}
+
+/// # Safety
+/// As [`forward`].
+unsafe fn forward_function(
+    kernel: &Kernel,
+    function: &Function,
+    stream: sys::CUstream,
+    args: &RawForward,
+) -> Result<(), DriverError> {
+    let (problem, shape) = (&kernel.problem, &function.shape);
     let params = KernelParams::new(problem, shape.raster, shape.raster_group, args);
     let mut params = params.ok_or_else(invalid)?;
     let params = (&raw mut params).cast::<c_void>();
@@ -189,39 +224,60 @@ pub unsafe fn forward(kernel: &Kernel, stream: sys::CUstream, args: &RawForward)
                 let saved = saved.as_mut_ptr().cast::<c_void>();
                 // SAFETY: the kernel takes four tensor maps, an array of two and a `Params` by value, all alive here;
                 // addresses by contract.
-                unsafe { launch(kernel, stream, args.m, &mut [x, gate, up, z, saved, params]) }
+                unsafe { launch(problem, function, stream, args.m, &mut [x, gate, up, z, saved, params]) }
             } else {
                 // SAFETY: the kernel takes four tensor maps and a `Params` by value, all alive here; addresses by contract.
-                unsafe { launch(kernel, stream, args.m, &mut [x, gate, up, z, params]) }
+                unsafe { launch(problem, function, stream, args.m, &mut [x, gate, up, z, params]) }
             }
         }
         Config::MmaSync(config) if config.staging == Staging::Tma => {
             let mut maps = tensor_map::encode(&tensor_map::of_mma_sync(config, problem, args))?;
             let [x, gate, up] = maps.each_mut().map(pointer);
             // SAFETY: the kernel takes three tensor maps and a `Params` by value, all alive here; addresses by contract.
-            unsafe { launch(kernel, stream, args.m, &mut [x, gate, up, params]) }
+            unsafe { launch(problem, function, stream, args.m, &mut [x, gate, up, params]) }
         }
         Config::Simt(_) | Config::MmaDirect(_) | Config::MmaSync(_) => {
             // SAFETY: the kernel takes one `Params` by value, alive here; addresses by contract.
-            unsafe { launch(kernel, stream, args.m, &mut [params]) }
+            unsafe { launch(problem, function, stream, args.m, &mut [params]) }
         }
-        Config::Elementwise(_) | Config::SimtGemm(_) | Config::WgmmaGemm(_) | Config::Cpu(_) => Err(invalid()),
+        Config::Elementwise(_) | Config::SimtGemm(_) | Config::WgmmaGemm(_) | Config::Cublaslt(_) | Config::Cpu(_) => {
+            Err(invalid())
+        }
     }
 }
 
 /// Launches the kernel of a step on `stream`. Without tokens gradients of weights are zero, or nothing to add; all else is
 /// empty.
 ///
+/// # Errors
+/// The refusal of the driver or the library.
+///
 /// # Safety
 /// Every address is of device memory of the kernel's GPU that holds its whole matrix, in the number format that [`RawStep`]
 /// says, and stays allocated until the launch has finished; the outputs overlap no other operand but where [`RawStep`] allows
 /// it; addresses and strides are multiples of the config's `access_bytes`; `stream` is live and of the kernel's context.
-pub unsafe fn step(kernel: &Kernel, stream: sys::CUstream, args: &RawStep) -> Result<(), DriverError> {
-    let Kernel { shape, problem, .. } = kernel;
+pub unsafe fn step(kernel: &Kernel, stream: sys::CUstream, args: &RawStep) -> Result<(), Refusal> {
     if args.m == 0 {
         // SAFETY: by this function's own contract.
-        return unsafe { clear(problem, stream, args) };
+        return Ok(unsafe { clear(&kernel.problem, stream, args) }?);
     }
+    match &kernel.code {
+        // SAFETY: by this function's own contract.
+        Code::Function(function) => Ok(unsafe { step_function(kernel, function, stream, args) }?),
+        // SAFETY: as above.
+        Code::Library(call) => unsafe { call.step(&kernel.problem, stream, args) },
+    }
+}
+
+/// # Safety
+/// As [`step`].
+unsafe fn step_function(
+    kernel: &Kernel,
+    function: &Function,
+    stream: sys::CUstream,
+    args: &RawStep,
+) -> Result<(), DriverError> {
+    let (problem, shape) = (&kernel.problem, &function.shape);
     let mut params = StepParams::new(problem, shape.raster, shape.raster_group, args).ok_or_else(invalid)?;
     let params = (&raw mut params).cast::<c_void>();
     match &kernel.config {
@@ -230,15 +286,18 @@ pub unsafe fn step(kernel: &Kernel, stream: sys::CUstream, args: &RawStep) -> Re
             let mut maps = tensor_map::encode(&boxes)?;
             // SAFETY: the kernel takes a struct of nine tensor maps and a `StepParams` by value, both alive here; addresses
             // by contract.
-            unsafe { launch(kernel, stream, args.m, &mut [maps.as_mut_ptr().cast::<c_void>(), params]) }
+            unsafe { launch(problem, function, stream, args.m, &mut [maps.as_mut_ptr().cast::<c_void>(), params]) }
         }
         Config::Elementwise(_) | Config::SimtGemm(_) => {
             // SAFETY: the kernel takes one `StepParams` by value, alive here; addresses by contract.
-            unsafe { launch(kernel, stream, args.m, &mut [params]) }
+            unsafe { launch(problem, function, stream, args.m, &mut [params]) }
         }
-        Config::Simt(_) | Config::MmaDirect(_) | Config::MmaSync(_) | Config::WgmmaTma(_) | Config::Cpu(_) => {
-            Err(invalid())
-        }
+        Config::Simt(_)
+        | Config::MmaDirect(_)
+        | Config::MmaSync(_)
+        | Config::WgmmaTma(_)
+        | Config::Cublaslt(_)
+        | Config::Cpu(_) => Err(invalid()),
     }
 }
 
@@ -265,21 +324,22 @@ unsafe fn clear(problem: &Problem, stream: sys::CUstream, args: &RawStep) -> Res
 /// # Safety
 /// `arguments` point to what the kernel takes, by value, in its order.
 unsafe fn launch(
-    kernel: &Kernel,
+    problem: &Problem,
+    function: &Function,
     stream: sys::CUstream,
     m: u32,
     arguments: &mut [*mut c_void],
 ) -> Result<(), DriverError> {
-    let Kernel { shape, dependent_launch, .. } = kernel;
+    let Function { function: entry_point, shape, dependent_launch, .. } = function;
     let geometry = Geometry {
-        blocks: grid(kernel, m).ok_or_else(invalid)?,
+        blocks: grid(problem, function, m).ok_or_else(invalid)?,
         threads: shape.threads,
         smem_bytes: shape.smem_bytes,
         cluster: shape.cluster,
         dependent: *dependent_launch,
     };
     // SAFETY: by this function's own contract.
-    unsafe { entry(&kernel.function, &geometry, stream, arguments) }
+    unsafe { entry(entry_point, &geometry, stream, arguments) }
 }
 
 /// Blocks of a launch, and how they stand to each other and to the launch before.
@@ -349,10 +409,10 @@ pub unsafe fn entry(
 }
 
 /// Blocks: one per tile, or as many as fit where blocks walk over the tiles.
-fn grid(kernel: &Kernel, m: u32) -> Option<u32> {
-    let shape = &kernel.shape;
-    let tiles = shape.tiles(&kernel.problem.with_m(m));
-    let fit = u64::from((kernel.resident_blocks / shape.cluster).max(1));
+fn grid(problem: &Problem, function: &Function, m: u32) -> Option<u32> {
+    let shape = &function.shape;
+    let tiles = shape.tiles(&problem.with_m(m));
+    let fit = u64::from((function.resident_blocks / shape.cluster).max(1));
     let clusters = if shape.per_sm.is_some() { tiles.min(fit) } else { tiles };
     i32::try_from(clusters * u64::from(shape.cluster)).ok().and_then(|blocks| u32::try_from(blocks).ok())
 }

@@ -12,9 +12,11 @@ pub mod cublaslt;
 #[cfg(test)]
 mod emulation;
 pub mod ffn;
+pub mod gemm;
 pub mod gpu;
 pub mod launch;
 pub mod library;
+mod library_call;
 pub mod nvrtc;
 pub mod operands;
 pub mod options;

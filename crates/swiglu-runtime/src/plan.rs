@@ -2,8 +2,9 @@
 #![allow(unsafe_code, reason = "vouches for the addresses of checked slices")]
 
 use crate::buckets::BucketTable;
+use crate::cublaslt::CublasLtError;
 use crate::gpu::{Gpu, Kernel};
-use crate::launch::{self, RawForward, RawScales};
+use crate::launch::{self, RawForward, RawScales, Refusal};
 use crate::operands::{ArgumentError, Element, Forward, ForwardSpec, MAX_ROWS, Preactivations, Weights};
 use crate::step::RawStep;
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, DriverError, sys};
@@ -28,6 +29,24 @@ pub enum LaunchError {
         /// Its report.
         error: DriverError,
     },
+    /// The library failed, or does not take these operands and the plan has nothing else for them.
+    #[error("`{config}` was not launched: {error}")]
+    Library {
+        /// The config that was to be launched.
+        config: Box<Config>,
+        /// The library's report.
+        error: CublasLtError,
+    },
+}
+
+impl LaunchError {
+    fn of(config: Config, refusal: Refusal) -> Self {
+        let config = Box::new(config);
+        match refusal {
+            Refusal::Driver(error) => Self::Driver { config, error },
+            Refusal::Declined(error) | Refusal::Library(error) => Self::Library { config, error },
+        }
+    }
 }
 
 /// Where the config for some M came from.
@@ -55,29 +74,57 @@ impl Choice {
     }
 }
 
+/// What serves from one anchor to the next.
+#[derive(Debug)]
+pub(crate) struct Serving {
+    pub(crate) choice: Choice,
+    pub(crate) kernel: Kernel,
+    /// For operands that a library declines.
+    pub(crate) instead: Option<Kernel>,
+}
+
 /// The kernels of one problem, loaded, and which of them serves which M and alignment.
 #[derive(Debug)]
 pub(crate) struct Selection {
     pub(crate) table: BucketTable,
     /// One per anchor, ascending.
-    pub(crate) anchors: Vec<(Choice, Kernel)>,
+    pub(crate) anchors: Vec<Serving>,
     /// Legal for every address and stride; the scaled formats have none.
     pub(crate) fallback: Option<Kernel>,
 }
 
 impl Selection {
     fn choice(&self, m: u32) -> &Choice {
-        &self.anchors[self.table.anchor(m)].0
+        &self.serving(m).choice
+    }
+
+    fn serving(&self, m: u32) -> &Serving {
+        &self.anchors[self.table.anchor(m)]
     }
 
     /// Two array reads; `None` where no kernel is legal for the alignment.
     fn select(&self, m: u32, alignment: u32) -> Option<&Kernel> {
-        let (_, kernel) = &self.anchors[self.table.anchor(m)];
-        if alignment.is_multiple_of(kernel.shape.access_bytes) { Some(kernel) } else { self.fallback.as_ref() }
+        let kernel = &self.serving(m).kernel;
+        if alignment.is_multiple_of(kernel.access_bytes()) { Some(kernel) } else { self.fallback.as_ref() }
+    }
+
+    /// Has `launch` launch what serves; `None` where nothing is legal for the alignment.
+    fn launch(
+        &self,
+        m: u32,
+        alignment: u32,
+        launch: impl Fn(&Kernel) -> Result<(), Refusal>,
+    ) -> Option<Result<(), LaunchError>> {
+        let serving = self.select(m, alignment)?;
+        let (kernel, launched) = match (launch(serving), &self.serving(m).instead) {
+            (Err(Refusal::Declined(_)), Some(instead)) => (instead, launch(instead)),
+            (launched, _) => (serving, launched),
+        };
+        Some(launched.map_err(|refusal| LaunchError::of(kernel.config, refusal)))
     }
 }
 
-/// A prepared forward problem on one GPU. `Send` and `Sync`; launches take no lock.
+/// A prepared forward problem on one GPU. `Send` and `Sync`; launches take no lock, but a library's to look up its algorithm.
 #[derive(Debug)]
 pub struct Plan {
     pub(crate) gpu: Gpu,
@@ -85,7 +132,8 @@ pub struct Plan {
     pub(crate) selection: Selection,
 }
 
-/// A prepared step of the FFN on one GPU: the gate, its backward, or one GEMM. `Send` and `Sync`; launches take no lock.
+/// A prepared step of the FFN on one GPU: the gate, its backward, or one GEMM. `Send` and `Sync`; launches take no lock, but a
+/// library's to look up its algorithm.
 #[derive(Debug)]
 pub struct StepPlan {
     pub(crate) gpu: Gpu,
@@ -113,8 +161,8 @@ impl StepPlan {
     /// Launches without checks. Of no tokens gradients of weights are zero, or nothing to add.
     ///
     /// # Errors
-    /// [`LaunchError::Argument`] when an operand that the op needs has no address; [`LaunchError::Driver`] when the driver
-    /// refuses the launch.
+    /// [`LaunchError::Argument`] when an operand that the op needs has no address; [`LaunchError::Driver`] or
+    /// [`LaunchError::Library`] when these refuse the launch.
     ///
     /// # Safety
     /// Every address that is not 0 is of memory of this plan's GPU that holds its whole matrix, as [`RawStep`] says, and
@@ -129,11 +177,9 @@ impl StepPlan {
             return Err(ArgumentError::new(argument, format!("is 0, but `{}` needs it", self.problem.op)).into());
         }
         let alignment = args.alignment(&self.problem);
-        let kernel =
-            self.selection.select(args.m, alignment).ok_or_else(|| not_aligned("left", alignment, &self.problem))?;
-        // SAFETY: by this function's own contract; `select` has held the alignment to `access_bytes`.
-        let launched = unsafe { launch::step(kernel, stream, args) };
-        launched.map_err(|error| LaunchError::Driver { config: Box::new(kernel.config), error })
+        // SAFETY: by this function's own contract; `Selection::launch` has held the alignment to `access_bytes`.
+        let launched = self.selection.launch(args.m, alignment, |kernel| unsafe { launch::step(kernel, stream, args) });
+        launched.unwrap_or_else(|| Err(not_aligned("left", alignment, &self.problem).into()))
     }
 }
 
@@ -243,7 +289,7 @@ impl Plan {
     /// Launches without checks, for callers that have addresses only. Empty M or N returns without a launch.
     ///
     /// # Errors
-    /// When the driver refuses the launch, or the plan saves pre-activations and has no address for them.
+    /// When the driver or a library refuses the launch, or the plan saves pre-activations and has no address for them.
     ///
     /// # Safety
     /// Every address is of memory of this plan's GPU that holds its whole matrix in the plan's number format and
@@ -267,11 +313,10 @@ impl Plan {
             return Err(ArgumentError::new(argument, reason).into());
         }
         let alignment = args.alignment(self.spec.dtype);
-        let kernel =
-            self.select(args.m, alignment).ok_or_else(|| not_aligned("x", alignment, &self.spec.problem(args.m)))?;
-        // SAFETY: by this function's own contract; `select` has held the alignment to `access_bytes`.
-        let launched = unsafe { launch::forward(kernel, stream, args) };
-        launched.map_err(|error| LaunchError::Driver { config: Box::new(kernel.config), error })
+        let launched =
+            // SAFETY: by this function's own contract; `Selection::launch` has held the alignment to `access_bytes`.
+            self.selection.launch(args.m, alignment, |kernel| unsafe { launch::forward(kernel, stream, args) });
+        launched.unwrap_or_else(|| Err(not_aligned("x", alignment, &self.spec.problem(args.m)).into()))
     }
 
     pub(crate) fn check_device(&self, argument: &'static str, stream: &CudaStream) -> Result<(), ArgumentError> {

@@ -3,21 +3,22 @@
 use crate::buckets::BucketTable;
 use crate::cpu::{self, CpuPlan};
 use crate::cubin_cache::CubinCache;
+use crate::cublaslt::{CublasLt, CublasLtError};
 use crate::gpu::{self, Gpu, GpuError, Kernel};
 use crate::nvrtc::{CompileError, Nvrtc};
 use crate::operands::ForwardSpec;
 use crate::options::Options;
-use crate::plan::{Choice, Plan, Selection, StepPlan};
+use crate::plan::{Choice, Plan, Selection, Serving, StepPlan};
 use cudarc::driver::CudaContext;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use swiglu_db::{Match, TuningTable};
 use swiglu_kernels::families::{Target, default_config};
 use swiglu_kernels::model::Chip;
 use swiglu_kernels::problem::Problem;
 use swiglu_kernels::render::{self, RenderError, SharedSource};
-use swiglu_kernels::{ArchSpec, Config, Op, Rejected};
+use swiglu_kernels::{ArchSpec, Config, Family, Op, Rejected};
 
 /// The values of M that have a default config of their own where nothing was tuned.
 pub const UNTUNED_ANCHORS: [u32; 5] = [1, 16, 64, 512, 4096];
@@ -32,6 +33,9 @@ pub enum PrepareError {
     /// A kernel did not compile.
     #[error(transparent)]
     Compile(#[from] CompileError),
+    /// A library cannot be used.
+    #[error(transparent)]
+    Library(#[from] CublasLtError),
     /// A kernel was not generated.
     #[error(transparent)]
     Render(#[from] RenderError),
@@ -69,6 +73,8 @@ pub struct Runtime {
     nvrtc: Nvrtc,
     cache: CubinCache,
     table: TuningTable,
+    /// Looked for when a config first names it.
+    library: OnceLock<Result<Arc<CublasLt>, CublasLtError>>,
 }
 
 impl Runtime {
@@ -88,7 +94,7 @@ impl Runtime {
     pub fn on_gpu(gpu: Gpu, options: &Options, table: TuningTable) -> Result<Self, PrepareError> {
         let nvrtc = Nvrtc::load(options.nvrtc.as_deref())?;
         nvrtc.check_arch(gpu.arch)?;
-        Ok(Self { gpu, nvrtc, cache: CubinCache::new(options.cubin_dir()), table })
+        Ok(Self { gpu, nvrtc, cache: CubinCache::new(options.cubin_dir()), table, library: OnceLock::new() })
     }
 
     /// The GPU.
@@ -105,7 +111,7 @@ impl Runtime {
     ///
     /// # Errors
     /// When a size is out of range, or nothing compiles. A tuned config that no longer compiles is skipped with
-    /// a warning; the default serves in its place.
+    /// a warning; the default serves in its place. In place of a library that is not installed what won at the nearest M does.
     pub fn prepare(&self, spec: &ForwardSpec) -> Result<Plan, PrepareError> {
         check_sizes(&spec.problem(1))?;
         Ok(Plan { gpu: self.gpu.clone(), spec: *spec, selection: self.selection(&spec.problem(1))? })
@@ -123,17 +129,46 @@ impl Runtime {
 
     fn selection(&self, problem: &Problem) -> Result<Selection, PrepareError> {
         let tuned = self.table.anchors(&self.gpu.device.class, problem, Target::Gpu(self.gpu.arch));
-        let tuned: Vec<Choice> =
+        let mut tuned: Vec<Choice> =
             tuned.iter().map(|(anchor, record, matched)| Choice::tuned(*anchor, record, *matched)).collect();
+        if tuned.iter().any(of_library)
+            && let Err(why) = self.library()
+        {
+            tracing::warn!(%why, op = %problem.op, dtype = %problem.dtype, "tuned for a library that is not here");
+            tuned = self.of_ours(problem, &tuned)?;
+        }
         if !tuned.is_empty() {
             match self.kernels_of(problem, &tuned) {
-                Ok(kernels) => return self.assemble(problem, tuned, &kernels),
+                Ok(kernels) => {
+                    let stand_ins = self.of_ours(problem, &tuned)?;
+                    let mut selection = self.assemble(problem, tuned, &kernels)?;
+                    self.stand_in(problem, &mut selection, &stand_ins)?;
+                    return Ok(selection);
+                }
                 Err(error) => tracing::warn!(%error, "no tuned config can be used"),
             }
         }
         let untuned = untuned_choices(&self.gpu.device.class, problem, self.gpu.arch)?;
         let kernels = self.kernels_of(problem, &untuned)?;
         self.assemble(problem, untuned, &kernels)
+    }
+
+    fn library(&self) -> Result<Arc<CublasLt>, CublasLtError> {
+        self.library.get_or_init(|| CublasLt::new(&self.gpu.context).map(Arc::new)).clone()
+    }
+
+    /// The same choices with kernels of ours only.
+    fn of_ours(&self, problem: &Problem, choices: &[Choice]) -> Result<Vec<Choice>, Rejected> {
+        choices.iter().map(|choice| ours(choice, choices, &self.gpu.device.class, problem, self.gpu.arch)).collect()
+    }
+
+    /// A kernel of ours beside every library, for what it declines.
+    fn stand_in(&self, problem: &Problem, selection: &mut Selection, stand_ins: &[Choice]) -> Result<(), PrepareError> {
+        for serving in selection.anchors.iter_mut().filter(|serving| of_library(&serving.choice)) {
+            let stand_in = stand_ins.iter().find(|choice| choice.anchor == serving.choice.anchor);
+            serving.instead = stand_in.map(|choice| self.kernel(problem, choice.config)).transpose()?;
+        }
+        Ok(())
     }
 
     fn kernels_of(&self, problem: &Problem, choices: &[Choice]) -> Result<BTreeMap<Config, Kernel>, PrepareError> {
@@ -175,6 +210,17 @@ impl Runtime {
             shared.par_iter().map(|shared| self.load(shared, problem)).collect();
         let mut kernels = BTreeMap::new();
         let mut failure = None;
+        for config in configs.iter().filter(|config| config.family() == Family::Cublaslt) {
+            match self.library_kernel(problem, config) {
+                Ok(kernel) => {
+                    kernels.insert(*config, kernel);
+                }
+                Err(error) => {
+                    tracing::warn!(%config, %error, "a config cannot be used");
+                    failure = Some(error);
+                }
+            }
+        }
         for (shared, loaded) in shared.iter().zip(loaded) {
             match loaded {
                 Ok(loaded) => kernels.extend(loaded.into_iter().map(|kernel| (kernel.config, kernel))),
@@ -205,11 +251,12 @@ impl Runtime {
             Err(_) => None,
         };
         let usable = |choice: Choice| kernels.get(&choice.config).map(|kernel| (choice, kernel.clone()));
-        let mut anchors: Vec<(Choice, Kernel)> = choices.into_iter().filter_map(usable).collect();
+        let serving = |(choice, kernel)| Serving { choice, kernel, instead: None };
+        let mut anchors: Vec<Serving> = choices.into_iter().filter_map(usable).map(serving).collect();
         if let (true, Some(kernel)) = (anchors.is_empty(), &fallback) {
-            anchors.push((Choice::untuned(1, kernel.config, Match::Untuned), kernel.clone()));
+            anchors.push(serving((Choice::untuned(1, kernel.config, Match::Untuned), kernel.clone())));
         }
-        let served: Vec<Choice> = anchors.iter().map(|(choice, _)| *choice).collect();
+        let served: Vec<Choice> = anchors.iter().map(|serving| serving.choice).collect();
         let table = BucketTable::of_choices(&self.gpu.device.class, problem, &served);
         Ok(Selection { table, anchors, fallback })
     }
@@ -221,11 +268,44 @@ impl Runtime {
         Ok(self.gpu.kernel(&function, &config, problem)?)
     }
 
+    fn library_kernel(&self, problem: &Problem, config: &Config) -> Result<Kernel, PrepareError> {
+        self.gpu.library_kernel(&self.library()?, problem, config, |gate, config| self.kernel(gate, config))
+    }
+
     fn load(&self, shared: &SharedSource, problem: &Problem) -> Result<Vec<Kernel>, PrepareError> {
         let cubin = self.cache.get_or_compile(&self.nvrtc, &shared.source, self.gpu.arch)?;
         Ok(self.gpu.load_configs(shared, &cubin, problem)?)
     }
 }
+
+fn of_library(choice: &Choice) -> bool {
+    choice.config.family() == Family::Cublaslt
+}
+
+/// `choice`, or a kernel of ours in place of a library: that of the nearest of `choices`, or what serves untuned where none of
+/// them is near.
+fn ours(
+    choice: &Choice,
+    choices: &[Choice],
+    device_class: &str,
+    problem: &Problem,
+    arch: &'static ArchSpec,
+) -> Result<Choice, Rejected> {
+    if !of_library(choice) {
+        return Ok(*choice);
+    }
+    let log2 = |anchor: u32| f64::from(anchor.max(1)).log2();
+    let far = |other: &Choice| (log2(other.anchor) - log2(choice.anchor)).abs();
+    let near = choices.iter().filter(|other| !of_library(other) && far(other) <= NEAR);
+    let (config, matched) = match near.min_by(|a, b| far(a).total_cmp(&far(b))) {
+        Some(nearest) => (nearest.config, Match::NearestM),
+        None => untuned_config(device_class, &problem.with_m(choice.anchor), arch)?,
+    };
+    Ok(Choice { config, matched, ..*choice })
+}
+
+/// How far apart two M are, by the logarithm to base 2, whose best kernels are alike.
+const NEAR: f64 = 2.0;
 
 /// What serves `problem` where nothing was tuned: the default, or the model's choice where that is better by more than the
 /// model errs.
@@ -320,7 +400,8 @@ impl CpuRuntime {
                 | Config::WgmmaTma(_)
                 | Config::Elementwise(_)
                 | Config::SimtGemm(_)
-                | Config::WgmmaGemm(_) => None,
+                | Config::WgmmaGemm(_)
+                | Config::Cublaslt(_) => None,
             })
             .collect();
         Ok(CpuPlan::new(*spec, &entries)?)
@@ -344,5 +425,27 @@ impl Backend {
             Ok(runtime) => Self::Gpu(Box::new(runtime)),
             Err(why) => Self::Cpu(CpuRuntime::new(options), why),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use swiglu_kernels::families::CublasltConfig;
+    use swiglu_kernels::{DType, WeightMajor, arch};
+
+    #[test]
+    fn in_place_of_the_library_serves_what_won_nearby_else_what_serves_untuned() {
+        let arch = arch::by_name("sm_90a").unwrap();
+        let problem = Problem::forward(DType::Bf16, WeightMajor::K, 1, 14336, 4096).with_op(Op::Down);
+        let library = Config::Cublaslt(CublasltConfig { algorithm: 1 });
+        let tuned = swiglu_kernels::families::candidates(&problem, Target::Gpu(arch))[0];
+        let choice = |anchor, config| Choice::untuned(anchor, config, Match::Exact);
+        let choices = [choice(16, tuned), choice(64, library), choice(4096, library)];
+        let ours = |at: usize| ours(&choices[at], &choices, "sm_90a-sm132", &problem, arch).unwrap();
+        let untuned = default_config(&problem.with_m(4096), arch).unwrap();
+        assert_eq!(ours(0), choices[0]);
+        assert_eq!(ours(1), Choice { matched: Match::NearestM, ..choice(64, tuned) });
+        assert_eq!(ours(2), Choice { matched: Match::Untuned, ..choice(4096, untuned) });
     }
 }

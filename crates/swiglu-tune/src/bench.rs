@@ -1,5 +1,6 @@
 //! `bench`: what the runtime would launch beside a peer, interleaved on the same operands in one process.
 
+pub(crate) mod library;
 mod own;
 mod seeds;
 mod sheet;
@@ -7,22 +8,23 @@ mod sheet;
 use crate::arena::Arena;
 use crate::bench_steps;
 use crate::cli::open_gpu_lab;
+use crate::device_memory::GuardedBuffer;
 use crate::gpu_subject::{GpuLab, Stopwatch, TimedGraph};
 use crate::race::{Failure, interval, quantile};
 use crate::report::{geometric_mean, terminal_table};
 use crate::{records, workload};
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
+use library::{LibraryGemm, only};
 use rand::seq::SliceRandom;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use swiglu_db::TuningTable;
 use swiglu_kernels::families::{self, Family, Target};
-use swiglu_kernels::{Config, DType, Op, Problem, WeightLayout, render};
-use swiglu_runtime::cublaslt::{CublasLt, Gemm};
+use swiglu_kernels::{Config, DType, Op, Problem, WeightLayout};
 use swiglu_runtime::gpu::{Gpu, Kernel};
-use swiglu_runtime::{Options, RawMatrix, RawStep, launch, runtime, serving_choice};
+use swiglu_runtime::{Options, RawMatrix, RawStep, gemm, launch, runtime, serving_choice};
 
 /// What to time against.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -271,15 +273,14 @@ fn verified(lab: &GpuLab, problem: Problem, config: Config, watch: &Stopwatch<'_
 
 /// `config`, compiled and loaded.
 pub(crate) fn kernel_of(lab: &GpuLab, problem: &Problem, config: Config) -> Result<Kernel> {
-    let sources = render::shared_sources(problem, &[config], lab.gpu.arch)?;
-    let mut compiled = lab.compile(problem, &sources, || ());
+    let mut compiled = lab.compile(problem, &[config], || ())?;
     compiled.remove(&config).context("nothing was compiled")?.kernel.map_err(|failure| as_error(&failure))
 }
 
 /// Every config that `problem` has, compiled and loaded.
 pub(crate) fn kernels_of(lab: &GpuLab, problem: &Problem) -> Result<Vec<Kernel>> {
     let configs = families::candidates(problem, Target::Gpu(lab.gpu.arch));
-    let compiled = lab.compile(problem, &render::shared_sources(problem, &configs, lab.gpu.arch)?, || ());
+    let compiled = lab.compile(problem, &configs, || ())?;
     Ok(compiled.into_values().filter_map(|compiled| compiled.kernel.ok()).collect())
 }
 
@@ -322,50 +323,53 @@ pub(crate) fn as_error(failure: &Failure) -> anyhow::Error {
 
 /// The packed GEMM on the arena's operands, with its `[m, 2n]` output.
 struct CublasLtPeer<'a> {
-    library: CublasLt,
-    gemm: Gemm,
+    gemm: LibraryGemm,
     /// The second launch, act(gate) * up, in every way there is: the fastest takes part.
     gates: Vec<Kernel>,
     lab: &'a GpuLab,
     arena: &'a Arena,
     /// One per set, so that the output is as cold as ours.
-    outputs: Vec<crate::device_memory::GuardedBuffer>,
+    outputs: Vec<GuardedBuffer>,
+}
+
+/// Gate and up in the `[m, 2n]` output of set `index`.
+fn sums(arena: &Arena, outputs: &[GuardedBuffer], index: usize) -> [RawMatrix; 2] {
+    let Problem { n, dtype, .. } = arena.problem;
+    let (packed, half) = (outputs[index % outputs.len()].address(), u64::from(n) * u64::from(dtype.bytes()));
+    [0, half].map(|offset| RawMatrix { address: packed + offset, stride: 2 * i64::from(n) })
+}
+
+fn gemm_at(arena: &Arena, outputs: &[GuardedBuffer], index: usize) -> Result<gemm::GemmAt, Failure> {
+    only(gemm::of_forward(&arena.problem, &arena.forward(index), sums(arena, outputs, index)))
 }
 
 impl<'a> CublasLtPeer<'a> {
     fn new(lab: &'a GpuLab, arena: &'a Arena) -> Result<Self> {
-        let library = CublasLt::new(&lab.stream)?;
-        let Problem { m, n, k, dtype, weight_major, .. } = arena.problem;
-        let gemm = library.gemm(dtype, weight_major, m, 2 * n, k)?;
+        let Problem { m, n, dtype, .. } = arena.problem;
         let bytes = 2 * m as usize * n as usize * dtype.bytes() as usize;
         let outputs: Result<Vec<_>, Failure> = (0..arena.set_count()).map(|_| arena.support.allocate(bytes)).collect();
+        let outputs = outputs.map_err(|failure| as_error(&failure))?;
         let gates = kernels_of(lab, &arena.problem.with_op(Op::Gate))?;
-        Ok(Self { library, gemm, gates, lab, arena, outputs: outputs.map_err(|failure| as_error(&failure))? })
-    }
-
-    fn launch_gemm(&self, algorithm: usize, index: usize) -> Result<(), Failure> {
-        let args = self.arena.forward(index);
-        let out = self.outputs[index % self.outputs.len()].address();
-        self.launch_on(algorithm, args.x, args.gate, out)
+        let first = gemm_at(arena, &outputs, 0).map_err(|failure| as_error(&failure))?;
+        Ok(Self { gemm: LibraryGemm::new(lab, &arena.problem, &first)?, gates, lab, arena, outputs })
     }
 
     #[allow(unsafe_code, reason = "hands the arena's addresses to cuBLASLt")]
-    fn launch_on(&self, algorithm: usize, x: u64, w: u64, out: u64) -> Result<(), Failure> {
+    fn launch_gemm(&self, algorithm: usize, index: usize) -> Result<(), Failure> {
+        let at = gemm_at(self.arena, &self.outputs, index)?;
         // SAFETY: the arena's buffers hold x [m, k] and the packed weights, `outputs` hold [m, 2n]; all outlive the work.
-        unsafe { self.library.launch(&self.gemm, algorithm, x, w, out) }.map_err(|error| Failure::new("launch", error))
+        unsafe { self.gemm.launch(algorithm, &at) }
     }
 
     #[allow(unsafe_code, reason = "hands the arena's addresses to the gate")]
     fn launch_gate(&self, gate: &Kernel, index: usize) -> Result<(), Failure> {
-        let packed = self.outputs[index % self.outputs.len()].address();
-        let Problem { m, n, dtype, .. } = self.arena.problem;
-        let half = |offset: u64| RawMatrix { address: packed + offset, stride: 2 * i64::from(n) };
+        let Problem { m, n, .. } = self.arena.problem;
         let z = RawMatrix { address: self.arena.forward(index).z, stride: i64::from(n) };
-        let saved = [half(0), half(u64::from(n) * u64::from(dtype.bytes()))];
+        let saved = sums(self.arena, &self.outputs, index);
         let args = RawStep { m, saved, out: [z, RawMatrix::default(), RawMatrix::default()], ..RawStep::default() };
         // SAFETY: `outputs` hold [m, 2n], the arena's z [m, n]; both outlive the work and are as aligned as the problem says.
         unsafe { launch::step(gate, self.lab.stream.cu_stream(), &args) }
-            .map_err(|error| Failure::new("launch", format!("the driver refused the gate: {error}")))
+            .map_err(|refusal| Failure::new("launch", refusal))
     }
 
     /// Times of ours, of the GEMM, of GEMM + gate and of reading the weights; the GEMM with the fastest of its algorithms,
@@ -376,8 +380,7 @@ impl<'a> CublasLtPeer<'a> {
         ours: impl Fn(usize) -> Result<(), Failure>,
         rounds: usize,
     ) -> Result<[Vec<f64>; 4], Failure> {
-        let algorithm =
-            fastest(watch, 0..self.gemm.algorithm_count(), |&algorithm, index| self.launch_gemm(algorithm, index))?;
+        let algorithm = fastest(watch, self.gemm.algorithms(), |&algorithm, index| self.launch_gemm(algorithm, index))?;
         let per_sm = fastest(watch, [2, 4].into_iter(), |&per_sm, index| self.arena.read_weights(index, per_sm))?;
         let gemm = |index: usize| self.launch_gemm(algorithm, index);
         let gate = fastest(watch, self.gates.iter(), |gate, index| self.launch_gate(gate, index))?;

@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "hands the arena's addresses to the library and to kernels")]
 
 use crate::arena::Arena;
+use crate::bench::library::{LibraryGemm, only};
 use crate::bench::{as_error, fastest, interleave, kernels_of};
 use crate::device_memory::GuardedBuffer;
 use crate::gpu_subject::{GpuLab, Stopwatch};
@@ -9,7 +10,7 @@ use crate::race::Failure;
 use anyhow::Result;
 use cudarc::driver::sys;
 use swiglu_kernels::Op;
-use swiglu_runtime::cublaslt::CublasLt;
+use swiglu_runtime::gemm::{self, GemmAt};
 use swiglu_runtime::gpu::Kernel;
 use swiglu_runtime::{RawMatrix, RawStep, launch};
 
@@ -24,13 +25,11 @@ pub(crate) fn race(
     let problem = arena.problem;
     let sets = copied(arena).map_err(|failure| as_error(&failure))?;
     let copy = |index: usize| copy(lab, &sets[index % sets.len()]);
-    let Some(product) = problem.product() else {
+    if problem.product().is_none() {
         let timed = interleave(watch, [&ours, &copy], rounds).map_err(|failure| as_error(&failure))?;
         let [ours, copied] = timed;
         return Ok([ours, copied.clone(), copied.clone(), copied]);
-    };
-    let library = CublasLt::new(&lab.stream)?;
-    let gemm = library.product(problem.dtype, &product, problem.op.accumulates())?;
+    }
     // dz of the peer of dgated, one per set.
     let dz: Vec<GuardedBuffer> = if problem.op == Op::Dgated {
         let bytes = problem.m as usize * problem.n as usize * problem.dtype.bytes() as usize;
@@ -39,17 +38,22 @@ pub(crate) fn race(
     } else {
         Vec::new()
     };
+    let at = |index: usize| -> Result<GemmAt, Failure> {
+        let mut args = arena.step(index);
+        if let Some(dz) = dz.get(index % dz.len().max(1)) {
+            args.out[0] = RawMatrix { address: dz.address(), stride: problem.n.into() };
+        }
+        only(gemm::of_step(&problem, &args))
+    };
+    let gemm = LibraryGemm::new(lab, &problem, &at(0).map_err(|failure| as_error(&failure))?)?;
     let launch_gemm = |algorithm: usize, index: usize| {
-        let RawStep { left, right, out, .. } = arena.step(index);
-        let out = dz.get(index % dz.len().max(1)).map_or(out[0].address, GuardedBuffer::address);
         // SAFETY: the arena's buffers hold the operands, pairs packed in one; `dz` holds [m, n]; all outlive the work.
-        let launched = unsafe { library.launch(&gemm, algorithm, left[0].address, right[0].address, out) };
-        launched.map_err(|error| Failure::new("launch", error))
+        unsafe { gemm.launch(algorithm, &at(index)?) }
     };
     let backward = problem.with_op(Op::GateBackward);
     let backwards = if problem.op == Op::Dgated { kernels_of(lab, &backward)? } else { Vec::new() };
     let timed = || {
-        let algorithm = fastest(watch, 0..gemm.algorithm_count(), |&algorithm, index| launch_gemm(algorithm, index))?;
+        let algorithm = fastest(watch, gemm.algorithms(), |&algorithm, index| launch_gemm(algorithm, index))?;
         let alone = |index: usize| launch_gemm(algorithm, index);
         let launch_backward = |kernel: &Kernel, index: usize| {
             let Some(dz) = dz.get(index % dz.len().max(1)) else { return Ok(()) };

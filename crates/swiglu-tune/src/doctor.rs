@@ -7,9 +7,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use swiglu_db::{Layer, TuningTable};
-use swiglu_runtime::Options;
 use swiglu_runtime::gpu::{self, Gpu};
 use swiglu_runtime::nvrtc::Nvrtc;
+use swiglu_runtime::{Options, library};
 
 /// One thing looked at.
 #[derive(Debug, Serialize)]
@@ -55,6 +55,10 @@ pub(crate) fn run(json: bool, options: &Options) -> Result<ExitCode> {
     if count == 0 {
         checks.push(Check::new("GPU", Err::<String, _>("none; `swiglu-tune --gpu auto` tunes the CPU backend")));
     }
+    // Optional: `ok` either way.
+    let library = library::cublaslt()
+        .map_or_else(|why| format!("none, which is no fault: {why}"), |path| path.display().to_string());
+    checks.push(Check::new("cuBLASLt", Ok::<_, String>(library)));
     checks.push(Check::new("CPU", Ok::<_, String>(swiglu_runtime::cpu::device().class)));
     checks.push(Check::new("database", database(options)));
     checks.push(Check::new("layers", layers(options)));

@@ -7,11 +7,12 @@ use crate::race::{Failure, Subject};
 use cudarc::driver::{CudaEvent, CudaGraph, CudaStream, sys};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use swiglu_kernels::render::SharedSource;
+use std::sync::{Arc, OnceLock};
+use swiglu_kernels::render::{self, RenderError, SharedSource};
 use swiglu_kernels::{Config, Family, Problem};
 use swiglu_runtime::PrepareError;
 use swiglu_runtime::cubin_cache::CubinCache;
+use swiglu_runtime::cublaslt::{CublasLt, CublasLtError};
 use swiglu_runtime::gpu::{Gpu, Kernel};
 use swiglu_runtime::nvrtc::{Nvrtc, Resources};
 
@@ -29,6 +30,8 @@ pub(crate) struct GpuLab {
     pub(crate) nvrtc: Nvrtc,
     pub(crate) cache: CubinCache,
     pub(crate) stream: Arc<CudaStream>,
+    /// Looked for once.
+    library: OnceLock<Result<Arc<CublasLt>, CublasLtError>>,
 }
 
 /// A candidate that compiled, or why it did not.
@@ -47,7 +50,12 @@ impl GpuLab {
             .context
             .new_stream()
             .map_err(|error| swiglu_runtime::gpu::GpuError::Driver { act: "make a stream", error })?;
-        Ok(Self { gpu, nvrtc, cache, stream })
+        Ok(Self { gpu, nvrtc, cache, stream, library: OnceLock::new() })
+    }
+
+    /// cuBLASLt, where it is installed.
+    pub(crate) fn library(&self) -> Result<Arc<CublasLt>, CublasLtError> {
+        self.library.get_or_init(|| CublasLt::new(&self.gpu.context).map(Arc::new)).clone()
     }
 
     /// Whether an earlier fault has made the context useless, as an illegal address does.
@@ -55,19 +63,38 @@ impl GpuLab {
         self.stream.synchronize().is_err()
     }
 
-    /// Compiles every source on all cores; configs that differ in launch parameters only share one image.
+    /// Compiles every source on all cores; configs that differ in launch parameters only share one image. Those of a library
+    /// are made ready as they are.
+    ///
+    /// # Errors
+    /// When a config is not legal for `problem`.
     pub(crate) fn compile(
         &self,
         problem: &Problem,
-        sources: &[SharedSource],
+        configs: &[Config],
         done: impl Fn() + Sync,
-    ) -> BTreeMap<Config, Compiled> {
+    ) -> Result<BTreeMap<Config, Compiled>, RenderError> {
+        let sources = render::shared_sources(problem, configs, self.gpu.arch)?;
         let compile = |shared: &SharedSource| {
             let compiled = self.compile_one(problem, shared);
             done();
             compiled
         };
-        sources.par_iter().flat_map_iter(compile).collect()
+        let mut compiled: BTreeMap<Config, Compiled> = sources.par_iter().flat_map_iter(compile).collect();
+        for config in configs.iter().filter(|config| !config.family().has_source()) {
+            let kernel = self.library_kernel(problem, config).map_err(|error| Failure::new("launch", error));
+            compiled.insert(*config, Compiled { resources: Resources::default(), kernel });
+        }
+        Ok(compiled)
+    }
+
+    fn library_kernel(&self, problem: &Problem, config: &Config) -> Result<Kernel, PrepareError> {
+        self.gpu.library_kernel(&self.library()?, problem, config, |gate, config| -> Result<Kernel, PrepareError> {
+            let source = render::render(gate, &config, self.gpu.arch)?;
+            let cubin = self.cache.get_or_compile(&self.nvrtc, &source, self.gpu.arch)?;
+            let [function] = self.gpu.load([source.entry], &cubin)?;
+            Ok(self.gpu.kernel(&function, &config, gate)?)
+        })
     }
 
     fn compile_one(&self, problem: &Problem, shared: &SharedSource) -> Vec<(Config, Compiled)> {

@@ -57,4 +57,6 @@ pub(crate) struct Facts {
     /// Empty on the CPU, as is the driver.
     pub(crate) nvrtc: String,
     pub(crate) driver: String,
+    /// Why the library's configs cannot be raced here, if they cannot.
+    pub(crate) no_library: Option<String>,
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use swiglu_db::Record;
 use swiglu_kernels::families::LaunchShape;
 use swiglu_kernels::model::Chip;
-use swiglu_kernels::{Config, Problem};
+use swiglu_kernels::{Config, Family, Problem};
 
 /// How candidates are chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -28,8 +28,9 @@ const SEEDS: usize = 8;
 /// Raster orders that one source is measured in: they differ by little, and sources by much.
 const ORDERS: usize = 2;
 
-/// The candidates of `problem` to measure, the most promising first: `wanted` in any case, then the winners of `seeds` near
-/// it, then by the model's order. All of them where there is no model, as of the steps, or they are few.
+/// The candidates of `problem` to measure, the most promising first: `wanted` and the library's, of which the model knows
+/// nothing, in any case, then the winners of `seeds` near it, then by the model's order. All of them where there is no model, as
+/// of the steps, or they are few.
 pub(crate) fn pick(
     chip: Option<&Chip>,
     problem: &Problem,
@@ -43,7 +44,8 @@ pub(crate) fn pick(
     let most = (SHARE * candidates.len() as f64) as usize;
     let mut picked: Vec<Config> = Vec::new();
     let mut taken: BTreeSet<Config> = BTreeSet::new();
-    let first = wanted.iter().copied().chain(nearest(problem, seeds));
+    let library = candidates.keys().copied().filter(|config| config.family() == Family::Cublaslt);
+    let first = wanted.iter().copied().chain(library).chain(nearest(problem, seeds));
     for config in first.filter(|config| candidates.contains_key(config)) {
         if taken.insert(config) {
             picked.push(config);
@@ -113,6 +115,7 @@ mod tests {
     use super::*;
     use crate::space::Space;
     use swiglu_db::shipped;
+    use swiglu_kernels::DType;
 
     fn shipped_h200() -> Vec<Record> {
         let text = shipped::TABLES.iter().find(|(name, _)| *name == "nvidia-h200.toml").unwrap().1;
@@ -163,6 +166,10 @@ mod tests {
         assert_eq!(picked[..2], [wanted, near.config]);
         assert_eq!(picked.iter().collect::<BTreeSet<_>>().len(), picked.len(), "each once");
         assert_eq!(pick(None, &problem, &sources, &[], &records).len(), sources.len());
+        let wide = Problem { dtype: DType::F32, ..problem };
+        let sources_of_wide = Space::new(&wide, target).unwrap().candidates;
+        let picked = pick(Some(&chip), &wide, &sources_of_wide, &[], &records);
+        assert!(picked[..5].iter().all(|config| config.family() == Family::Cublaslt), "{:?}", &picked[..5]);
         let few: BTreeMap<_, _> = sources.into_iter().take(20).collect();
         assert_eq!(pick(Some(&chip), &problem, &few, &[], &records).len(), 20);
     }

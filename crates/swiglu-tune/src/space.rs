@@ -5,11 +5,11 @@ use anyhow::Result;
 use std::collections::BTreeMap;
 use swiglu_db::{Outcome, Record, TuningDb, TuningKey};
 use swiglu_kernels::families::{Target, candidates};
-use swiglu_kernels::{Config, Problem, render};
+use swiglu_kernels::{Config, Family, Problem, render};
 
 /// The candidates of problems that differ in M only: legality and sources do not depend on it.
 pub(crate) struct Space {
-    /// With the digest of its source, empty on the CPU.
+    /// With the digest of its source ([`render::digest`]), empty on the CPU.
     pub(crate) candidates: BTreeMap<Config, String>,
     /// Hopeless from here on: the time over the best one's at a smaller M.
     slow: BTreeMap<Config, f64>,
@@ -31,10 +31,20 @@ impl Space {
                 let of_source = sources
                     .iter()
                     .flat_map(|shared| shared.configs.iter().map(|config| (*config, shared.source.digest.clone())));
-                of_source.collect()
+                let mut digests: BTreeMap<Config, String> = of_source.collect();
+                for config in configs.iter().filter(|config| !config.family().has_source()) {
+                    digests.insert(*config, render::digest(problem, config, arch)?);
+                }
+                digests
             }
         };
         Ok(Self { candidates, slow: BTreeMap::new(), broken: BTreeMap::new() })
+    }
+
+    /// The same without the library's candidates: it is not there.
+    pub(crate) fn without_library(mut self) -> Self {
+        self.candidates.retain(|config, _| config.family() != Family::Cublaslt);
+        self
     }
 
     /// Candidates without a record, or whose source has changed since. `every` counts those that were pruned as missing.
@@ -81,8 +91,22 @@ fn is_pruned(record: &Record) -> bool {
 mod tests {
     use super::*;
     use crate::workload::ANCHORS;
+    use swiglu_kernels::Op;
     use swiglu_kernels::families::default_config;
     use swiglu_kernels::{DType, WeightMajor, arch};
+
+    #[test]
+    fn the_librarys_candidates_have_digests_and_are_left_out_where_it_is_missing() {
+        let target = Target::Gpu(arch::by_name("sm_90a").unwrap());
+        let problem = Problem::forward(DType::Bf16, WeightMajor::K, 1, 1024, 1024).with_op(Op::Down);
+        let count = |space: &Space| space.candidates.keys().filter(|it| it.family() == Family::Cublaslt).count();
+        let space = Space::new(&problem, target).unwrap();
+        assert_eq!(count(&space), 5);
+        assert!(space.candidates.values().all(|digest| digest.len() == 64));
+        let all = space.candidates.len();
+        let without = space.without_library();
+        assert_eq!((count(&without), without.candidates.len()), (0, all - 5));
+    }
 
     #[test]
     fn the_default_is_always_a_candidate() {

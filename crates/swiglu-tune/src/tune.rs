@@ -19,7 +19,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 use swiglu_db::{Environment, Origin, Outcome, Record, TuningDb, TuningKey, record, shipped};
-use swiglu_kernels::families::Target;
+use swiglu_kernels::families::{CublasltConfig, Target};
 use swiglu_kernels::model::Chip;
 use swiglu_kernels::{Config, Problem};
 
@@ -123,7 +123,9 @@ impl<'a> Front<'a> {
 
     fn space(&mut self, group: usize, problem: &Problem) -> Result<&mut Space> {
         if !self.spaces.contains_key(&group) {
-            self.spaces.insert(group, Space::new(problem, self.target)?);
+            let space = Space::new(problem, self.target)?;
+            let space = if self.facts.no_library.is_some() { space.without_library() } else { space };
+            self.spaces.insert(group, space);
         }
         self.spaces.get_mut(&group).context("the space was just made")
     }
@@ -493,14 +495,18 @@ impl<'a> Tuner<'a> {
     }
 }
 
-/// The default and the present winner: in every race.
+/// The default, the present winner and the library's first choice, as far as they are candidates: in every race to its end.
 fn pinned(front: &Front, best: Option<&Record>, problem: &Problem) -> Vec<Config> {
     let default = report::default_config(*problem, front.target);
-    default.into_iter().chain(best.map(|best| best.config)).collect()
+    let library = Config::Cublaslt(CublasltConfig { algorithm: 0 });
+    default.into_iter().chain(best.map(|best| best.config)).chain([library]).collect()
 }
 
 fn front<'a>(facts: &Facts, groups: &'a [Group], db: &TuningDb) -> Result<Front<'a>> {
     let class = &facts.device.class;
+    if let Some(why) = &facts.no_library {
+        tracing::warn!(why, "cuBLASLt takes no part");
+    }
     let target = facts.device.target().with_context(|| format!("no kernels are known for `{class}`"))?;
     let shipped = shipped::TABLES.iter().filter_map(|(name, text)| shipped::parse(name.as_ref(), text).ok()).flatten();
     Ok(Front {

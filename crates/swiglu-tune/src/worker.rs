@@ -81,7 +81,12 @@ fn alive() {
 }
 
 fn on_cpu(faults: &[Fault], requests: &Receiver<Request>) -> Result<()> {
-    reply(&Reply::Ready(Facts { device: cpu::device(), nvrtc: String::new(), driver: String::new() }))?;
+    reply(&Reply::Ready(Facts {
+        device: cpu::device(),
+        nvrtc: String::new(),
+        driver: String::new(),
+        no_library: None,
+    }))?;
     let mut next = requests.recv().ok();
     while let Some(request) = next {
         let Request::Open { problem, configs, .. } = request else { bail!("{request:?} before a problem is open") };
@@ -97,7 +102,9 @@ fn on_gpu(ordinal: usize, options: &Options, faults: &[Fault], requests: &Receiv
     let lab = &open_gpu_lab(Gpu::open(ordinal)?, options)?;
     let driver = driver_version().unwrap_or_default();
     let telemetry = Telemetry::start(lab.gpu.pci_bus_id()?);
-    reply(&Reply::Ready(Facts { device: lab.gpu.device.clone(), nvrtc: lab.nvrtc.version_string(), driver }))?;
+    let no_library = lab.library().err().map(|why| why.to_string());
+    let (device, nvrtc) = (lab.gpu.device.clone(), lab.nvrtc.version_string());
+    reply(&Reply::Ready(Facts { device, nvrtc, driver, no_library }))?;
     let (mut kind, mut kernels) = (None, BTreeMap::new());
     let mut next = requests.recv().ok();
     while let Some(request) = next {
@@ -131,8 +138,7 @@ fn on_gpu(ordinal: usize, options: &Options, faults: &[Fault], requests: &Receiv
 /// Compiles, or finds in the cache, and loads what is not loaded yet.
 fn load(lab: &GpuLab, problem: &Problem, configs: &[Config], kernels: &mut BTreeMap<Config, Compiled>) -> Result<()> {
     let missing: Vec<Config> = configs.iter().filter(|config| !kernels.contains_key(config)).copied().collect();
-    let sources = render::shared_sources(problem, &missing, lab.gpu.arch)?;
-    kernels.extend(lab.compile(problem, &sources, alive));
+    kernels.extend(lab.compile(problem, &missing, alive)?);
     Ok(())
 }
 
@@ -227,7 +233,7 @@ fn compile_on_request(arch: &str, options: &Options, requests: &Receiver<Request
     let cores = thread::available_parallelism().map_or(1, |cores| cores.get().saturating_sub(1).max(1));
     rayon::ThreadPoolBuilder::new().num_threads(cores).build_global().context("starting the compiler's threads")?;
     let device = swiglu_db::Device { class: arch.name.into(), name: "compiler".into() };
-    reply(&Reply::Ready(Facts { device, nvrtc: nvrtc.version_string(), driver: String::new() }))?;
+    reply(&Reply::Ready(Facts { device, nvrtc: nvrtc.version_string(), driver: String::new(), no_library: None }))?;
     while let Ok(request) = requests.recv() {
         let Request::Compile { problem, configs } = request else { bail!("{request:?} of a worker that compiles") };
         let sources = render::shared_sources(&problem, &configs, arch)?;

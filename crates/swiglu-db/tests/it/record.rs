@@ -4,9 +4,10 @@ use crate::fixture::{CLASS, failed, measured, problem};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 use swiglu_db::record::{InvalidKey, choose, winners};
-use swiglu_db::{Measurement, Outcome, Record, TuningKey};
-use swiglu_kernels::families::candidates;
+use swiglu_db::{Measurement, Outcome, Record, TuningKey, shipped};
+use swiglu_kernels::families::{CublasltConfig, candidates};
 use swiglu_kernels::problem::{DType, WeightMajor};
+use swiglu_kernels::{Config, Op};
 
 proptest! {
     #![proptest_config(ProptestConfig { rng_seed: RngSeed::Fixed(1), failure_persistence: None, ..Default::default() })]
@@ -97,6 +98,26 @@ fn an_interval_wider_than_the_noise_counts_and_without_intervals_only_equal_time
     assert_eq!(winners(far.to_vec()), [far[2].clone()]);
     let without = raced([(100.1, None), (104.0, None), (100.0, None), (100.0, None)]);
     assert_eq!(winners(without.to_vec()), [without[2].clone()]);
+}
+
+#[test]
+fn a_librarys_record_round_trips_and_serves_only_where_no_kernel_of_ours_ties_with_it() {
+    let problem = problem(64, 1024, 1024).with_op(Op::Down);
+    let ours = measured(CLASS, problem, 100.0);
+    let config = Config::Cublaslt(CublasltConfig { algorithm: 1 });
+    let library = |median_us| {
+        let mut record = Record { config, ..measured(CLASS, problem, median_us) };
+        record.environment.registers = 0;
+        record
+    };
+    let tie = [ours.clone(), library(100.0)];
+    assert_eq!(winners(tie), std::slice::from_ref(&ours));
+    assert_eq!(winners([ours.clone(), library(90.0)]), [library(90.0)]);
+    let text = shipped::export(&library(90.0).device, &[library(90.0)]).unwrap();
+    assert!(text.contains(r#"config = { family = "cublaslt", algorithm = 1 }"#), "{text}");
+    assert_eq!(shipped::parse("a.toml".as_ref(), &text).unwrap()[0].config, config);
+    let line = serde_json::to_string(&library(90.0)).unwrap();
+    assert_eq!(serde_json::from_str::<Record>(&line).unwrap(), library(90.0));
 }
 
 #[test]

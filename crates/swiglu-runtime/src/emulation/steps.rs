@@ -206,7 +206,8 @@ fn every_way_through_every_step_matches_the_oracle() {
                     continue;
                 }
                 for problem in [problem, Problem { alignment: dtype.bytes(), ..problem }] {
-                    let all = candidates(&problem, Target::Gpu(arch));
+                    let mut all = candidates(&problem, Target::Gpu(arch));
+                    all.retain(|config| config.family().has_source());
                     let mut ways: Vec<_> = all.iter().map(way).collect();
                     ways.sort_unstable();
                     ways.dedup();

@@ -221,7 +221,8 @@ fn a_seeded_sample_of_every_steps_space_matches_the_oracle() {
                 // More tiles than a GPU has multiprocessors where the kernels are persistent.
                 let (m, n, k) = if dtype.bytes() == 2 { (1096, 1544, 264) } else { (200, 264, 136) };
                 let problem = Problem::forward(dtype, major, m, n, k).with_op(op);
-                let all = candidates(&problem, Target::Gpu(arch));
+                let mut all = candidates(&problem, Target::Gpu(arch));
+                all.retain(|config| config.family().has_source());
                 let gemms: Vec<Config> = all.iter().copied().filter(|it| it.family() == Family::WgmmaGemm).collect();
                 let chosen: Vec<Config> = if gemms.is_empty() { &all } else { &gemms }
                     .sample(&mut rng, 5)

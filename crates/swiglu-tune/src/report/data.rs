@@ -177,8 +177,8 @@ pub(crate) fn stale(record: &Record) -> Option<String> {
     }
     let (measured, now) = (&record.environment, env!("CARGO_PKG_VERSION"));
     match target {
-        Target::Gpu(arch) => match render::render(&record.problem, &record.config, arch) {
-            Ok(source) => (source.digest != measured.source_digest).then(|| "its source has changed since".into()),
+        Target::Gpu(arch) => match render::digest(&record.problem, &record.config, arch) {
+            Ok(digest) => (digest != measured.source_digest).then(|| "its source has changed since".into()),
             Err(error) => Some(error.to_string()),
         },
         Target::Cpu { .. } => (measured.version != now).then(|| format!("measured by version {}", measured.version)),
