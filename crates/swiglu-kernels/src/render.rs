@@ -33,7 +33,7 @@ pub enum RenderError {
         rejected: Rejected,
     },
     /// The family has no source.
-    #[error("family `{0}` has no CUDA source; `swiglu-tune list` names those that have")]
+    #[error("family `{0}` has no CUDA source, so there is nothing to render or compile")]
     NoSource(Family),
     /// The template engine refused: a defect of a template.
     #[error("template `{template}`: {source}")]
