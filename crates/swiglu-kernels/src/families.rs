@@ -5,6 +5,7 @@
 pub mod cpu;
 pub mod elementwise;
 pub mod mma_direct;
+pub mod mma_gemm;
 pub mod mma_sync;
 pub mod simt;
 pub mod simt_gemm;
@@ -20,6 +21,7 @@ use std::str::FromStr;
 pub use cpu::CpuConfig;
 pub use elementwise::ElementwiseConfig;
 pub use mma_direct::MmaDirectConfig;
+pub use mma_gemm::MmaGemmConfig;
 pub use mma_sync::{MmaSyncConfig, Staging};
 pub use simt::SimtConfig;
 pub use simt_gemm::SimtGemmConfig;
@@ -54,6 +56,8 @@ pub enum Family {
     Elementwise,
     /// A step that is one GEMM, fp32 FMA on any GPU.
     SimtGemm,
+    /// A step that is one GEMM, on the main loop of [`Family::MmaSync`], compute capability 8.0 and later.
+    MmaGemm,
     /// A step that is one GEMM, on the main loop of [`Family::WgmmaTma`].
     WgmmaGemm,
     /// Blocked GEMM and gate on CPU threads.
@@ -61,18 +65,20 @@ pub enum Family {
 }
 
 names!(Family, "family", Family::Simt => "simt", Family::MmaDirect => "mma_direct", Family::MmaSync => "mma_sync",
-    Family::WgmmaTma => "wgmma_tma", Family::Elementwise => "elementwise", Family::SimtGemm => "simt_gemm", Family::WgmmaGemm => "wgmma_gemm",
+    Family::WgmmaTma => "wgmma_tma", Family::Elementwise => "elementwise", Family::SimtGemm => "simt_gemm",
+    Family::MmaGemm => "mma_gemm", Family::WgmmaGemm => "wgmma_gemm",
     Family::Cpu => "cpu");
 
 impl Family {
     /// Families that are CUDA source.
-    pub const GPU: [Self; 7] = [
+    pub const GPU: [Self; 8] = [
         Self::Simt,
         Self::MmaDirect,
         Self::MmaSync,
         Self::WgmmaTma,
         Self::Elementwise,
         Self::SimtGemm,
+        Self::MmaGemm,
         Self::WgmmaGemm,
     ];
 
@@ -81,7 +87,7 @@ impl Family {
         match self {
             Self::Simt | Self::MmaDirect | Self::MmaSync | Self::WgmmaTma | Self::Cpu => op.is_forward(),
             Self::Elementwise => op.is_elementwise(),
-            Self::SimtGemm | Self::WgmmaGemm => !op.is_forward() && !op.is_elementwise(),
+            Self::SimtGemm | Self::MmaGemm | Self::WgmmaGemm => !op.is_forward() && !op.is_elementwise(),
         }
     }
 }
@@ -102,6 +108,8 @@ pub enum Config {
     Elementwise(ElementwiseConfig),
     /// See [`simt_gemm`].
     SimtGemm(SimtGemmConfig),
+    /// See [`mma_gemm`].
+    MmaGemm(MmaGemmConfig),
     /// See [`wgmma_gemm`].
     WgmmaGemm(WgmmaGemmConfig),
     /// See [`cpu`].
@@ -180,6 +188,7 @@ impl Config {
             Self::WgmmaTma(_) => Family::WgmmaTma,
             Self::Elementwise(_) => Family::Elementwise,
             Self::SimtGemm(_) => Family::SimtGemm,
+            Self::MmaGemm(_) => Family::MmaGemm,
             Self::WgmmaGemm(_) => Family::WgmmaGemm,
             Self::Cpu(_) => Family::Cpu,
         }
@@ -202,6 +211,7 @@ impl Config {
             (Self::WgmmaTma(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::Elementwise(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::SimtGemm(config), Target::Gpu(arch)) => config.check(problem, arch),
+            (Self::MmaGemm(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::WgmmaGemm(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::Cpu(config), Target::Cpu { threads }) => config.check(problem, threads),
             (_, Target::Cpu { .. }) => {
@@ -222,6 +232,7 @@ impl Config {
             Self::WgmmaTma(config) => Some(config.launch_shape(problem.dtype)),
             Self::Elementwise(config) => Some(config.launch_shape(problem)),
             Self::SimtGemm(config) => Some(config.launch_shape()),
+            Self::MmaGemm(config) => Some(config.launch_shape(problem.dtype)),
             Self::WgmmaGemm(config) => Some(config.launch_shape(problem)),
             Self::Cpu(_) => None,
         }
@@ -237,6 +248,7 @@ impl fmt::Display for Config {
             Self::WgmmaTma(config) => config.fmt(f),
             Self::Elementwise(config) => config.fmt(f),
             Self::SimtGemm(config) => config.fmt(f),
+            Self::MmaGemm(config) => config.fmt(f),
             Self::WgmmaGemm(config) => config.fmt(f),
             Self::Cpu(config) => config.fmt(f),
         }
@@ -249,7 +261,8 @@ pub fn space(problem: &Problem, target: Target) -> Vec<Config> {
         Target::Gpu(_) if problem.op.is_elementwise() => elementwise::space(problem).map(Config::Elementwise).collect(),
         Target::Gpu(_) if !problem.op.is_forward() => {
             let simt_gemm = simt_gemm::space(problem).map(Config::SimtGemm);
-            simt_gemm.chain(wgmma_gemm::space(problem).map(Config::WgmmaGemm)).collect()
+            let mma_gemm = mma_gemm::space(problem).map(Config::MmaGemm);
+            simt_gemm.chain(mma_gemm).chain(wgmma_gemm::space(problem).map(Config::WgmmaGemm)).collect()
         }
         Target::Gpu(_) => {
             let simt = simt::space(problem).map(Config::Simt);
@@ -274,8 +287,7 @@ pub fn candidates(problem: &Problem, target: Target) -> Vec<Config> {
 pub fn default_config(problem: &Problem, arch: &'static ArchSpec) -> Result<Config, Rejected> {
     let families: &[Family] = match problem.dtype {
         _ if problem.op.is_elementwise() => &[Family::Elementwise],
-        DType::F32 if !problem.op.is_forward() => &[Family::SimtGemm, Family::WgmmaGemm],
-        _ if !problem.op.is_forward() => &[Family::WgmmaGemm, Family::SimtGemm],
+        _ if !problem.op.is_forward() => &[Family::WgmmaGemm, Family::MmaGemm, Family::SimtGemm],
         DType::E4m3 => &[Family::WgmmaTma],
         DType::Bf16E4m3 | DType::F16E4m3 | DType::Bf16Int4 | DType::F16Int4 => &[Family::MmaDirect],
         // Three products of tensor cores for one of fp32 do not pay everywhere: the tuner finds out where.
@@ -307,6 +319,7 @@ pub fn default_of(family: Family, problem: &Problem, arch: &'static ArchSpec) ->
         Family::WgmmaTma => wgmma_tma::defaults(problem).map(Config::WgmmaTma).to_vec(),
         Family::Elementwise => vec![Config::Elementwise(elementwise::default(problem))],
         Family::SimtGemm => simt_gemm::defaults(problem).map(Config::SimtGemm).to_vec(),
+        Family::MmaGemm => mma_gemm::defaults(problem).into_iter().map(Config::MmaGemm).collect(),
         Family::WgmmaGemm => wgmma_gemm::defaults(problem).into_iter().map(Config::WgmmaGemm).collect(),
         Family::Cpu => Vec::new(),
     };

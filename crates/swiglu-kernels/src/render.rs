@@ -66,7 +66,7 @@ macro_rules! template {
     };
 }
 
-const TEMPLATES: [(&str, &str); 10] = [
+const TEMPLATES: [(&str, &str); 11] = [
     template!("simt/kernel.cu.tera"),
     template!("mma_direct/kernel.cu.tera"),
     template!("mma_direct/weight_only.cu.tera"),
@@ -75,19 +75,24 @@ const TEMPLATES: [(&str, &str); 10] = [
     template!("wgmma_tma/kernel.cu.tera"),
     template!("elementwise/kernel.cu.tera"),
     template!("simt_gemm/kernel.cu.tera"),
+    template!("mma_gemm/kernel.cu.tera"),
     template!("wgmma_gemm/kernel.cu.tera"),
     template!("support/kernels.cu.tera"),
 ];
 
-const HEADERS: [(&str, &str); 26] = [
+const HEADERS: [(&str, &str); 30] = [
     template!("shared/types.cuh"),
     template!("shared/activation.cuh"),
     template!("shared/params.cuh"),
     template!("shared/step_params.cuh"),
     template!("shared/step_finish.cuh"),
+    template!("shared/step_tile.cuh"),
     template!("shared/raster.cuh"),
     template!("shared/ring.cuh"),
+    template!("mma_sync/tile.cuh"),
+    template!("mma_sync/copy_ring.cuh"),
     template!("mma_sync/fragments.cuh"),
+    template!("mma_gemm/fragments.cuh"),
     template!("mma_direct/epilogue.cuh"),
     template!("mma_direct/expand.cuh"),
     template!("simt/tile.cuh"),
@@ -198,6 +203,7 @@ fn template_of(problem: &Problem, config: &Config) -> Result<&'static str, Rende
         Config::WgmmaTma(_) => Ok("wgmma_tma/kernel.cu.tera"),
         Config::Elementwise(_) => Ok("elementwise/kernel.cu.tera"),
         Config::SimtGemm(_) => Ok("simt_gemm/kernel.cu.tera"),
+        Config::MmaGemm(_) => Ok("mma_gemm/kernel.cu.tera"),
         Config::WgmmaGemm(_) => Ok("wgmma_gemm/kernel.cu.tera"),
         Config::Cpu(_) => Err(RenderError::NoSource),
     }
@@ -229,6 +235,7 @@ fn context(problem: &Problem, config: &Config, template: &'static str) -> Result
         Config::WgmmaTma(config) => Context::from_serialize(config),
         Config::Elementwise(config) => Context::from_serialize(config),
         Config::SimtGemm(config) => Context::from_serialize(config),
+        Config::MmaGemm(config) => Context::from_serialize(config),
         Config::WgmmaGemm(config) => Context::from_serialize(config),
         Config::Cpu(_) => return Err(RenderError::NoSource),
     };

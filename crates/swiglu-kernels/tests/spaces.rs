@@ -4,8 +4,8 @@
 use proptest::prelude::*;
 use swiglu_kernels::arch::{self, ARCHES};
 use swiglu_kernels::families::{
-    self, ElementwiseConfig, Family, MmaDirectConfig, MmaSyncConfig, Raster, Schedule, SimtConfig, SimtGemmConfig,
-    Staging, Target, WgmmaGemmConfig, WgmmaTmaConfig,
+    self, ElementwiseConfig, Family, MmaDirectConfig, MmaGemmConfig, MmaSyncConfig, Raster, Schedule, SimtConfig,
+    SimtGemmConfig, Staging, Target, WgmmaGemmConfig, WgmmaTmaConfig,
 };
 use swiglu_kernels::{Config, DType, Format, Op, Problem, WeightMajor, render};
 
@@ -139,6 +139,7 @@ proptest! {
             Config::Simt(SimtConfig { block_m: a, block_n: b, block_k: c, thread_m: d, thread_n: e, stages: f, access_bytes: g, raster: Raster::AlongN, raster_group: h }),
             Config::Elementwise(ElementwiseConfig { threads: a, rows: b, access_bytes: c }),
             Config::SimtGemm(SimtGemmConfig { block_m: a, block_n: b, block_k: c, thread_m: d, thread_n: e, access_bytes: g, raster: Raster::AlongN, raster_group: h }),
+            Config::MmaGemm(MmaGemmConfig { block_m: a, block_n: b, block_k: c, stages: d, warps_m: e, warps_n: f, access_bytes: g, raster: Raster::AlongM, raster_group: h }),
             Config::WgmmaGemm(WgmmaGemmConfig { block_m: a, block_n: b, block_k: c, stages: d, consumers: e, schedule: if tma { Schedule::Pingpong } else { Schedule::Cooperative }, cluster_m: f, cluster_n: g, store_cols: h, store_buffers: e, raster: Raster::AlongM, raster_group: d }),
         ];
         let problems = Op::ALL.map(|op| problem.with_op(op));

@@ -2,6 +2,8 @@
 //! stream with one workspace of the caller's.
 #![allow(unsafe_code, reason = "launches steps on addresses that the caller vouches for")]
 
+pub mod operands;
+
 use crate::launch::{RawForward, RawScales};
 use crate::operands::{ArgumentError, ForwardSpec};
 use crate::plan::{LaunchError, Plan, StepPlan};
@@ -45,14 +47,16 @@ pub struct FfnSpec {
     pub keep: Keep,
     /// What the backward computes.
     pub gradients: Gradients,
+    /// Whether it computes the gradients of the three biases beside those of the weights; nothing where these are frozen.
+    pub bias_gradients: bool,
 }
 
 impl FfnSpec {
-    fn step(&self, op: Op) -> Problem {
+    pub(crate) fn step(&self, op: Op) -> Problem {
         Problem::forward(self.dtype, self.weight_major, 1, self.n, self.k).with_op(op)
     }
 
-    fn gated(&self, save_preactivations: bool) -> ForwardSpec {
+    pub(crate) fn gated(&self, save_preactivations: bool) -> ForwardSpec {
         let layout = match self.weight_major {
             WeightMajor::K => WeightLayout::SeparateNk,
             WeightMajor::N => WeightLayout::SeparateKn,
@@ -328,6 +332,7 @@ mod tests {
             k: 4096,
             keep: Keep::Preactivations,
             gradients: Gradients::All,
+            bias_gradients: false,
         };
         let matrix = 8192 * 14336 * 2;
         let bytes = |spec: FfnSpec| {

@@ -1,8 +1,9 @@
 //! The runtime: looks up, compiles, loads. It never searches and never times.
 
 use crate::buckets::BucketTable;
-use crate::cpu::{self, CpuPlan};
+use crate::cpu::{self, CpuFfnPlan, CpuPlan};
 use crate::cubin_cache::CubinCache;
+use crate::ffn::{FfnSpec, Keep};
 use crate::gpu::{self, Gpu, GpuError, Kernel};
 use crate::nvrtc::{CompileError, Nvrtc};
 use crate::operands::ForwardSpec;
@@ -313,10 +314,22 @@ impl CpuRuntime {
                 | Config::WgmmaTma(_)
                 | Config::Elementwise(_)
                 | Config::SimtGemm(_)
+                | Config::MmaGemm(_)
                 | Config::WgmmaGemm(_) => None,
             })
             .collect();
         Ok(CpuPlan::new(*spec, &entries)?)
+    }
+
+    /// The whole FFN, forward and backward, with the blocks and threads of its forward.
+    ///
+    /// # Errors
+    /// As [`CpuRuntime::prepare`], and when N or K is 0.
+    pub fn prepare_ffn(&self, spec: &FfnSpec) -> Result<CpuFfnPlan, PrepareError> {
+        check_step(&spec.step(Op::Down))?;
+        let gated = self.prepare(&spec.gated(spec.keep == Keep::Preactivations))?;
+        let again = if spec.keep == Keep::Nothing { Some(self.prepare(&spec.gated(true))?) } else { None };
+        Ok(CpuFfnPlan::new(*spec, gated, again))
     }
 }
 

@@ -10,7 +10,7 @@ use rand::{SeedableRng, seq::IndexedRandom};
 use rand_distr::{Distribution, StandardNormal};
 use rayon::prelude::*;
 use std::ffi::c_void;
-use swiglu_kernels::families::{Config, Target, candidates};
+use swiglu_kernels::families::{Config, Family, Target, candidates};
 use swiglu_kernels::{ArchSpec, DType, Op, Problem, WeightMajor, arch, oracle, render};
 
 /// A matrix whose rows have gaps, so that strides count.
@@ -211,8 +211,10 @@ fn every_way_through_every_step_matches_the_oracle() {
                     ways.sort_unstable();
                     ways.dedup();
                     // Every op takes the same ways through the main loop: a few of them each.
-                    for this in ways.sample(&mut rng, 3) {
-                        let of_this: Vec<&Config> = all.iter().filter(|config| way(config) == *this).collect();
+                    let sampled: Vec<_> = ways.sample(&mut rng, 2).copied().collect();
+                    let tiled = ways.iter().filter(|way| way.0 == Family::MmaGemm && !sampled.contains(way)).copied();
+                    for this in sampled.iter().copied().chain(tiled) {
+                        let of_this: Vec<&Config> = all.iter().filter(|config| way(config) == this).collect();
                         cases.extend(of_this.choose(&mut rng).map(|config| (problem, **config)));
                     }
                 }

@@ -127,7 +127,7 @@ fn check<T: Element + DeviceRepr>(dtype: DType) {
         for keep in [Keep::Preactivations, Keep::Nothing] {
             for gradients in [Gradients::Input, Gradients::All, Gradients::Added] {
                 for (m, n, k) in [(200, 264, 136), (33, 75, 41)] {
-                    let spec = FfnSpec { dtype, weight_major, n, k, keep, gradients };
+                    let spec = FfnSpec { dtype, weight_major, n, k, keep, gradients, bias_gradients: false };
                     let case = Case::<T>::new(spec, m);
                     let outputs = if gradients == Gradients::Added { case.run::<f32>() } else { case.run::<T>() };
                     let names = ["y", "dx", "dWg", "dWu", "dWd"];
