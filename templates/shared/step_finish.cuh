@@ -29,6 +29,12 @@ __device__ __forceinline__ void store_line(const MatrixRef& matrix, int row, int
     }
 }
 
+// Whether a step adds to fp32 outputs.
+constexpr bool adds(Step step) {
+    return step == Step::weight_grad_add || step == Step::down_weight_grad_add || step == Step::bias_grad_add ||
+           step == Step::down_bias_grad_add;
+}
+
 // kCount sums that all lie inside the output.
 template <Step kStep, Activation kActivation, typename Element, int kBytes, int kCount>
 __device__ __forceinline__ void finish(const StepParams& p, int half, int row, int column, float (&sums)[kCount]) {
@@ -48,7 +54,7 @@ __device__ __forceinline__ void finish(const StepParams& p, int half, int row, i
         store_line<Element, kBytes>(p.out[0], row, column, gate);
         store_line<Element, kBytes>(p.out[1], row, column, up);
         if (p.out[2].data != nullptr) store_line<Element, kBytes>(p.out[2], row, column, z);
-    } else if constexpr (kStep == Step::weight_grad_add || kStep == Step::down_weight_grad_add) {
+    } else if constexpr (adds(kStep)) {
         float before[kCount];
         load_line<float, kBytes>(before, p.out[half], row, column);
 #pragma unroll

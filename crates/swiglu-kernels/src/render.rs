@@ -66,7 +66,7 @@ macro_rules! template {
     };
 }
 
-const TEMPLATES: [(&str, &str); 11] = [
+const TEMPLATES: [(&str, &str); 12] = [
     template!("simt/kernel.cu.tera"),
     template!("mma_direct/kernel.cu.tera"),
     template!("mma_direct/weight_only.cu.tera"),
@@ -74,6 +74,7 @@ const TEMPLATES: [(&str, &str); 11] = [
     template!("mma_sync/tma.cu.tera"),
     template!("wgmma_tma/kernel.cu.tera"),
     template!("elementwise/kernel.cu.tera"),
+    template!("column_sum/kernel.cu.tera"),
     template!("simt_gemm/kernel.cu.tera"),
     template!("mma_gemm/kernel.cu.tera"),
     template!("wgmma_gemm/kernel.cu.tera"),
@@ -202,6 +203,7 @@ fn template_of(problem: &Problem, config: &Config) -> Result<&'static str, Rende
         },
         Config::WgmmaTma(_) => Ok("wgmma_tma/kernel.cu.tera"),
         Config::Elementwise(_) => Ok("elementwise/kernel.cu.tera"),
+        Config::ColumnSum(_) => Ok("column_sum/kernel.cu.tera"),
         Config::SimtGemm(_) => Ok("simt_gemm/kernel.cu.tera"),
         Config::MmaGemm(_) => Ok("mma_gemm/kernel.cu.tera"),
         Config::WgmmaGemm(_) => Ok("wgmma_gemm/kernel.cu.tera"),
@@ -216,7 +218,7 @@ fn problem_names(problem: &Problem) -> Vec<(&'static str, &'static str)> {
     if problem.op.is_forward() {
         names.push(("weight_major", problem.weight_major.name()));
     }
-    if let Some(product) = problem.product() {
+    if let Some(product) = problem.product().filter(|_| !problem.op.is_column_sum()) {
         names.extend([
             ("left", product.left.name()),
             ("right", product.right.name()),
@@ -234,6 +236,7 @@ fn context(problem: &Problem, config: &Config, template: &'static str) -> Result
         Config::MmaSync(config) => Context::from_serialize(config),
         Config::WgmmaTma(config) => Context::from_serialize(config),
         Config::Elementwise(config) => Context::from_serialize(config),
+        Config::ColumnSum(config) => Context::from_serialize(config),
         Config::SimtGemm(config) => Context::from_serialize(config),
         Config::MmaGemm(config) => Context::from_serialize(config),
         Config::WgmmaGemm(config) => Context::from_serialize(config),
@@ -304,11 +307,12 @@ mod tests {
         let mut seen = BTreeSet::new();
         let forward = Problem::forward(DType::Bf16, WeightMajor::K, 64, 64, 64);
         let weight_only = Problem::forward(DType::Bf16E4m3, WeightMajor::K, 64, 64, 64);
-        let problems = [forward, weight_only, forward.with_op(Op::Gate), forward.with_op(Op::Dgated)];
-        let candidates = |&problem: &Problem| {
+        let steps = [Op::Gate, Op::Dgated, Op::BiasGrad].map(|op| forward.with_op(op));
+        let problems = [forward, weight_only].into_iter().chain(steps);
+        let candidates = |problem: Problem| {
             crate::families::candidates(&problem, Target::Gpu(arch)).into_iter().map(move |config| (problem, config))
         };
-        for (problem, config) in problems.iter().flat_map(candidates) {
+        for (problem, config) in problems.flat_map(candidates) {
             let template = template_of(&problem, &config).unwrap();
             if !seen.insert(template) {
                 continue;

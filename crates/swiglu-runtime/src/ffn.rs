@@ -3,6 +3,7 @@
 #![allow(unsafe_code, reason = "launches steps on addresses that the caller vouches for")]
 
 pub mod operands;
+mod typed;
 
 use crate::launch::{RawForward, RawScales};
 use crate::operands::{ArgumentError, ForwardSpec};
@@ -141,6 +142,9 @@ pub struct RawFfnBackward {
     pub dx: RawMatrix,
     /// dWg, dWu and dWd, in the orders of the weights: outputs unless these are frozen, then unused.
     pub weight_grads: [RawMatrix; 3],
+    /// Device addresses of dbg `[N]`, dbu `[N]` and dbd `[K]`, of the weights' gradients' number format: outputs where
+    /// [`FfnSpec::bias_gradients`] is set, else unused.
+    pub bias_grads: [u64; 3],
     /// What the forward saved; their gradients take its place. 0 where nothing was kept.
     pub saved: u64,
     /// Device address of [`FfnSpec::backward_workspace_bytes`], a multiple of 16; 0 where that is 0.
@@ -160,6 +164,8 @@ pub struct FfnPlan {
     input_grad: StepPlan,
     /// Of gate and up, and of down; none where the weights are frozen.
     weight_grads: Option<[StepPlan; 2]>,
+    /// Of the biases of gate and up, and of down; none where they are not asked for.
+    bias_grads: Option<[StepPlan; 2]>,
 }
 
 impl Runtime {
@@ -178,6 +184,11 @@ impl Runtime {
             Gradients::All => Some([step(Op::WeightGrad)?, step(Op::DownWeightGrad)?]),
             Gradients::Added => Some([step(Op::WeightGradAdd)?, step(Op::DownWeightGradAdd)?]),
         };
+        let bias_grads = match spec.gradients {
+            Gradients::All if spec.bias_gradients => Some([step(Op::BiasGrad)?, step(Op::DownBiasGrad)?]),
+            Gradients::Added if spec.bias_gradients => Some([step(Op::BiasGradAdd)?, step(Op::DownBiasGradAdd)?]),
+            Gradients::Input | Gradients::All | Gradients::Added => None,
+        };
         Ok(FfnPlan {
             spec: *spec,
             gated: self.prepare(&spec.gated(spec.keep == Keep::Preactivations))?,
@@ -186,6 +197,7 @@ impl Runtime {
             dgated: step(Op::Dgated)?,
             input_grad: step(Op::InputGrad)?,
             weight_grads,
+            bias_grads,
         })
     }
 }
@@ -243,7 +255,8 @@ impl FfnPlan {
         unsafe { self.down.launch_raw(stream, &down) }
     }
 
-    /// The backward: the gate's backward behind the dz GEMM, then dx, then the gradients of the weights that are not frozen.
+    /// The backward: the gate's backward behind the dz GEMM, then dx, then the gradients of the weights and biases that
+    /// are not frozen.
     ///
     /// # Errors
     /// [`LaunchError::Argument`] names what is missing.
@@ -291,6 +304,14 @@ impl FfnPlan {
         let [dgate, dup, ddown] = weight_grads;
         let gate_up_step = RawStep { left, right, out: [dgate, dup, NONE], ..step };
         let down_step = RawStep { left: down_left, right: down_right, out: [ddown, NONE, NONE], ..step };
+        // SAFETY: as above.
+        unsafe { gate_up.launch_raw(stream, &gate_up_step) }?;
+        // SAFETY: as above.
+        unsafe { down.launch_raw(stream, &down_step) }?;
+        let Some([gate_up, down]) = &self.bias_grads else { return Ok(()) };
+        let [dgate, dup, ddown] = args.bias_grads.map(|address| RawMatrix { address, stride: 0 });
+        let gate_up_step = RawStep { right: pair, out: [dgate, dup, NONE], ..step };
+        let down_step = RawStep { right: dy, out: [ddown, NONE, NONE], ..step };
         // SAFETY: as above.
         unsafe { gate_up.launch_raw(stream, &gate_up_step) }?;
         // SAFETY: as above.

@@ -205,9 +205,12 @@ pub unsafe fn forward(kernel: &Kernel, stream: sys::CUstream, args: &RawForward)
             // SAFETY: the kernel takes one `Params` by value, alive here; addresses by contract.
             unsafe { launch(kernel, stream, args.m, &mut [params]) }
         }
-        Config::Elementwise(_) | Config::SimtGemm(_) | Config::MmaGemm(_) | Config::WgmmaGemm(_) | Config::Cpu(_) => {
-            Err(invalid())
-        }
+        Config::Elementwise(_)
+        | Config::ColumnSum(_)
+        | Config::SimtGemm(_)
+        | Config::MmaGemm(_)
+        | Config::WgmmaGemm(_)
+        | Config::Cpu(_) => Err(invalid()),
     }
 }
 
@@ -234,7 +237,7 @@ pub unsafe fn step(kernel: &Kernel, stream: sys::CUstream, args: &RawStep) -> Re
             // by contract.
             unsafe { launch(kernel, stream, args.m, &mut [maps.as_mut_ptr().cast::<c_void>(), params]) }
         }
-        Config::Elementwise(_) | Config::SimtGemm(_) | Config::MmaGemm(_) => {
+        Config::Elementwise(_) | Config::ColumnSum(_) | Config::SimtGemm(_) | Config::MmaGemm(_) => {
             // SAFETY: the kernel takes one `StepParams` by value, alive here; addresses by contract.
             unsafe { launch(kernel, stream, args.m, &mut [params]) }
         }

@@ -313,6 +313,7 @@ impl CpuRuntime {
                 | Config::MmaSync(_)
                 | Config::WgmmaTma(_)
                 | Config::Elementwise(_)
+                | Config::ColumnSum(_)
                 | Config::SimtGemm(_)
                 | Config::MmaGemm(_)
                 | Config::WgmmaGemm(_) => None,

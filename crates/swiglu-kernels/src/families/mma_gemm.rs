@@ -7,7 +7,7 @@ use super::{
     LaunchShape, RASTERS, Raster, Rejected, check_access_bytes, check_block, check_registers, check_sizes, ensure,
 };
 use crate::arch::ArchSpec;
-use crate::problem::{DType, MAX_ACCESS_BYTES, OperandMajor, Problem};
+use crate::problem::{DType, OperandMajor, Problem};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -129,11 +129,8 @@ impl MmaGemmConfig {
         ensure((2..=8).contains(&stages), "2 to 8 stages", || format!("{stages} stages"))?;
         check_block(&self.launch_shape(problem.dtype), problem, arch)?;
         let accumulators = (block_m / warps_m) * (block_n / warps_n) / 32;
-        let overhead = match problem.dtype {
-            // Narrow copies keep more addresses, and rounding both the loaded and the rounded fragments.
-            DType::Tf32 if access_bytes < MAX_ACCESS_BYTES => 136,
-            _ => 100,
-        };
+        // Copies of 4 and 8 bytes are many, and unrolled: their addresses take registers.
+        let overhead = if matches!(access_bytes, 4 | 8) { 136 } else { 100 };
         check_registers(accumulators, overhead, self.threads(), arch)
     }
 }
