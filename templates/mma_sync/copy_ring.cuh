@@ -38,13 +38,14 @@ template <typename Tile> struct Copy {
     }
 };
 
-// The main loop over `k_tiles` tiles of kBytes, of which the first `inside_tiles` need no comparison with any edge. In one step,
-// `load(inside, stage, tile)` starts the copies of a tile, each tile once and in order; `read_first` reads the fragments of the
-// first step, `read_next` of the next one ahead of the products, `multiply` computes the products of one step. Leaves the ring's
+// The main loop over `k_tiles` tiles of kBytes, of which the first `inside_tiles` need no comparison with any edge.
+// `load(inside, stage, tile)` starts the copies of a tile, each tile once and in order; `read_first` reads the fragments of
+// the first step, `read_next` those of the next step ahead of the products, `multiply` multiplies one step. Leaves the ring's
 // memory to the epilogue.
 template <int kBytes, bool kInside, typename Load, typename ReadFirst, typename ReadNext, typename Multiply>
-__device__ __forceinline__ void multiply_ring(u32 ring, int k_tiles, int inside_tiles, const Load& load, const ReadFirst& read_first,
-                                              const ReadNext& read_next, const Multiply& multiply) {
+__device__ __forceinline__ void multiply_ring(u32 ring, int k_tiles, int inside_tiles, const Load& load,
+                                              const ReadFirst& read_first, const ReadNext& read_next,
+                                              const Multiply& multiply) {
     // --- prologue: kStages - 1 tiles on their way ---
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) {

@@ -222,12 +222,11 @@ fn a_seeded_sample_of_every_steps_space_matches_the_oracle() {
                 let (m, n, k) = if dtype.bytes() == 2 { (1096, 1544, 264) } else { (200, 264, 136) };
                 let problem = Problem::forward(dtype, major, m, n, k).with_op(op);
                 let all = candidates(&problem, Target::Gpu(arch));
-                let gemms: Vec<Config> = all.iter().copied().filter(|it| it.family() == Family::WgmmaGemm).collect();
-                let chosen: Vec<Config> = if gemms.is_empty() { &all } else { &gemms }
-                    .sample(&mut rng, 5)
-                    .copied()
-                    .chain(all.last().copied())
-                    .collect();
+                let mut chosen: Vec<Config> = all.last().copied().into_iter().collect();
+                for family in [Family::WgmmaGemm, Family::MmaGemm, Family::ColumnSum, Family::Elementwise] {
+                    let of_family: Vec<Config> = all.iter().copied().filter(|it| it.family() == family).collect();
+                    chosen.extend(of_family.sample(&mut rng, 4).copied());
+                }
                 let case = Case::<T>::new(problem, 0, 4);
                 let references = case.references();
                 for config in chosen {
