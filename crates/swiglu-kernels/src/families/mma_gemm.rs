@@ -153,8 +153,9 @@ pub(super) fn defaults(problem: &Problem) -> Vec<MmaGemmConfig> {
     let of = |tile: usize, ring: usize| config(TILES[tile], RINGS[ring], problem.dtype.bytes(), problem.alignment);
     match problem.output().0 {
         0..=16 => vec![of(7, 2), of(5, 2), of(5, 0)],
-        17..=256 => vec![of(5, 2), of(3, 1), of(5, 0)],
-        _ => vec![of(2, 1), of(2, 0), of(3, 1), of(5, 0)],
+        17..=256 => vec![of(5, 2), of(3, 0), of(5, 0)],
+        // Three stages leave room for two blocks on a multiprocessor of 100 KB, too.
+        _ => vec![of(2, 0), of(3, 0), of(5, 0)],
     }
 }
 
