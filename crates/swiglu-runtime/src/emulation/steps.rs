@@ -246,6 +246,24 @@ fn every_order_and_format_of_mma_gemm_matches_the_oracle() {
     check_all(&cases, arch);
 }
 
+#[test]
+fn sums_of_columns_match_the_oracle() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    let mut rng = SmallRng::seed_from_u64(14);
+    let mut cases: Vec<(Problem, Config)> = Vec::new();
+    for op in Op::ALL.into_iter().filter(|op| op.is_column_sum()) {
+        for (dtype, alignment) in [(DType::Bf16, 16), (DType::F16, 2), (DType::F32, 16), (DType::F32, 4)] {
+            // Odd sizes need narrow accesses.
+            let odd = u32::from(alignment < 16);
+            let sizes = Problem::forward(dtype, WeightMajor::K, 150, 200 + odd, 136 + odd);
+            let problem = Problem { alignment, ..sizes.with_op(op) };
+            let all = candidates(&problem, Target::Gpu(arch));
+            cases.extend(all.sample(&mut rng, 2).map(|config| (problem, *config)));
+        }
+    }
+    check_all(&cases, arch);
+}
+
 fn check_all(cases: &[(Problem, Config)], arch: &'static ArchSpec) {
     let wrong: Vec<String> = cases
         .par_iter()
