@@ -1,36 +1,11 @@
 // What both stagings of mma_sync share: tiles in shared memory, fragments, products, the epilogue. Reads the constants of
 // the template that includes it.
+#include "mma_sync/tile.cuh"
 
-using Element = ElementOf<kDType>::Type;
-constexpr int kElementBytes = sizeof(Element);
-constexpr int kWarps = kWarpsM * kWarpsN;
-constexpr int kThreads = 32 * kWarps;
 constexpr int kFragmentsM = kBlockM / kWarpsM / 16;  // 16-row fragments of x per warp
 constexpr int kFragmentsN = kBlockN / kWarpsN / 8;   // 8-column fragments of gate (and of up) per warp
-constexpr int kRowBytes = kBlockK * kElementBytes;   // one K row of a tile
-constexpr int kStepBytes = 32;                       // K bytes that one mma.sync consumes
-constexpr int kSteps = kRowBytes / kStepBytes;
-static_assert(kSteps % 2 == 0, "mma_sync: block_k must be an even number of mma steps");
 constexpr bool kKMajor = kWeightMajor == WeightMajor::k_major;
-constexpr bool kWords = kElementBytes == 4;
 constexpr bool kSplit = kDType == DType::f32;  // each number as a sum of two in tf32
-
-// A kRows x kTileRowBytes tile in shared memory. Its columns are cut into spans, one below the other, and the 16-byte
-// chunks of a span are swizzled so that eight rows at one logical chunk (what ldmatrix reads) lie in eight different bank
-// groups: the pattern that the copy engine writes, too.
-template <int kRows, int kTileRowBytes, bool kScalarReads = false> struct Tile {
-    static constexpr int kRowCount = kRows;
-    static constexpr int kRowBytes = kTileRowBytes;
-    static constexpr int kBytes = kRows * kTileRowBytes;
-    static constexpr int kSpanBytes = kTileRowBytes < kMaxSpanBytes ? kTileRowBytes : kMaxSpanBytes;
-    static constexpr int kSpanChunks = kSpanBytes / 16;
-
-    static __device__ __forceinline__ u32 offset(int row, int chunk) {
-        // Scalar reads take four rows of two chunks at a time, ldmatrix eight rows of one.
-        const int twist = kScalarReads ? (row & 3) << 1 : kSpanChunks >= 8 ? row & 7 : (row >> 1) & 3;
-        return chunk / kSpanChunks * kRows * kSpanBytes + row * kSpanBytes + ((chunk % kSpanChunks ^ twist) << 4);
-    }
-};
 
 using XTile = Tile<kBlockM, kRowBytes>;
 using WTile = Tile<kKMajor ? kBlockN : kBlockK, kKMajor ? kRowBytes : kBlockN * kElementBytes, !kKMajor && kWords>;

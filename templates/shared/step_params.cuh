@@ -19,7 +19,7 @@ struct StepParams {
 
 enum class Step {
     gate, gate_backward, down, down_input_grad, dgated, input_grad, weight_grad, weight_grad_add, down_weight_grad,
-    down_weight_grad_add
+    down_weight_grad_add, bias_grad, bias_grad_add, down_bias_grad, down_bias_grad_add
 };
 enum class OperandMajor { depth, outer };           // which index is contiguous
 enum class Paired { nothing, depth, rows, columns };  // what there is twice

@@ -2,10 +2,12 @@
 //!
 //! A family is named after its mechanism, not after a chip; the chip is data in [`ArchSpec`].
 
+pub mod column_sum;
 pub mod cpu;
 pub mod cublaslt;
 pub mod elementwise;
 pub mod mma_direct;
+pub mod mma_gemm;
 pub mod mma_sync;
 pub mod simt;
 pub mod simt_gemm;
@@ -18,10 +20,12 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
+pub use column_sum::ColumnSumConfig;
 pub use cpu::CpuConfig;
 pub use cublaslt::CublasltConfig;
 pub use elementwise::ElementwiseConfig;
 pub use mma_direct::MmaDirectConfig;
+pub use mma_gemm::MmaGemmConfig;
 pub use mma_sync::{MmaSyncConfig, Staging};
 pub use simt::SimtConfig;
 pub use simt_gemm::SimtGemmConfig;
@@ -54,8 +58,12 @@ pub enum Family {
     WgmmaTma,
     /// The gate and its backward in one pass over memory, any GPU.
     Elementwise,
+    /// Sums down columns, any GPU.
+    ColumnSum,
     /// A step that is one GEMM, fp32 FMA on any GPU.
     SimtGemm,
+    /// A step that is one GEMM, on the main loop of [`Family::MmaSync`], compute capability 8.0 and later.
+    MmaGemm,
     /// A step that is one GEMM, on the main loop of [`Family::WgmmaTma`].
     WgmmaGemm,
     /// NVIDIA's library for the GEMMs, where it is installed; with our gate behind them where the op has one.
@@ -65,18 +73,22 @@ pub enum Family {
 }
 
 names!(Family, "family", Family::Simt => "simt", Family::MmaDirect => "mma_direct", Family::MmaSync => "mma_sync",
-    Family::WgmmaTma => "wgmma_tma", Family::Elementwise => "elementwise", Family::SimtGemm => "simt_gemm", Family::WgmmaGemm => "wgmma_gemm",
+    Family::WgmmaTma => "wgmma_tma", Family::Elementwise => "elementwise",
+    Family::ColumnSum => "column_sum", Family::SimtGemm => "simt_gemm",
+    Family::MmaGemm => "mma_gemm", Family::WgmmaGemm => "wgmma_gemm",
     Family::Cublaslt => "cublaslt", Family::Cpu => "cpu");
 
 impl Family {
     /// Families that are CUDA source.
-    pub const GPU: [Self; 7] = [
+    pub const GPU: [Self; 9] = [
         Self::Simt,
         Self::MmaDirect,
         Self::MmaSync,
         Self::WgmmaTma,
         Self::Elementwise,
+        Self::ColumnSum,
         Self::SimtGemm,
+        Self::MmaGemm,
         Self::WgmmaGemm,
     ];
 
@@ -85,8 +97,11 @@ impl Family {
         match self {
             Self::Simt | Self::MmaDirect | Self::MmaSync | Self::WgmmaTma | Self::Cpu => op.is_forward(),
             Self::Elementwise => op.is_elementwise(),
-            Self::SimtGemm | Self::WgmmaGemm => !op.is_forward() && !op.is_elementwise(),
-            Self::Cublaslt => !op.is_elementwise(),
+            Self::ColumnSum => op.is_column_sum(),
+            Self::SimtGemm | Self::MmaGemm | Self::WgmmaGemm => {
+                !op.is_forward() && !op.is_elementwise() && !op.is_column_sum()
+            }
+            Self::Cublaslt => !op.is_elementwise() && !op.is_column_sum(),
         }
     }
 
@@ -110,8 +125,12 @@ pub enum Config {
     WgmmaTma(WgmmaTmaConfig),
     /// See [`elementwise`].
     Elementwise(ElementwiseConfig),
+    /// See [`column_sum`].
+    ColumnSum(ColumnSumConfig),
     /// See [`simt_gemm`].
     SimtGemm(SimtGemmConfig),
+    /// See [`mma_gemm`].
+    MmaGemm(MmaGemmConfig),
     /// See [`wgmma_gemm`].
     WgmmaGemm(WgmmaGemmConfig),
     /// See [`cublaslt`].
@@ -191,7 +210,9 @@ impl Config {
             Self::MmaSync(_) => Family::MmaSync,
             Self::WgmmaTma(_) => Family::WgmmaTma,
             Self::Elementwise(_) => Family::Elementwise,
+            Self::ColumnSum(_) => Family::ColumnSum,
             Self::SimtGemm(_) => Family::SimtGemm,
+            Self::MmaGemm(_) => Family::MmaGemm,
             Self::WgmmaGemm(_) => Family::WgmmaGemm,
             Self::Cublaslt(_) => Family::Cublaslt,
             Self::Cpu(_) => Family::Cpu,
@@ -214,7 +235,9 @@ impl Config {
             (Self::MmaSync(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::WgmmaTma(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::Elementwise(config), Target::Gpu(arch)) => config.check(problem, arch),
+            (Self::ColumnSum(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::SimtGemm(config), Target::Gpu(arch)) => config.check(problem, arch),
+            (Self::MmaGemm(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::WgmmaGemm(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::Cublaslt(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::Cpu(config), Target::Cpu { threads }) => config.check(problem, threads),
@@ -235,7 +258,9 @@ impl Config {
             Self::MmaSync(config) => Some(config.launch_shape(problem.dtype)),
             Self::WgmmaTma(config) => Some(config.launch_shape(problem.dtype)),
             Self::Elementwise(config) => Some(config.launch_shape(problem)),
+            Self::ColumnSum(config) => Some(config.launch_shape(problem.dtype)),
             Self::SimtGemm(config) => Some(config.launch_shape()),
+            Self::MmaGemm(config) => Some(config.launch_shape(problem.dtype)),
             Self::WgmmaGemm(config) => Some(config.launch_shape(problem)),
             Self::Cublaslt(_) | Self::Cpu(_) => None,
         }
@@ -250,7 +275,9 @@ impl fmt::Display for Config {
             Self::MmaSync(config) => config.fmt(f),
             Self::WgmmaTma(config) => config.fmt(f),
             Self::Elementwise(config) => config.fmt(f),
+            Self::ColumnSum(config) => config.fmt(f),
             Self::SimtGemm(config) => config.fmt(f),
+            Self::MmaGemm(config) => config.fmt(f),
             Self::WgmmaGemm(config) => config.fmt(f),
             Self::Cublaslt(config) => config.fmt(f),
             Self::Cpu(config) => config.fmt(f),
@@ -263,9 +290,12 @@ pub fn space(problem: &Problem, target: Target) -> Vec<Config> {
     let cublaslt = || cublaslt::space().map(Config::Cublaslt);
     match target {
         Target::Gpu(_) if problem.op.is_elementwise() => elementwise::space(problem).map(Config::Elementwise).collect(),
+        Target::Gpu(_) if problem.op.is_column_sum() => column_sum::space(problem).map(Config::ColumnSum).collect(),
         Target::Gpu(_) if !problem.op.is_forward() => {
             let simt_gemm = simt_gemm::space(problem).map(Config::SimtGemm);
-            simt_gemm.chain(wgmma_gemm::space(problem).map(Config::WgmmaGemm)).chain(cublaslt()).collect()
+            let mma_gemm = mma_gemm::space(problem).map(Config::MmaGemm);
+            let wgmma_gemm = wgmma_gemm::space(problem).map(Config::WgmmaGemm);
+            simt_gemm.chain(mma_gemm).chain(wgmma_gemm).chain(cublaslt()).collect()
         }
         Target::Gpu(_) => {
             let simt = simt::space(problem).map(Config::Simt);
@@ -290,8 +320,8 @@ pub fn candidates(problem: &Problem, target: Target) -> Vec<Config> {
 pub fn default_config(problem: &Problem, arch: &'static ArchSpec) -> Result<Config, Rejected> {
     let families: &[Family] = match problem.dtype {
         _ if problem.op.is_elementwise() => &[Family::Elementwise],
-        DType::F32 if !problem.op.is_forward() => &[Family::SimtGemm, Family::WgmmaGemm],
-        _ if !problem.op.is_forward() => &[Family::WgmmaGemm, Family::SimtGemm],
+        _ if problem.op.is_column_sum() => &[Family::ColumnSum],
+        _ if !problem.op.is_forward() => &[Family::WgmmaGemm, Family::MmaGemm, Family::SimtGemm],
         DType::E4m3 => &[Family::WgmmaTma],
         DType::Bf16E4m3 | DType::F16E4m3 | DType::Bf16Int4 | DType::F16Int4 => &[Family::MmaDirect],
         // Three products of tensor cores for one of fp32 do not pay everywhere: the tuner finds out where.
@@ -322,7 +352,9 @@ pub fn default_of(family: Family, problem: &Problem, arch: &'static ArchSpec) ->
         Family::MmaSync => mma_sync::defaults(problem).into_iter().map(Config::MmaSync).collect(),
         Family::WgmmaTma => wgmma_tma::defaults(problem).map(Config::WgmmaTma).to_vec(),
         Family::Elementwise => vec![Config::Elementwise(elementwise::default(problem))],
+        Family::ColumnSum => vec![Config::ColumnSum(column_sum::default(problem))],
         Family::SimtGemm => simt_gemm::defaults(problem).map(Config::SimtGemm).to_vec(),
+        Family::MmaGemm => mma_gemm::defaults(problem).into_iter().map(Config::MmaGemm).collect(),
         Family::WgmmaGemm => wgmma_gemm::defaults(problem).into_iter().map(Config::WgmmaGemm).collect(),
         Family::Cublaslt | Family::Cpu => Vec::new(),
     };

@@ -179,9 +179,13 @@ fn efficiency(config: &Config) -> f64 {
             let served = serves(config.thread_m, 2 * config.thread_n);
             served / (served + 1.5)
         }
-        Config::Elementwise(_) | Config::SimtGemm(_) | Config::WgmmaGemm(_) | Config::Cublaslt(_) | Config::Cpu(_) => {
-            1.0
-        }
+        Config::Elementwise(_)
+        | Config::ColumnSum(_)
+        | Config::SimtGemm(_)
+        | Config::MmaGemm(_)
+        | Config::WgmmaGemm(_)
+        | Config::Cublaslt(_)
+        | Config::Cpu(_) => 1.0,
     }
 }
 
@@ -195,9 +199,13 @@ fn in_flight(config: &Config, element: f64) -> f64 {
         }
         Config::MmaDirect(config) => f64::from(config.warps * config.loads) * stage(config.block_m, config.block_n, 16),
         Config::Simt(config) => stage(config.block_m, config.block_n, config.block_k),
-        Config::Elementwise(_) | Config::SimtGemm(_) | Config::WgmmaGemm(_) | Config::Cublaslt(_) | Config::Cpu(_) => {
-            0.0
-        }
+        Config::Elementwise(_)
+        | Config::ColumnSum(_)
+        | Config::SimtGemm(_)
+        | Config::MmaGemm(_)
+        | Config::WgmmaGemm(_)
+        | Config::Cublaslt(_)
+        | Config::Cpu(_) => 0.0,
     }
 }
 

@@ -102,7 +102,8 @@ pub fn step(problem: &Problem, operands: &Step<'_>) -> Vec<Vec<f64>> {
         let right = |d, col| if shape.right == OperandMajor::Depth { right(col, d) } else { right(d, col) };
         product([rows, cols, shape.depth as usize], left, right)
     };
-    let [left, right] = [operands.left, operands.right];
+    let ones: Entry<'_> = &|_, _| 1.0;
+    let [left, right] = [if problem.op.is_column_sum() { [ones; 2] } else { operands.left }, operands.right];
     let mut outs = match shape.paired {
         Paired::Nothing => vec![of(left[0], right[0])],
         Paired::Rows => vec![of(left[0], right[0]), of(left[1], right[0])],

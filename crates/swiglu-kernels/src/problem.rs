@@ -32,11 +32,19 @@ pub enum Op {
     DownWeightGrad,
     /// [`Op::DownWeightGrad`] added to what the fp32 output holds.
     DownWeightGradAdd,
+    /// The bias gradients `dbg[N]` and `dbu[N]`, the sums of dgate and dup over the tokens.
+    BiasGrad,
+    /// [`Op::BiasGrad`] added to what the fp32 outputs hold.
+    BiasGradAdd,
+    /// The bias gradient `dbd[K]`, the sum of dy over the tokens.
+    DownBiasGrad,
+    /// [`Op::DownBiasGrad`] added to what the fp32 output holds.
+    DownBiasGradAdd,
 }
 
 impl Op {
     /// Every operation.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 16] = [
         Self::Forward,
         Self::ForwardSave,
         Self::Gate,
@@ -49,9 +57,13 @@ impl Op {
         Self::WeightGradAdd,
         Self::DownWeightGrad,
         Self::DownWeightGradAdd,
+        Self::BiasGrad,
+        Self::BiasGradAdd,
+        Self::DownBiasGrad,
+        Self::DownBiasGradAdd,
     ];
 
-    /// The operations that have no GEMM.
+    /// The operations that have no GEMM and sum nothing.
     pub const ELEMENTWISE: [Self; 2] = [Self::Gate, Self::GateBackward];
 
     /// The operations that are one GEMM, perhaps with the gate's backward behind it.
@@ -71,14 +83,19 @@ impl Op {
         matches!(self, Self::Forward | Self::ForwardSave)
     }
 
-    /// Whether it has no GEMM.
+    /// Whether it sums columns: a product whose left operand is all ones and is not read.
+    pub const fn is_column_sum(self) -> bool {
+        matches!(self, Self::BiasGrad | Self::BiasGradAdd | Self::DownBiasGrad | Self::DownBiasGradAdd)
+    }
+
+    /// Whether it has no GEMM and sums nothing.
     pub const fn is_elementwise(self) -> bool {
         matches!(self, Self::Gate | Self::GateBackward)
     }
 
     /// Whether it adds to fp32 outputs.
     pub const fn accumulates(self) -> bool {
-        matches!(self, Self::WeightGradAdd | Self::DownWeightGradAdd)
+        matches!(self, Self::WeightGradAdd | Self::DownWeightGradAdd | Self::BiasGradAdd | Self::DownBiasGradAdd)
     }
 
     /// Whether the pre-activations are stored beside z.
@@ -91,14 +108,16 @@ impl Op {
         match self {
             // z, gate, up; or dgate, dup, z.
             Self::ForwardSave | Self::GateBackward | Self::Dgated => 3,
-            Self::WeightGrad | Self::WeightGradAdd => 2,
+            Self::WeightGrad | Self::WeightGradAdd | Self::BiasGrad | Self::BiasGradAdd => 2,
             Self::Forward
             | Self::Gate
             | Self::Down
             | Self::DownInputGrad
             | Self::InputGrad
             | Self::DownWeightGrad
-            | Self::DownWeightGradAdd => 1,
+            | Self::DownWeightGradAdd
+            | Self::DownBiasGrad
+            | Self::DownBiasGradAdd => 1,
         }
     }
 }
@@ -387,7 +406,7 @@ impl Problem {
         Self { m, ..self }
     }
 
-    /// The step as a GEMM; `None` for the forward, whose output has half the columns, and for what has no GEMM.
+    /// The step as a GEMM, sums of columns as one with a row of ones; `None` for the forward, whose output has half the columns, and for what has no GEMM.
     pub fn product(&self) -> Option<Product> {
         use OperandMajor::{Depth, Outer};
         let &Self { m, n, k, .. } = self;
@@ -404,12 +423,25 @@ impl Problem {
             Op::WeightGrad | Op::WeightGradAdd => of(k, n, m, Outer, Outer, Paired::Columns),
             Op::DownWeightGrad | Op::DownWeightGradAdd if k_major => of(k, n, m, Outer, Outer, Paired::Nothing),
             Op::DownWeightGrad | Op::DownWeightGradAdd => of(n, k, m, Outer, Outer, Paired::Nothing),
+            Op::BiasGrad | Op::BiasGradAdd => of(1, n, m, Outer, Outer, Paired::Columns),
+            Op::DownBiasGrad | Op::DownBiasGradAdd => of(1, k, m, Outer, Outer, Paired::Nothing),
         }
     }
 
-    /// Whether M is the length of the sums: of the weights' gradients.
+    /// Matrices of a step's left and of its right operand.
+    pub fn operands(&self) -> (usize, usize) {
+        let (left, right) = self.product().map_or((0, 0), |product| product.operands());
+        match self.op {
+            Op::GateBackward => (1, 0),
+            op if op.is_column_sum() => (0, right),
+            _ => (left, right),
+        }
+    }
+
+    /// Whether M is the length of the sums: of the gradients of weights and biases.
     pub const fn sums_over_m(&self) -> bool {
-        matches!(self.op, Op::WeightGrad | Op::WeightGradAdd | Op::DownWeightGrad | Op::DownWeightGradAdd)
+        use Op::{DownWeightGrad, DownWeightGradAdd, WeightGrad, WeightGradAdd};
+        self.op.is_column_sum() || matches!(self.op, WeightGrad | WeightGradAdd | DownWeightGrad | DownWeightGradAdd)
     }
 
     /// Rows and columns of one output matrix.
@@ -421,6 +453,7 @@ impl Problem {
     pub fn flops(&self) -> f64 {
         let weights = match self.op {
             Op::Gate | Op::GateBackward => 0.0,
+            Op::BiasGrad | Op::BiasGradAdd | Op::DownBiasGrad | Op::DownBiasGradAdd => 0.0,
             Op::Forward | Op::ForwardSave | Op::InputGrad | Op::WeightGrad | Op::WeightGradAdd => 2.0,
             Op::Down | Op::DownInputGrad | Op::Dgated | Op::DownWeightGrad | Op::DownWeightGradAdd => 1.0,
         };
@@ -450,8 +483,13 @@ impl Problem {
             Op::WeightGradAdd => mk + 2.0 * mn,
             Op::DownWeightGrad => mk + mn + nk,
             Op::DownWeightGradAdd => mk + mn,
+            Op::BiasGrad => 2.0 * (mn + n),
+            Op::BiasGradAdd => 2.0 * mn,
+            Op::DownBiasGrad => mk + k,
+            Op::DownBiasGradAdd => mk,
         };
-        let added = if op.accumulates() { 8.0 * outputs * nk } else { 0.0 };
+        let (rows, cols) = self.output();
+        let added = if op.accumulates() { 8.0 * outputs * f64::from(rows) * f64::from(cols) } else { 0.0 };
         elements * bytes(dtype.output()) + added
     }
 
@@ -509,7 +547,9 @@ names!(Op, "op", Op::Forward => "forward", Op::ForwardSave => "forward_save",
     Op::Gate => "gate", Op::GateBackward => "gate_backward",
     Op::Down => "down", Op::DownInputGrad => "down_input_grad", Op::Dgated => "dgated",
     Op::InputGrad => "input_grad", Op::WeightGrad => "weight_grad", Op::WeightGradAdd => "weight_grad_add",
-    Op::DownWeightGrad => "down_weight_grad", Op::DownWeightGradAdd => "down_weight_grad_add");
+    Op::DownWeightGrad => "down_weight_grad", Op::DownWeightGradAdd => "down_weight_grad_add",
+    Op::BiasGrad => "bias_grad", Op::BiasGradAdd => "bias_grad_add",
+    Op::DownBiasGrad => "down_bias_grad", Op::DownBiasGradAdd => "down_bias_grad_add");
 names!(OperandMajor, "operand order", OperandMajor::Depth => "depth", OperandMajor::Outer => "outer");
 names!(Paired, "pairing", Paired::Nothing => "nothing", Paired::Depth => "depth", Paired::Rows => "rows",
     Paired::Columns => "columns");

@@ -66,7 +66,7 @@ macro_rules! template {
     };
 }
 
-const TEMPLATES: [(&str, &str); 10] = [
+const TEMPLATES: [(&str, &str); 12] = [
     template!("simt/kernel.cu.tera"),
     template!("mma_direct/kernel.cu.tera"),
     template!("mma_direct/weight_only.cu.tera"),
@@ -74,20 +74,26 @@ const TEMPLATES: [(&str, &str); 10] = [
     template!("mma_sync/tma.cu.tera"),
     template!("wgmma_tma/kernel.cu.tera"),
     template!("elementwise/kernel.cu.tera"),
+    template!("column_sum/kernel.cu.tera"),
     template!("simt_gemm/kernel.cu.tera"),
+    template!("mma_gemm/kernel.cu.tera"),
     template!("wgmma_gemm/kernel.cu.tera"),
     template!("support/kernels.cu.tera"),
 ];
 
-const HEADERS: [(&str, &str); 26] = [
+const HEADERS: [(&str, &str); 30] = [
     template!("shared/types.cuh"),
     template!("shared/activation.cuh"),
     template!("shared/params.cuh"),
     template!("shared/step_params.cuh"),
     template!("shared/step_finish.cuh"),
+    template!("shared/step_tile.cuh"),
     template!("shared/raster.cuh"),
     template!("shared/ring.cuh"),
+    template!("mma_sync/tile.cuh"),
+    template!("mma_sync/copy_ring.cuh"),
     template!("mma_sync/fragments.cuh"),
+    template!("mma_gemm/fragments.cuh"),
     template!("mma_direct/epilogue.cuh"),
     template!("mma_direct/expand.cuh"),
     template!("simt/tile.cuh"),
@@ -213,7 +219,9 @@ fn template_of(problem: &Problem, config: &Config) -> Result<&'static str, Rende
         },
         Config::WgmmaTma(_) => Ok("wgmma_tma/kernel.cu.tera"),
         Config::Elementwise(_) => Ok("elementwise/kernel.cu.tera"),
+        Config::ColumnSum(_) => Ok("column_sum/kernel.cu.tera"),
         Config::SimtGemm(_) => Ok("simt_gemm/kernel.cu.tera"),
+        Config::MmaGemm(_) => Ok("mma_gemm/kernel.cu.tera"),
         Config::WgmmaGemm(_) => Ok("wgmma_gemm/kernel.cu.tera"),
         Config::Cublaslt(_) | Config::Cpu(_) => Err(RenderError::NoSource(config.family())),
     }
@@ -226,7 +234,7 @@ fn problem_names(problem: &Problem) -> Vec<(&'static str, &'static str)> {
     if problem.op.is_forward() {
         names.push(("weight_major", problem.weight_major.name()));
     }
-    if let Some(product) = problem.product() {
+    if let Some(product) = problem.product().filter(|_| !problem.op.is_column_sum()) {
         names.extend([
             ("left", product.left.name()),
             ("right", product.right.name()),
@@ -244,7 +252,9 @@ fn context(problem: &Problem, config: &Config, template: &'static str) -> Result
         Config::MmaSync(config) => Context::from_serialize(config),
         Config::WgmmaTma(config) => Context::from_serialize(config),
         Config::Elementwise(config) => Context::from_serialize(config),
+        Config::ColumnSum(config) => Context::from_serialize(config),
         Config::SimtGemm(config) => Context::from_serialize(config),
+        Config::MmaGemm(config) => Context::from_serialize(config),
         Config::WgmmaGemm(config) => Context::from_serialize(config),
         Config::Cublaslt(_) | Config::Cpu(_) => return Err(RenderError::NoSource(config.family())),
     };
@@ -314,12 +324,13 @@ mod tests {
         let mut seen = BTreeSet::new();
         let forward = Problem::forward(DType::Bf16, WeightMajor::K, 64, 64, 64);
         let weight_only = Problem::forward(DType::Bf16E4m3, WeightMajor::K, 64, 64, 64);
-        let problems = [forward, weight_only, forward.with_op(Op::Gate), forward.with_op(Op::Dgated)];
-        let candidates = |&problem: &Problem| {
+        let steps = [Op::Gate, Op::Dgated, Op::BiasGrad].map(|op| forward.with_op(op));
+        let problems = [forward, weight_only].into_iter().chain(steps);
+        let candidates = |problem: Problem| {
             let all = crate::families::candidates(&problem, Target::Gpu(arch)).into_iter();
             all.filter(|config| config.family().has_source()).map(move |config| (problem, config))
         };
-        for (problem, config) in problems.iter().flat_map(candidates) {
+        for (problem, config) in problems.flat_map(candidates) {
             let template = template_of(&problem, &config).unwrap();
             if !seen.insert(template) {
                 continue;

@@ -4,8 +4,8 @@
 use proptest::prelude::*;
 use swiglu_kernels::arch::{self, ARCHES};
 use swiglu_kernels::families::{
-    self, CublasltConfig, ElementwiseConfig, Family, MmaDirectConfig, MmaSyncConfig, Raster, Schedule, SimtConfig,
-    SimtGemmConfig, Staging, Target, WgmmaGemmConfig, WgmmaTmaConfig,
+    self, ColumnSumConfig, CublasltConfig, ElementwiseConfig, Family, MmaDirectConfig, MmaGemmConfig, MmaSyncConfig,
+    Raster, Schedule, SimtConfig, SimtGemmConfig, Staging, Target, WgmmaGemmConfig, WgmmaTmaConfig,
 };
 use swiglu_kernels::{Config, DType, Format, Op, Problem, WeightMajor, render};
 
@@ -53,7 +53,7 @@ fn every_space_has_candidates_and_they_survive_toml_and_json() {
         for dtype in DType::ALL {
             let major = if dtype.weights() == Format::Int4 { WeightMajor::N } else { WeightMajor::K };
             let problem = Problem::forward(dtype, major, 512, 14336, 4096);
-            for problem in [Op::Forward, Op::Gate, Op::Dgated, Op::Down].map(|op| problem.with_op(op)) {
+            for problem in [Op::Forward, Op::Gate, Op::Dgated, Op::Down, Op::BiasGrad].map(|op| problem.with_op(op)) {
                 let candidates = families::candidates(&problem, Target::Gpu(arch));
                 for family in Family::GPU.into_iter().chain([Family::Cublaslt]) {
                     let count = candidates.iter().filter(|config| config.family() == family).count();
@@ -172,7 +172,9 @@ proptest! {
             Config::Simt(SimtConfig { block_m: a, block_n: b, block_k: c, thread_m: d, thread_n: e, stages: f, access_bytes: g, raster: Raster::AlongN, raster_group: h }),
             Config::Elementwise(ElementwiseConfig { threads: a, rows: b, access_bytes: c }),
             Config::Cublaslt(CublasltConfig { algorithm: a }),
+            Config::ColumnSum(ColumnSumConfig { threads: a, lanes: b, access_bytes: c }),
             Config::SimtGemm(SimtGemmConfig { block_m: a, block_n: b, block_k: c, thread_m: d, thread_n: e, access_bytes: g, raster: Raster::AlongN, raster_group: h }),
+            Config::MmaGemm(MmaGemmConfig { block_m: a, block_n: b, block_k: c, stages: d, warps_m: e, warps_n: f, access_bytes: g, raster: Raster::AlongM, raster_group: h }),
             Config::WgmmaGemm(WgmmaGemmConfig { block_m: a, block_n: b, block_k: c, stages: d, consumers: e, schedule: if tma { Schedule::Pingpong } else { Schedule::Cooperative }, cluster_m: f, cluster_n: g, store_cols: h, store_buffers: e, raster: Raster::AlongM, raster_group: d }),
         ];
         let problems = Op::ALL.map(|op| problem.with_op(op));

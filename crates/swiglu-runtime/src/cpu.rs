@@ -2,12 +2,14 @@
 //!
 //! Design: `docs/kernels/cpu.md`. Config: `crates/swiglu-kernels/src/families/cpu.rs`.
 
+mod element;
+mod ffn;
+mod product;
 mod silu;
 
 use crate::buckets::BucketTable;
-use crate::operands::{ArgumentError, Element, Forward, ForwardSpec, Matrix, Preactivations, WeightOffsets, Weights};
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
+use crate::operands::{ArgumentError, Forward, ForwardSpec, Matrix, Preactivations, WeightOffsets, Weights};
+use faer::MatRef;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,6 +17,10 @@ use swiglu_db::Device;
 use swiglu_kernels::families::cpu::default_config;
 use swiglu_kernels::families::{CpuConfig, Target};
 use swiglu_kernels::{Config, DType, Rejected, WeightMajor};
+
+pub use element::{CpuElement, Sum};
+pub use ffn::CpuFfnPlan;
+use product::{multiply, rows_as_sums};
 
 /// Why there is no CPU plan.
 #[derive(Debug, thiserror::Error)]
@@ -96,10 +102,8 @@ impl CpuPlan {
     ///
     /// # Errors
     /// [`ArgumentError`] names the operand that does not fit.
-    pub fn launch<T: Element>(&self, forward: Forward<&[T], &mut [T]>) -> Result<(), ArgumentError> {
-        if !T::stores(self.spec.dtype) || self.spec.dtype == DType::Tf32 {
-            return Err(ArgumentError::new("x", format!("its element type does not store `{}`", self.spec.dtype)));
-        }
+    pub fn launch<T: CpuElement>(&self, forward: Forward<&[T], &mut [T]>) -> Result<(), ArgumentError> {
+        check_type::<T>("x", self.spec.dtype)?;
         let offsets = forward.check(&self.spec, |slice| slice.len(), |slice| slice.len())?;
         let m = forward.x.rows;
         if m == 0 || self.spec.n == 0 {
@@ -170,11 +174,11 @@ fn tiles<'a, T>(
 
 /// Buffers of one worker, kept from task to task.
 #[derive(Default)]
-struct Scratch {
-    x: Vec<f32>,
-    weights: Vec<f32>,
-    gate: Vec<f32>,
-    up: Vec<f32>,
+struct Scratch<S> {
+    x: Vec<S>,
+    weights: Vec<S>,
+    gate: Vec<S>,
+    up: Vec<S>,
 }
 
 /// What every task reads.
@@ -192,7 +196,7 @@ struct Work<'a, T> {
     block_n: usize,
 }
 
-impl<'a, T: Element> Work<'a, T> {
+impl<'a, T: CpuElement> Work<'a, T> {
     fn new(
         spec: &ForwardSpec,
         config: &CpuConfig,
@@ -219,19 +223,19 @@ impl<'a, T: Element> Work<'a, T> {
     }
 
     /// Both GEMMs of one tile, then the gate.
-    fn run(&self, tile: Tile<'_, T>, scratch: &mut Scratch) {
+    fn run(&self, tile: Tile<'_, T>, scratch: &mut Scratch<T::Sum>) {
         let rows = tile.pieces.len();
         let columns = tile.pieces.first().map_or(0, |piece| piece.len());
         let Scratch { x, weights, gate, up } = scratch;
         for sums in [&mut *gate, &mut *up] {
             sums.clear();
-            sums.resize(rows * columns, 0.0);
+            sums.resize(rows * columns, T::Sum::default());
         }
         if self.k > 0 {
-            let x = rows_as_f32(&self.x[tile.row * self.x_stride..], rows, self.k, self.x_stride, x);
+            let x = rows_as_sums(&self.x[tile.row * self.x_stride..], rows, self.k, self.x_stride, x);
             let WeightOffsets { gate: gate_at, gate_stride, up: up_at, up_stride } = self.offsets;
-            self.multiply(x, &self.gate[gate_at..], gate_stride, tile.column, columns, weights, gate);
-            self.multiply(x, &self.up[up_at..], up_stride, tile.column, columns, weights, up);
+            multiply(x, self.columns(&self.gate[gate_at..], gate_stride, tile.column, columns, weights), gate);
+            multiply(x, self.columns(&self.up[up_at..], up_stride, tile.column, columns, weights), up);
         }
         let here = tile.column..tile.column + columns;
         let gate_bias = self.gate_bias.map(|bias| &bias[here.clone()]);
@@ -249,54 +253,37 @@ impl<'a, T: Element> Work<'a, T> {
         }
     }
 
-    /// `sums[rows, columns] = x · w` for the columns of z from `column` on.
-    #[allow(clippy::too_many_arguments, reason = "three matrices with their sizes")]
-    fn multiply(
+    /// The weights of the columns of z from `column` on, `[K, columns]`.
+    fn columns<'b>(
         &self,
-        x: MatRef<'_, f32>,
-        w: &[T],
+        w: &'b [T],
         stride: usize,
         column: usize,
         columns: usize,
-        scratch: &mut Vec<f32>,
-        sums: &mut [f32],
-    ) {
-        let w = match self.major {
-            WeightMajor::K => rows_as_f32(&w[column * stride..], columns, self.k, stride, scratch).transpose(),
-            WeightMajor::N => rows_as_f32(&w[column..], self.k, columns, stride, scratch),
-        };
-        let sums = MatMut::from_row_major_slice_mut(sums, x.nrows(), columns);
-        matmul(sums, Accum::Replace, x, w, 1.0, Par::Seq);
+        scratch: &'b mut Vec<T::Sum>,
+    ) -> MatRef<'b, T::Sum> {
+        match self.major {
+            WeightMajor::K => rows_as_sums(&w[column * stride..], columns, self.k, stride, scratch).transpose(),
+            WeightMajor::N => rows_as_sums(&w[column..], self.k, columns, stride, scratch),
+        }
     }
 }
 
-/// `rows` x `columns` of a row-major matrix as fp32: in place where it is, else widened into `scratch`.
-fn rows_as_f32<'a, T: Element>(
-    data: &'a [T],
-    rows: usize,
-    columns: usize,
-    stride: usize,
-    scratch: &'a mut Vec<f32>,
-) -> MatRef<'a, f32> {
-    if let Some(data) = T::as_f32(data) {
-        let needed = (rows - 1) * stride + columns;
-        return MatRef::from_row_major_slice_with_stride(&data[..needed], rows, columns, stride);
+fn check_type<T: CpuElement>(argument: &'static str, dtype: DType) -> Result<(), ArgumentError> {
+    if T::stores(dtype) && dtype != DType::Tf32 {
+        return Ok(());
     }
-    scratch.clear();
-    for row in 0..rows {
-        scratch.extend(data[row * stride..row * stride + columns].iter().map(|value| value.to_f32()));
-    }
-    MatRef::from_row_major_slice(&scratch[..], rows, columns)
+    Err(ArgumentError::new(argument, format!("its element type does not store `{dtype}`")))
 }
 
-fn round<T: Element>(out: &mut [T], values: &[f32]) {
+fn round<T: CpuElement>(out: &mut [T], values: &[T::Sum]) {
     for (out, value) in out.iter_mut().zip(values) {
-        *out = T::from_f32(*value);
+        *out = T::round(*value);
     }
 }
 
-fn add<T: Element>(sums: &mut [f32], bias: Option<&[T]>) {
+fn add<T: CpuElement>(sums: &mut [T::Sum], bias: Option<&[T]>) {
     for (sum, bias) in sums.iter_mut().zip(bias.unwrap_or(&[])) {
-        *sum += bias.to_f32();
+        *sum += bias.widen();
     }
 }

@@ -2,6 +2,9 @@
 //! stream with one workspace of the caller's.
 #![allow(unsafe_code, reason = "launches steps on addresses that the caller vouches for")]
 
+pub mod operands;
+mod typed;
+
 use crate::launch::{RawForward, RawScales};
 use crate::operands::{ArgumentError, ForwardSpec};
 use crate::plan::{LaunchError, Plan, StepPlan};
@@ -45,14 +48,16 @@ pub struct FfnSpec {
     pub keep: Keep,
     /// What the backward computes.
     pub gradients: Gradients,
+    /// Whether it computes the gradients of the three biases beside those of the weights; nothing where these are frozen.
+    pub bias_gradients: bool,
 }
 
 impl FfnSpec {
-    fn step(&self, op: Op) -> Problem {
+    pub(crate) fn step(&self, op: Op) -> Problem {
         Problem::forward(self.dtype, self.weight_major, 1, self.n, self.k).with_op(op)
     }
 
-    fn gated(&self, save_preactivations: bool) -> ForwardSpec {
+    pub(crate) fn gated(&self, save_preactivations: bool) -> ForwardSpec {
         let layout = match self.weight_major {
             WeightMajor::K => WeightLayout::SeparateNk,
             WeightMajor::N => WeightLayout::SeparateKn,
@@ -137,6 +142,9 @@ pub struct RawFfnBackward {
     pub dx: RawMatrix,
     /// dWg, dWu and dWd, in the orders of the weights: outputs unless these are frozen, then unused.
     pub weight_grads: [RawMatrix; 3],
+    /// Device addresses of dbg `[N]`, dbu `[N]` and dbd `[K]`, of the weights' gradients' number format: outputs where
+    /// [`FfnSpec::bias_gradients`] is set, else unused.
+    pub bias_grads: [u64; 3],
     /// What the forward saved; their gradients take its place. 0 where nothing was kept.
     pub saved: u64,
     /// Device address of [`FfnSpec::backward_workspace_bytes`], a multiple of 16; 0 where that is 0.
@@ -157,6 +165,8 @@ pub struct FfnPlan {
     input_grad: StepPlan,
     /// Of gate and up, and of down; none where the weights are frozen.
     weight_grads: Option<[StepPlan; 2]>,
+    /// Of the biases of gate and up, and of down; none where they are not asked for.
+    bias_grads: Option<[StepPlan; 2]>,
 }
 
 impl Runtime {
@@ -175,6 +185,11 @@ impl Runtime {
             Gradients::All => Some([step(Op::WeightGrad)?, step(Op::DownWeightGrad)?]),
             Gradients::Added => Some([step(Op::WeightGradAdd)?, step(Op::DownWeightGradAdd)?]),
         };
+        let bias_grads = match spec.gradients {
+            Gradients::All if spec.bias_gradients => Some([step(Op::BiasGrad)?, step(Op::DownBiasGrad)?]),
+            Gradients::Added if spec.bias_gradients => Some([step(Op::BiasGradAdd)?, step(Op::DownBiasGradAdd)?]),
+            Gradients::Input | Gradients::All | Gradients::Added => None,
+        };
         Ok(FfnPlan {
             spec: *spec,
             gated: self.prepare(&spec.gated(spec.keep == Keep::Preactivations))?,
@@ -183,6 +198,7 @@ impl Runtime {
             dgated: step(Op::Dgated)?,
             input_grad: step(Op::InputGrad)?,
             weight_grads,
+            bias_grads,
         })
     }
 }
@@ -240,7 +256,8 @@ impl FfnPlan {
         unsafe { self.down.launch_raw(stream, &down) }
     }
 
-    /// The backward: the gate's backward behind the dz GEMM, then dx, then the gradients of the weights that are not frozen.
+    /// The backward: the gate's backward behind the dz GEMM, then dx, then the gradients of the weights and biases that
+    /// are not frozen.
     ///
     /// # Errors
     /// [`LaunchError::Argument`] names what is missing.
@@ -291,6 +308,14 @@ impl FfnPlan {
         // SAFETY: as above.
         unsafe { gate_up.launch_raw(stream, &gate_up_step) }?;
         // SAFETY: as above.
+        unsafe { down.launch_raw(stream, &down_step) }?;
+        let Some([gate_up, down]) = &self.bias_grads else { return Ok(()) };
+        let [dgate, dup, ddown] = args.bias_grads.map(|address| RawMatrix { address, stride: 0 });
+        let gate_up_step = RawStep { right: pair, out: [dgate, dup, NONE], ..step };
+        let down_step = RawStep { right: dy, out: [ddown, NONE, NONE], ..step };
+        // SAFETY: as above.
+        unsafe { gate_up.launch_raw(stream, &gate_up_step) }?;
+        // SAFETY: as above.
         unsafe { down.launch_raw(stream, &down_step) }
     }
 }
@@ -329,6 +354,7 @@ mod tests {
             k: 4096,
             keep: Keep::Preactivations,
             gradients: Gradients::All,
+            bias_gradients: false,
         };
         let matrix = 8192 * 14336 * 2;
         let bytes = |spec: FfnSpec| {

@@ -240,9 +240,13 @@ unsafe fn forward_function(
             // SAFETY: the kernel takes one `Params` by value, alive here; addresses by contract.
             unsafe { launch(problem, function, stream, args.m, &mut [params]) }
         }
-        Config::Elementwise(_) | Config::SimtGemm(_) | Config::WgmmaGemm(_) | Config::Cublaslt(_) | Config::Cpu(_) => {
-            Err(invalid())
-        }
+        Config::Elementwise(_)
+        | Config::ColumnSum(_)
+        | Config::SimtGemm(_)
+        | Config::MmaGemm(_)
+        | Config::WgmmaGemm(_)
+        | Config::Cublaslt(_)
+        | Config::Cpu(_) => Err(invalid()),
     }
 }
 
@@ -288,7 +292,7 @@ unsafe fn step_function(
             // by contract.
             unsafe { launch(problem, function, stream, args.m, &mut [maps.as_mut_ptr().cast::<c_void>(), params]) }
         }
-        Config::Elementwise(_) | Config::SimtGemm(_) => {
+        Config::Elementwise(_) | Config::ColumnSum(_) | Config::SimtGemm(_) | Config::MmaGemm(_) => {
             // SAFETY: the kernel takes one `StepParams` by value, alive here; addresses by contract.
             unsafe { launch(problem, function, stream, args.m, &mut [params]) }
         }

@@ -28,6 +28,7 @@ mod tensor_map;
 
 pub use buckets::serving_choice;
 pub use cudarc;
+pub use ffn::operands::{FfnBackward, FfnForward, FfnGradients, FfnWeights};
 pub use ffn::{FfnPlan, FfnSpec};
 pub use launch::{RawForward, RawScales};
 pub use operands::{ArgumentError, Element, Forward, ForwardSpec, Matrix, Preactivations, Weights};

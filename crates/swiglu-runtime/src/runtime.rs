@@ -1,9 +1,10 @@
 //! The runtime: looks up, compiles, loads. It never searches and never times.
 
 use crate::buckets::BucketTable;
-use crate::cpu::{self, CpuPlan};
+use crate::cpu::{self, CpuFfnPlan, CpuPlan};
 use crate::cubin_cache::CubinCache;
 use crate::cublaslt::{CublasLt, CublasLtError};
+use crate::ffn::{FfnSpec, Keep};
 use crate::gpu::{self, Gpu, GpuError, Kernel};
 use crate::nvrtc::{CompileError, Nvrtc};
 use crate::operands::ForwardSpec;
@@ -399,12 +400,25 @@ impl CpuRuntime {
                 | Config::MmaSync(_)
                 | Config::WgmmaTma(_)
                 | Config::Elementwise(_)
+                | Config::ColumnSum(_)
                 | Config::SimtGemm(_)
+                | Config::MmaGemm(_)
                 | Config::WgmmaGemm(_)
                 | Config::Cublaslt(_) => None,
             })
             .collect();
         Ok(CpuPlan::new(*spec, &entries)?)
+    }
+
+    /// The whole FFN, forward and backward, with the blocks and threads of its forward.
+    ///
+    /// # Errors
+    /// As [`CpuRuntime::prepare`], and when N or K is 0.
+    pub fn prepare_ffn(&self, spec: &FfnSpec) -> Result<CpuFfnPlan, PrepareError> {
+        check_step(&spec.step(Op::Down))?;
+        let gated = self.prepare(&spec.gated(spec.keep == Keep::Preactivations))?;
+        let again = if spec.keep == Keep::Nothing { Some(self.prepare(&spec.gated(true))?) } else { None };
+        Ok(CpuFfnPlan::new(*spec, gated, again))
     }
 }
 

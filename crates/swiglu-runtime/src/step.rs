@@ -31,8 +31,10 @@ pub struct RawMatrix {
 /// | `weight_grad`, n_major | x | dgate, dup | | dWg, dWu `[K,N]` |
 /// | `down_weight_grad`, k_major | dy | z | | dWd `[K,N]` |
 /// | `down_weight_grad`, n_major | z | dy | | dWd `[N,K]` |
+/// | `bias_grad` | | dgate, dup | | dbg, dbu `[N]` |
+/// | `down_bias_grad` | | dy | | dbd `[K]` |
 ///
-/// Outputs have the problem's number format; those of `weight_grad_add` and `down_weight_grad_add` are fp32.
+/// Outputs have the problem's number format; those of ops in `_add` are fp32.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RawStep {
     /// Tokens.
@@ -53,11 +55,7 @@ impl RawStep {
     /// An operand that the op needs and that has no address.
     pub(crate) fn missing(&self, problem: &Problem) -> Option<&'static str> {
         let needs = |wanted: usize, of: &[RawMatrix]| of.iter().take(wanted).any(|matrix| matrix.address == 0);
-        let (left, right) = match problem.op {
-            Op::Gate => (0, 0),
-            Op::GateBackward => (1, 0),
-            _ => problem.product().map_or((1, 1), |product| product.operands()),
-        };
+        let (left, right) = problem.operands();
         let gated = matches!(problem.op, Op::Gate | Op::GateBackward | Op::Dgated);
         // z of the last two is left out at will.
         let out = if matches!(problem.op, Op::GateBackward | Op::Dgated) { 2 } else { problem.op.outputs() as usize };

@@ -103,6 +103,43 @@ fn every_step_compiles_within_the_budget() {
     assert!(broken.is_empty(), "{}", broken.join("\n"));
 }
 
+/// A sampled config of every step and order on every architecture that has tensor cores of this kind.
+#[test]
+fn mma_gemm_compiles_for_every_architecture_within_the_budget() {
+    let nvrtc = nvrtc();
+    let mut rng = SmallRng::seed_from_u64(3);
+    let mut jobs: Vec<(&'static ArchSpec, String, KernelSource)> = Vec::new();
+    let places = [
+        ("sm_80", DType::Bf16),
+        ("sm_86", DType::Tf32),
+        ("sm_89", DType::F16),
+        ("sm_90a", DType::Tf32),
+        ("sm_100a", DType::F16),
+        ("sm_120", DType::Bf16),
+    ];
+    for (name, dtype) in places {
+        let arch = arch::by_name(name).unwrap();
+        for (op, major) in Op::PRODUCTS.into_iter().flat_map(|op| WeightMajor::ALL.map(|major| (op, major))) {
+            let aligned = Problem::forward(dtype, major, 2048, 14336, 4096).with_op(op);
+            for problem in [aligned, Problem { alignment: 4, ..aligned }] {
+                let legal = candidates(&problem, Target::Gpu(arch));
+                let of_family: Vec<_> = legal.iter().filter(|config| config.family() == Family::MmaGemm).collect();
+                let &&config = of_family.choose(&mut rng).unwrap();
+                let source = render::render(&problem, &config, arch).unwrap();
+                jobs.push((arch, format!("{name} {op} {dtype} {major} {config}"), source));
+            }
+        }
+    }
+    let broken: Vec<String> = jobs
+        .into_par_iter()
+        .filter_map(|(arch, what, source)| match nvrtc.compile(&source, arch).map(|it| it.resources) {
+            Ok(resources) => resources.objection().map(|objection| format!("{what}: {objection}")),
+            Err(error) => Some(format!("{what}: {error}")),
+        })
+        .collect();
+    assert!(broken.is_empty(), "{}", broken.join("\n"));
+}
+
 #[test]
 fn the_tuners_helper_kernels_compile_everywhere() {
     let nvrtc = nvrtc();

@@ -69,6 +69,8 @@ impl Layout {
             Op::InputGrad => (vec![both, of(2 * n * k, sigma(2 * n))], vec![m * k]),
             Op::WeightGrad | Op::WeightGradAdd => (vec![both, of(m * k, sigma(m))], vec![2 * n * k]),
             Op::DownWeightGrad | Op::DownWeightGradAdd => (vec![tokens_n, of(m * k, sigma(m))], vec![n * k]),
+            Op::BiasGrad | Op::BiasGradAdd => (vec![of(2 * m * n, sigma(m))], vec![2 * n]),
+            Op::DownBiasGrad | Op::DownBiasGradAdd => (vec![of(m * k, sigma(m))], vec![k]),
         };
         Self { inputs, outputs }
     }
@@ -247,6 +249,14 @@ impl Arena {
                 let (z, dy, out) = (by_n(input(0)), by_k(input(1)), pair(down(output(0))));
                 let (left, right) = if weight_major == WeightMajor::K { (dy, z) } else { (z, dy) };
                 RawStep { left, right, out, ..step }
+            }
+            Op::BiasGrad | Op::BiasGradAdd => {
+                let bytes = if op.accumulates() { 4 } else { u64::from(self.problem.dtype.output().bytes()) };
+                let second = output(0) + u64::from(n) * bytes;
+                RawStep { right: self.beside(input(0)), out: [one(output(0), n), one(second, n), none], ..step }
+            }
+            Op::DownBiasGrad | Op::DownBiasGradAdd => {
+                RawStep { right: by_k(input(0)), out: pair(by_k(output(0))), ..step }
             }
         }
     }

@@ -25,7 +25,7 @@ pub(crate) fn race(
     let problem = arena.problem;
     let sets = copied(arena).map_err(|failure| as_error(&failure))?;
     let copy = |index: usize| copy(lab, &sets[index % sets.len()]);
-    if problem.product().is_none() {
+    if problem.op.is_column_sum() || problem.product().is_none() {
         let timed = interleave(watch, [&ours, &copy], rounds).map_err(|failure| as_error(&failure))?;
         let [ours, copied] = timed;
         return Ok([ours, copied.clone(), copied.clone(), copied]);

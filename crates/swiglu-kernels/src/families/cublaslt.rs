@@ -35,7 +35,11 @@ pub const fn behind(op: Op) -> Option<Op> {
         | Op::WeightGrad
         | Op::WeightGradAdd
         | Op::DownWeightGrad
-        | Op::DownWeightGradAdd => None,
+        | Op::DownWeightGradAdd
+        | Op::BiasGrad
+        | Op::BiasGradAdd
+        | Op::DownBiasGrad
+        | Op::DownBiasGradAdd => None,
     }
 }
 

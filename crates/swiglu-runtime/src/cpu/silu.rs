@@ -1,17 +1,27 @@
-//! `silu(gate) ⊙ up` in fp32, written so that the compiler can vectorise it.
+//! `silu(gate) ⊙ up` and its gradient, written so that the compiler can vectorise them.
+
+use super::element::Sum;
 
 /// `gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i]`.
-pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
+pub(super) fn silu_mul<S: Sum>(gate: &mut [S], up: &[S]) {
     for (gate, up) in gate.iter_mut().zip(up) {
-        *gate = *gate / (1.0 + exp(-*gate)) * up;
+        *gate = *gate / (S::ONE + (-*gate).exp()) * *up;
     }
+}
+
+/// dgate, dup and z of one element.
+pub(super) fn gate_backward<S: Sum>(gate: S, up: S, dz: S) -> [S; 3] {
+    let sigmoid = S::ONE / (S::ONE + (-gate).exp());
+    let value = gate * sigmoid;
+    [dz * up * (sigmoid + value * (S::ONE - sigmoid)), dz * value, value * up]
 }
 
 /// `exp(x)` with a relative error below 2e-7, without a branch or a call. Overflows to infinity and underflows to
 /// zero as exp does; NaN stays NaN.
 ///
 /// Cody-Waite reduction to `|r| <= ln(2)/2`, then the polynomial of Cephes' `expf`.
-fn exp(x: f32) -> f32 {
+#[inline]
+pub(super) fn exp(x: f32) -> f32 {
     const LOG2_E: f32 = std::f32::consts::LOG2_E;
     const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;

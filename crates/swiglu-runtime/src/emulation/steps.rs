@@ -10,7 +10,7 @@ use rand::{SeedableRng, seq::IndexedRandom};
 use rand_distr::{Distribution, StandardNormal};
 use rayon::prelude::*;
 use std::ffi::c_void;
-use swiglu_kernels::families::{Config, Target, candidates};
+use swiglu_kernels::families::{Config, Family, Target, candidates};
 use swiglu_kernels::{ArchSpec, DType, Op, Problem, WeightMajor, arch, oracle, render};
 
 /// A matrix whose rows have gaps, so that strides count.
@@ -67,7 +67,7 @@ impl<T: Element> StepCase<T> {
         };
         let (left, right) = match problem.product() {
             Some(product) => {
-                let (left, right) = product.operands();
+                let (left, right) = problem.operands();
                 let scale = 1.0 / (product.depth as f32).sqrt();
                 (several(left, product.left_shape(), 1.0), several(right, product.right_shape(), scale))
             }
@@ -221,6 +221,51 @@ fn every_way_through_every_step_matches_the_oracle() {
         }
     }
     assert!(cases.len() > 50, "{} cases", cases.len());
+    check_all(&cases, arch);
+}
+
+/// On the oldest architecture that has it: every op, order and format, wide and narrow accesses.
+#[test]
+fn every_order_and_format_of_mma_gemm_matches_the_oracle() {
+    let arch = arch::by_name("sm_80").unwrap();
+    let mut rng = SmallRng::seed_from_u64(13);
+    let mut cases: Vec<(Problem, Config)> = Vec::new();
+    for (index, op) in Op::PRODUCTS.into_iter().enumerate() {
+        for (order, major) in WeightMajor::ALL.into_iter().enumerate() {
+            let half = [DType::F16, DType::Bf16][(index + order) % 2];
+            for (dtype, alignment) in [(half, 16), (half, [2, 4, 8][index % 3]), (DType::Tf32, 16), (DType::Tf32, 4)] {
+                // Depths beside whole steps, and of whole steps: the loop without edges.
+                let k = if index % 2 == 0 { 136 } else { 192 };
+                let problem = Problem { alignment, ..Problem::forward(dtype, major, 150, 200, k).with_op(op) };
+                let all = candidates(&problem, Target::Gpu(arch));
+                let of_family: Vec<&Config> = all.iter().filter(|config| config.family() == Family::MmaGemm).collect();
+                cases.extend(of_family.choose(&mut rng).map(|config| (problem, **config)));
+            }
+        }
+    }
+    assert!(cases.len() > 50, "{} cases", cases.len());
+    check_all(&cases, arch);
+}
+
+#[test]
+fn sums_of_columns_match_the_oracle() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    let mut rng = SmallRng::seed_from_u64(14);
+    let mut cases: Vec<(Problem, Config)> = Vec::new();
+    for op in Op::ALL.into_iter().filter(|op| op.is_column_sum()) {
+        for (dtype, alignment) in [(DType::Bf16, 16), (DType::F16, 2), (DType::F32, 16), (DType::F32, 4)] {
+            // Odd sizes need narrow accesses.
+            let odd = u32::from(alignment < 16);
+            let sizes = Problem::forward(dtype, WeightMajor::K, 150, 200 + odd, 136 + odd);
+            let problem = Problem { alignment, ..sizes.with_op(op) };
+            let all = candidates(&problem, Target::Gpu(arch));
+            cases.extend(all.sample(&mut rng, 2).map(|config| (problem, *config)));
+        }
+    }
+    check_all(&cases, arch);
+}
+
+fn check_all(cases: &[(Problem, Config)], arch: &'static ArchSpec) {
     let wrong: Vec<String> = cases
         .par_iter()
         .enumerate()

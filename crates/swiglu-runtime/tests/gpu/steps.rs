@@ -33,7 +33,7 @@ impl<T: Element + DeviceRepr> Case<T> {
         };
         let (left, right) = match problem.product() {
             Some(product) => {
-                let (left, right) = product.operands();
+                let (left, right) = problem.operands();
                 let scale = 1.0 / (product.depth.max(1) as f32).sqrt();
                 (several(left, product.left_shape(), 1.0), several(right, product.right_shape(), scale))
             }
@@ -223,12 +223,11 @@ fn a_seeded_sample_of_every_steps_space_matches_the_oracle() {
                 let problem = Problem::forward(dtype, major, m, n, k).with_op(op);
                 let mut all = candidates(&problem, Target::Gpu(arch));
                 all.retain(|config| config.family().has_source());
-                let gemms: Vec<Config> = all.iter().copied().filter(|it| it.family() == Family::WgmmaGemm).collect();
-                let chosen: Vec<Config> = if gemms.is_empty() { &all } else { &gemms }
-                    .sample(&mut rng, 5)
-                    .copied()
-                    .chain(all.last().copied())
-                    .collect();
+                let mut chosen: Vec<Config> = all.last().copied().into_iter().collect();
+                for family in [Family::WgmmaGemm, Family::MmaGemm, Family::ColumnSum, Family::Elementwise] {
+                    let of_family: Vec<Config> = all.iter().copied().filter(|it| it.family() == family).collect();
+                    chosen.extend(of_family.sample(&mut rng, 4).copied());
+                }
                 let case = Case::<T>::new(problem, 0, 4);
                 let references = case.references();
                 for config in chosen {
@@ -283,12 +282,20 @@ fn the_gates_backward_works_in_place_and_twice_gives_the_same_bits() {
 #[ignore = "needs an NVIDIA GPU"]
 fn of_no_tokens_weight_gradients_are_zero_and_sums_stay() {
     let gpu = gpu();
-    for (op, expected) in [(Op::WeightGrad, 0.0), (Op::DownWeightGrad, 0.0), (Op::WeightGradAdd, BEFORE)] {
+    for (op, expected) in [
+        (Op::WeightGrad, 0.0),
+        (Op::DownWeightGrad, 0.0),
+        (Op::WeightGradAdd, BEFORE),
+        (Op::BiasGrad, 0.0),
+        (Op::BiasGradAdd, BEFORE),
+        (Op::DownBiasGrad, 0.0),
+    ] {
         let problem = Problem::forward(DType::F32, WeightMajor::K, 0, 24, 40).with_op(op);
         let plan = gpu.runtime.prepare_step(&problem).unwrap();
         let outputs = Case::<f32>::new(problem, 0, 1).run::<f32>(&gpu, &plan, false).unwrap();
         for output in outputs.into_iter().flatten() {
-            assert!(output[..24 * 40].iter().all(|&value| value == expected), "{op}");
+            let (rows, cols) = problem.output();
+            assert!(output[..(rows * cols) as usize].iter().all(|&value| value == expected), "{op}");
         }
     }
 }

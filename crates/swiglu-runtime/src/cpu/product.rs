@@ -1,0 +1,136 @@
+//! Products of matrices in blocks, one task per block of the output: what every step of the FFN is on the CPU.
+
+use super::element::CpuElement;
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+use rayon::prelude::*;
+use swiglu_kernels::problem::{self, OperandMajor};
+
+/// Adds `left · right` to row-major `sums`.
+pub(super) fn multiply<S: super::Sum>(left: MatRef<'_, S>, right: MatRef<'_, S>, sums: &mut [S]) {
+    let sums = MatMut::from_row_major_slice_mut(sums, left.nrows(), right.ncols());
+    matmul(sums, Accum::Add, left, right, S::ONE, Par::Seq);
+}
+
+/// `rows` x `columns` of a row-major matrix in the format of sums: in place where it is, else widened into `scratch`.
+pub(super) fn rows_as_sums<'a, T: CpuElement>(
+    data: &'a [T],
+    rows: usize,
+    columns: usize,
+    stride: usize,
+    scratch: &'a mut Vec<T::Sum>,
+) -> MatRef<'a, T::Sum> {
+    if let Some(data) = T::as_sums(data) {
+        let needed = (rows - 1) * stride + columns;
+        return MatRef::from_row_major_slice_with_stride(&data[..needed], rows, columns, stride);
+    }
+    scratch.clear();
+    for row in 0..rows {
+        scratch.extend(data[row * stride..row * stride + columns].iter().map(|value| value.widen()));
+    }
+    MatRef::from_row_major_slice(&scratch[..], rows, columns)
+}
+
+/// Rows of a matrix in memory.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct View<'a, T> {
+    pub(super) data: &'a [T],
+    pub(super) stride: usize,
+}
+
+impl<T: CpuElement> View<'_, T> {
+    /// `count` rows (or columns) of an operand from `first` on, as `[count, depth]`.
+    fn outer<'b>(
+        &'b self,
+        major: OperandMajor,
+        first: usize,
+        count: usize,
+        depth: usize,
+        scratch: &'b mut Vec<T::Sum>,
+    ) -> MatRef<'b, T::Sum> {
+        match major {
+            OperandMajor::Depth => rows_as_sums(&self.data[first * self.stride..], count, depth, self.stride, scratch),
+            OperandMajor::Outer => rows_as_sums(&self.data[first..], depth, count, self.stride, scratch).transpose(),
+        }
+    }
+}
+
+/// `out[rows, cols]`, a sum of products of operands in the orders `left_major` and `right_major`.
+pub(super) struct Product<'a, T> {
+    rows: usize,
+    cols: usize,
+    depth: usize,
+    left_major: OperandMajor,
+    right_major: OperandMajor,
+    /// Two where they are paired along the sums.
+    pairs: Vec<(View<'a, T>, View<'a, T>)>,
+    /// Rows and columns of one task.
+    pub(super) block: (usize, usize),
+}
+
+/// Buffers of one worker, kept from task to task.
+#[derive(Default)]
+struct Scratch<S> {
+    left: Vec<S>,
+    right: Vec<S>,
+    sums: Vec<S>,
+}
+
+impl<'a, T: CpuElement> Product<'a, T> {
+    /// One half of a step's GEMM; empty where the step has none.
+    pub(super) fn new(
+        shape: Option<&problem::Product>,
+        pairs: Vec<(View<'a, T>, View<'a, T>)>,
+        block: (usize, usize),
+    ) -> Self {
+        let size = |of: fn(&problem::Product) -> u32| shape.map_or(0, |shape| of(shape) as usize);
+        let major = |of: fn(&problem::Product) -> OperandMajor| shape.map_or(OperandMajor::Depth, of);
+        Self {
+            rows: size(|shape| shape.rows),
+            cols: size(|shape| shape.cols),
+            depth: size(|shape| shape.depth),
+            left_major: major(|shape| shape.left),
+            right_major: major(|shape| shape.right),
+            pairs,
+            block,
+        }
+    }
+
+    /// Computes every block on the current pool; `finish` gets a block's first column, its columns, its sums, and its part of
+    /// `outs`, which is cut into blocks of the same size ([`cut`]).
+    pub(super) fn run<O: Send>(&self, outs: Vec<O>, finish: impl Fn(usize, usize, &mut [T::Sum], O) + Sync) {
+        let across = self.cols.div_ceil(self.block.1);
+        outs.into_par_iter().enumerate().for_each_init(Scratch::default, |scratch, (index, out)| {
+            let (row, col) = (index / across * self.block.0, index % across * self.block.1);
+            let (rows, cols) = (self.block.0.min(self.rows - row), self.block.1.min(self.cols - col));
+            let Scratch { left, right, sums } = scratch;
+            sums.clear();
+            sums.resize(rows * cols, T::Sum::default());
+            for pair in self.pairs.iter().filter(|_| self.depth > 0) {
+                let left = pair.0.outer(self.left_major, row, rows, self.depth, left);
+                let right = pair.1.outer(self.right_major, col, cols, self.depth, right);
+                multiply(left, right.transpose(), sums);
+            }
+            finish(col, cols, sums, out);
+        });
+    }
+}
+
+/// Cuts rows of `cols` elements into blocks that share nothing, so that tasks need no lock: the blocks of the first rows first.
+pub(super) fn cut<'a, T>(
+    rows: impl Iterator<Item = &'a mut [T]>,
+    cols: usize,
+    (block_m, block_n): (usize, usize),
+) -> Vec<Vec<&'a mut [T]>> {
+    let across = cols.div_ceil(block_n);
+    let mut blocks: Vec<Vec<&'a mut [T]>> = Vec::new();
+    for (row, line) in rows.enumerate() {
+        for (index, piece) in line[..cols].chunks_mut(block_n).enumerate() {
+            if row % block_m == 0 {
+                blocks.push(Vec::with_capacity(block_m));
+            }
+            blocks[row / block_m * across + index].push(piece);
+        }
+    }
+    blocks
+}
