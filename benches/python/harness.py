@@ -47,6 +47,8 @@ def parser(description: str) -> argparse.ArgumentParser:
 def parse(flags: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     args = flags.parse_args(argv)
     args.device = torch.device(args.device)
+    if args.device.type == "cuda" and args.device.index is None:
+        args.device = torch.device("cuda", torch.cuda.current_device())
     args.dtype = DTYPES[args.dtype or ("fp32" if args.device.type == "cpu" else "bf16")]
     args.rounds = args.rounds or (3 if args.quick else 30)
     if args.device.type == "cuda":

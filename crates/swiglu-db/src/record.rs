@@ -113,6 +113,9 @@ pub struct Measurement {
     /// Whether its race chose it among those that were as fast.
     #[serde(default, skip_serializing_if = "is_false")]
     pub chosen: bool,
+    /// Of a library: the best kernel of ours in its race, for where the library is missing or declines.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stand_in: Option<Config>,
 }
 
 /// Medians closer than this are one, however narrow their intervals: what two runs on one machine differ by at least.
@@ -334,12 +337,18 @@ fn fastest(group: Vec<Record>) -> Option<Record> {
 }
 
 /// Marks the one of `records`, raced together, that is to serve: `present`, unless one is faster by more than the noise;
-/// then the least of those that tie with the fastest.
+/// then the least of those that tie with the fastest. Those of a library are told which kernel of ours came next.
 pub fn choose(records: &mut [Record], present: Option<&Config>) {
     mark(records, present.copied());
-    let measured = records.iter().filter(|record| record.measurement().is_some());
-    let winner = fastest(measured.cloned().collect()).map(|winner| winner.config);
-    mark(records, winner);
+    let measured: Vec<Record> = records.iter().filter(|record| record.measurement().is_some()).cloned().collect();
+    let of_ours: Vec<Record> = measured.iter().filter(|record| !record.is_of_library()).cloned().collect();
+    let (winner, ours) = (fastest(measured), fastest(of_ours).map(|ours| ours.config));
+    mark(records, winner.map(|winner| winner.config));
+    for record in records.iter_mut().filter(|record| record.is_of_library()) {
+        if let Outcome::Measured(measurement) = &mut record.outcome {
+            measurement.stand_in = ours;
+        }
+    }
 }
 
 fn mark(records: &mut [Record], chosen: Option<Config>) {
@@ -351,11 +360,15 @@ fn mark(records: &mut [Record], chosen: Option<Config>) {
 }
 
 impl Record {
+    fn is_of_library(&self) -> bool {
+        self.config.family() == Family::Cublaslt
+    }
+
     /// Which of several that are as fast serves: a kernel of ours, which needs no library, and of those the least. Stable from
     /// run to run.
     fn among_ties(&self) -> (bool, bool, u32, u32, Config) {
         let chosen = self.measurement().is_some_and(|measured| measured.chosen);
         let smem = self.config.launch_shape(&self.problem).map_or(0, |shape| shape.smem_bytes);
-        (!chosen, self.config.family() == Family::Cublaslt, smem, self.environment.registers, self.config)
+        (!chosen, self.is_of_library(), smem, self.environment.registers, self.config)
     }
 }

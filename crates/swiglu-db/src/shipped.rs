@@ -121,7 +121,8 @@ fn inline(value: &impl Serialize) -> Result<String, toml::ser::Error> {
 /// Nanoseconds, and three digits of the error.
 fn rounded(measurement: &Measurement) -> Measurement {
     let nanoseconds = |us: f64| (us * 1e3).round() / 1e3;
-    let &Measurement { median_us, p10_us, p90_us, samples, error, interval_us, repeated, chosen } = measurement;
+    let &Measurement { median_us, p10_us, p90_us, samples, error, interval_us, repeated, chosen, stand_in } =
+        measurement;
     Measurement {
         median_us: nanoseconds(median_us),
         p10_us: nanoseconds(p10_us),
@@ -131,5 +132,6 @@ fn rounded(measurement: &Measurement) -> Measurement {
         interval_us: interval_us.map(|bounds| bounds.map(nanoseconds)),
         repeated,
         chosen,
+        stand_in,
     }
 }

@@ -146,6 +146,7 @@ mod tests {
             config: rows(block_m),
             matched: Match::Exact,
             median_us: Some(median_us),
+            stand_in: None,
         };
         let choices = [choice(8, 8, 60.0), choice(16, 16, 61.0)];
         assert_eq!(serving_choice(class, &problem, &choices).unwrap().anchor, 16);

@@ -60,17 +60,21 @@ pub struct Choice {
     pub matched: Match,
     /// What was measured at the anchor, in microseconds.
     pub median_us: Option<f64>,
+    /// Of a library: the kernel of ours that came next.
+    pub stand_in: Option<Config>,
 }
 
 impl Choice {
     /// What the tuning table has at an anchor.
     pub fn tuned(anchor: u32, record: &Record, matched: Match) -> Self {
-        Self { anchor, config: record.config, matched, median_us: record.measurement().map(|of| of.median_us) }
+        let (median_us, stand_in) =
+            record.measurement().map_or((None, None), |measured| (Some(measured.median_us), measured.stand_in));
+        Self { anchor, config: record.config, matched, median_us, stand_in }
     }
 
     /// A config that nothing was measured of.
     pub fn untuned(anchor: u32, config: Config, matched: Match) -> Self {
-        Self { anchor, config, matched, median_us: None }
+        Self { anchor, config, matched, median_us: None, stand_in: None }
     }
 }
 

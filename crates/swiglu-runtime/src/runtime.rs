@@ -283,8 +283,8 @@ fn of_library(choice: &Choice) -> bool {
     choice.config.family() == Family::Cublaslt
 }
 
-/// `choice`, or a kernel of ours in place of a library: that of the nearest of `choices`, or what serves untuned where none of
-/// them is near.
+/// `choice`, or a kernel of ours in place of a library: the one that came next, else that of the nearest of `choices`, or what
+/// serves untuned where none of them is near.
 fn ours(
     choice: &Choice,
     choices: &[Choice],
@@ -295,12 +295,17 @@ fn ours(
     if !of_library(choice) {
         return Ok(*choice);
     }
+    let problem = problem.with_m(choice.anchor);
+    let is_legal = |config: &Config| config.check(&problem, Target::Gpu(arch)).is_ok();
+    if let Some(config) = choice.stand_in.filter(is_legal) {
+        return Ok(Choice { config, stand_in: None, ..*choice });
+    }
     let log2 = |anchor: u32| f64::from(anchor.max(1)).log2();
     let far = |other: &Choice| (log2(other.anchor) - log2(choice.anchor)).abs();
     let near = choices.iter().filter(|other| !of_library(other) && far(other) <= NEAR);
     let (config, matched) = match near.min_by(|a, b| far(a).total_cmp(&far(b))) {
         Some(nearest) => (nearest.config, Match::NearestM),
-        None => untuned_config(device_class, &problem.with_m(choice.anchor), arch)?,
+        None => untuned_config(device_class, &problem, arch)?,
     };
     Ok(Choice { config, matched, ..*choice })
 }
@@ -449,17 +454,19 @@ mod tests {
     use swiglu_kernels::{DType, WeightMajor, arch};
 
     #[test]
-    fn in_place_of_the_library_serves_what_won_nearby_else_what_serves_untuned() {
+    fn in_place_of_the_library_serves_what_came_next_else_what_won_nearby_else_what_serves_untuned() {
         let arch = arch::by_name("sm_90a").unwrap();
         let problem = Problem::forward(DType::Bf16, WeightMajor::K, 1, 14336, 4096).with_op(Op::Down);
         let library = Config::Cublaslt(CublasltConfig { algorithm: 1 });
         let tuned = swiglu_kernels::families::candidates(&problem, Target::Gpu(arch))[0];
         let choice = |anchor, config| Choice::untuned(anchor, config, Match::Exact);
-        let choices = [choice(16, tuned), choice(64, library), choice(4096, library)];
+        let next = Choice { stand_in: Some(tuned), ..choice(2048, library) };
+        let choices = [choice(16, tuned), choice(64, library), next, choice(4096, library)];
         let ours = |at: usize| ours(&choices[at], &choices, "sm_90a-sm132", &problem, arch).unwrap();
         let untuned = default_config(&problem.with_m(4096), arch).unwrap();
         assert_eq!(ours(0), choices[0]);
         assert_eq!(ours(1), Choice { matched: Match::NearestM, ..choice(64, tuned) });
-        assert_eq!(ours(2), Choice { matched: Match::Untuned, ..choice(4096, untuned) });
+        assert_eq!(ours(2), choice(2048, tuned));
+        assert_eq!(ours(3), Choice { matched: Match::Untuned, ..choice(4096, untuned) });
     }
 }

@@ -5,7 +5,7 @@
 use half::{bf16, f16};
 use rand::{SeedableRng, rngs::SmallRng};
 use rand_distr::{Distribution, StandardNormal};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use swiglu_kernels::families::{Config, Family, Target, candidates, default_of};
 use swiglu_kernels::{Activation, oracle};
 use swiglu_runtime::cudarc::driver::{CudaContext, CudaStream, DeviceRepr, sys};
@@ -28,8 +28,16 @@ struct Gpu {
     runtime: Runtime,
 }
 
+/// Held while a graph is captured and while a stream is made: the latter waits for the whole context, which no capture survives.
+static CAPTURING: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    CAPTURING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn gpu() -> Gpu {
     swiglu_runtime::library::driver().unwrap();
+    let _alone = alone();
     let context = CudaContext::new(0).unwrap();
     let stream = context.new_stream().unwrap();
     let folder = std::env::temp_dir().join("swiglu-gpu-test");
@@ -481,6 +489,7 @@ fn launches_are_captured_replayed_and_equal_bit_for_bit() {
         scales: swiglu_runtime::RawScales::default(),
     };
     gpu.stream.synchronize().unwrap();
+    let _alone = alone();
     gpu.stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
     // SAFETY: the slices above hold the problem and outlive the graph.
     unsafe { plan.launch_raw(gpu.stream.cu_stream(), &raw) }.unwrap();

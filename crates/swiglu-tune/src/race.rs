@@ -303,6 +303,7 @@ fn outcomes(entries: Vec<Entry>, repeated: u32) -> Vec<(Config, Outcome)> {
                 interval_us: if entry.dropped.is_none() { interval(&entry.samples) } else { None },
                 repeated,
                 chosen: false,
+                stand_in: None,
             };
             (entry.config, Outcome::Measured(measurement))
         }

@@ -7,7 +7,7 @@ use swiglu_db::record::{InvalidKey, choose, winners};
 use swiglu_db::{Measurement, Outcome, Record, TuningKey, shipped};
 use swiglu_kernels::families::{CublasltConfig, candidates};
 use swiglu_kernels::problem::{DType, WeightMajor};
-use swiglu_kernels::{Config, Op};
+use swiglu_kernels::{Config, Op, Target, arch};
 
 proptest! {
     #![proptest_config(ProptestConfig { rng_seed: RngSeed::Fixed(1), failure_persistence: None, ..Default::default() })]
@@ -118,6 +118,23 @@ fn a_librarys_record_round_trips_and_serves_only_where_no_kernel_of_ours_ties_wi
     assert_eq!(shipped::parse("a.toml".as_ref(), &text).unwrap()[0].config, config);
     let line = serde_json::to_string(&library(90.0)).unwrap();
     assert_eq!(serde_json::from_str::<Record>(&line).unwrap(), library(90.0));
+}
+
+#[test]
+fn a_librarys_record_names_the_kernel_of_ours_that_came_next() {
+    let problem = problem(64, 1024, 1024).with_op(Op::Down);
+    let target = Target::Gpu(arch::by_name("sm_90a").unwrap());
+    let all = candidates(&problem, target);
+    let slow = Record { config: all[0], ..measured(CLASS, problem, 100.0) };
+    let next = Record { config: all[1], ..measured(CLASS, problem, 95.0) };
+    let config = Config::Cublaslt(CublasltConfig { algorithm: 1 });
+    let mut raced = [slow, Record { config, ..measured(CLASS, problem, 90.0) }, next];
+    choose(&mut raced, None);
+    let stand_ins = raced.each_ref().map(|record| record.measurement().unwrap().stand_in);
+    assert_eq!(stand_ins, [None, Some(all[1]), None]);
+    let text = shipped::export(&raced[1].device, &raced[1..2]).unwrap();
+    let read = shipped::parse("a.toml".as_ref(), &text).unwrap();
+    assert_eq!(read[0].measurement().unwrap().stand_in, Some(all[1]));
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The library's configs: every op, order, layout and number format against the float64 oracle; captured at first use; the same
 //! bits in every run. They fail where cuBLASLt is not installed.
 
-use super::{Case as ForwardCase, Gpu, gpu, limit, spec};
+use super::{Case as ForwardCase, Gpu, alone, gpu, limit, spec};
 use half::{bf16, f16};
 use rand::{SeedableRng, rngs::SmallRng};
 use rand_distr::{Distribution, StandardNormal};
@@ -155,11 +155,13 @@ impl<T: Element + DeviceRepr> StepCase<T> {
             self.arguments::<O>(inputs.device_ptr(stream).0, outputs.device_ptr(stream).0)
         });
         stream.synchronize().unwrap();
+        let alone = alone();
         stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
         // SAFETY: the buffers hold the operands and live until the results are read back below.
         let captured = unsafe { plans[1].launch_raw(stream.cu_stream(), &args[1]) };
         let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = stream.end_capture(flags).unwrap().unwrap();
+        drop(alone);
         captured?;
         graph.launch().unwrap();
         // SAFETY: as above.
