@@ -132,7 +132,7 @@ def _launched(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, together=F
     in_place = in_place and g.is_contiguous() and u.is_contiguous()  # a hook may have laid them otherwise
     dg, du = (g, u) if in_place else (g.new_empty(g.shape), g.new_empty(g.shape))
     if down is None:
-        _steps.gate_backward(dy, g, u, dg, du, gate.shape[1])
+        _steps.gate_backward(dy, g, u, dg, du)
     else:
         _steps.dgated(dy, down, g, u, dg, du, z_again)
     if dx is not None:
@@ -196,8 +196,11 @@ def _of_saving(ctx, dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arri
         dy = g.new_zeros((*x.shape[:-1], (gate if down is None else down).shape[0]))
     if torch.is_grad_enabled():  # hidden outputs have no gradients: from the operands again
         g = u = None
+    if getattr(ctx, "has_overwritten_saved", False):
+        raise RuntimeError("an earlier backward broke off after it had overwritten what was saved; run the forward again")
     if arrived[0] is None and arrived[1] is None:
-        return gradients(dy, x, gate, up, down, (gate_bias, up_bias), (g, u), needs, may_overwrite_saved(ctx))
+        ctx.has_overwritten_saved = may_overwrite_saved(ctx)
+        return gradients(dy, x, gate, up, down, (gate_bias, up_bias), (g, u), needs, ctx.has_overwritten_saved)
     return _plain(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arrived)
 
 

@@ -16,20 +16,28 @@ from ._library import define, is_plain_call, register_autocast, register_gradien
 from ._operands import bad_type, bad_value, check_dtype
 
 
+_LONGEST_ROW = 2**20
+
+
 def silu_mul(gate: Tensor, up: Tensor, z: Tensor) -> None:
     """Writes ``silu(gate) * up`` to ``z``: computed in float32 (float64 of float64), rounded once. Any strides."""
-    if gate.dim() and _steps.serves(gate):
+    if _goes_by_rows(gate):
         return _steps.gate(gate, up, z)
     torch.mul(F.silu(gate.to(_wide(gate))), up, out=z)
 
 
 def silu_mul_backward(dz: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
     """Writes the gradients of :func:`silu_mul`, each rounded once. Any strides."""
-    if gate.dim() and _steps.serves(gate):
+    if _goes_by_rows(gate):
         return _steps.gate_backward(dz, gate, up, dgate, dup)
     silu, slope, _ = _silu_derivatives(gate)
     torch.mul(dz, silu, out=dup)
     torch.mul(slope.mul_(up), dz, out=dgate)
+
+
+def _goes_by_rows(gate: Tensor) -> bool:
+    """Whether a kernel serves: each length of a row has a plan of its own, which vectors of any length are not worth."""
+    return gate.dim() > 1 and gate.shape[-1] <= _LONGEST_ROW and _steps.serves(gate)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -34,8 +34,9 @@ def prepare(device: int, dtype: str, transposed: bool, n: int, k: int, training:
     products = ("down", "dgated", "input_grad", "weight_grad", "down_weight_grad")
     for op in products if training else products[:1]:
         _native.prepare_step(device, dtype, op, "n_major" if transposed else "k_major", n, k)
-    if training:
-        _native.prepare_step(device, dtype, "gate_backward", _ANY_MAJOR, n, k)
+    # Of a block whose weights are frozen in part, the gate is a launch of its own.
+    for op in ("gate", "gate_backward") if training else ():
+        _native.prepare_step(device, dtype, op, _ANY_MAJOR, n, n)
 
 
 def gate(g: Tensor, u: Tensor, z: Tensor) -> None:
@@ -44,11 +45,11 @@ def gate(g: Tensor, u: Tensor, z: Tensor) -> None:
     _launch("gate", _ANY_MAJOR, n, n, g.numel() // n, saved=(as_rows(g), as_rows(u)), out=(as_rows(z),))
 
 
-def gate_backward(dz: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, k: int | None = None) -> None:
-    """The gradients of :func:`gate`; ``dg`` and ``du`` may be any of the inputs. ``k`` is the block's, if there is one."""
+def gate_backward(dz: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor) -> None:
+    """The gradients of :func:`gate`; ``dg`` and ``du`` may be any of the inputs."""
     n = g.shape[-1]
     saved, out = (as_rows(g), as_rows(u)), (as_rows(dg), as_rows(du))
-    _launch("gate_backward", _ANY_MAJOR, n, k or n, g.numel() // n, left=(as_rows(dz),), saved=saved, out=out)
+    _launch("gate_backward", _ANY_MAJOR, n, n, g.numel() // n, left=(as_rows(dz),), saved=saved, out=out)
 
 
 def down(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -56,7 +56,9 @@ def swiglu_packed(
         bad_value("w1w2", f"has shape {list(w1w2.shape)}, expected [2, N, K]")
     if b1b2 is not None and (b1b2.dim() != 2 or b1b2.shape[0] != 2):
         bad_value("b1b2", f"has shape {list(b1b2.shape)}, expected [2, {w1w2.shape[1]}]")
-    w1, w2 = split_packed(w1w2.flatten(0, 1), layout="packed_nk")
+    # Packed only where that is a view.
+    is_packed = w1w2.is_contiguous()
+    w1, w2 = split_packed(w1w2.flatten(0, 1), layout="packed_nk") if is_packed else w1w2.unbind()
     b1, b2 = (None, None) if b1b2 is None else b1b2.unbind()
     return swiglu_ffn(x, w1, w2, w3, b1, b2, b3)
 

@@ -38,13 +38,14 @@ pub(crate) struct BucketTable([u16; COUNT]);
 const SAMPLES: u64 = 4;
 
 impl BucketTable {
-    /// `anchors` ascend and are not empty. A bucket that ends at an anchor is its own; any other goes to the neighbour whose
-    /// kernel has the least `time` there, of (index, M), or to the nearest in log2 where one has none.
+    /// `anchors` ascend and are not empty. A bucket with an anchor in it is that one's (the last's); any other goes to the
+    /// neighbour whose kernel has the least `time` there, of (index, M), or to the nearest in log2 where one has none.
     pub(crate) fn new(anchors: &[u32], time: impl Fn(usize, u32) -> Option<f64>) -> Self {
         Self(std::array::from_fn(|bucket| {
             let above = anchors.partition_point(|&anchor| u64::from(anchor) < largest_of(bucket));
             let best = match (above.checked_sub(1), anchors.get(above)) {
                 (_, Some(&anchor)) if u64::from(anchor) == largest_of(bucket) => above,
+                (Some(below), _) if bucket_of(anchors[below]) == bucket => below,
                 (None, _) => 0,
                 (Some(below), None) => below,
                 (Some(below), Some(_)) => {
@@ -129,6 +130,12 @@ mod tests {
             [0, 1, 3],
             "an anchor serves its own M, whatever is said of it"
         );
+    }
+
+    #[test]
+    fn an_anchor_inside_a_bucket_serves_it_whole() {
+        let inside = BucketTable::new(&[100, 128], |index, _| Some(1.0 - index as f64));
+        assert_eq!([100, 112, 120, 128].map(|m| inside.anchor(m)), [0, 0, 1, 1]);
     }
 
     #[test]

@@ -52,6 +52,14 @@ pub enum CublasLtError {
     Operands(&'static str),
 }
 
+impl CublasLtError {
+    /// Whether the same question has the same answer later.
+    pub(crate) fn is_lasting(&self) -> bool {
+        let Self::Library { error, .. } = self else { return !matches!(self, Self::Driver { .. }) };
+        error.0 == sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED
+    }
+}
+
 pub(crate) fn failed(act: &'static str) -> impl FnOnce(CublasError) -> CublasLtError {
     move |error| CublasLtError::Library { act, error }
 }

@@ -127,6 +127,10 @@ impl LibraryCall {
             return known.clone();
         }
         let found = self.library.gemm(problem, at, Reductions::Repeatable).map(Arc::new);
+        // Memory may be there again at the next launch; what is not supported stays so.
+        if found.as_ref().is_err_and(|why| !why.is_lasting()) {
+            return found;
+        }
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
         if known.len() >= KNOWN {
             known.clear();

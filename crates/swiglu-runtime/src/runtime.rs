@@ -112,7 +112,8 @@ impl Runtime {
     ///
     /// # Errors
     /// When a size is out of range, or nothing compiles. A tuned config that no longer compiles is skipped with
-    /// a warning; the default serves in its place. In place of a library that is not installed what won at the nearest M does.
+    /// a warning; the default serves in its place. In place of a library that is not installed
+    /// what came next in its race does.
     pub fn prepare(&self, spec: &ForwardSpec) -> Result<Plan, PrepareError> {
         check_sizes(&spec.problem(1))?;
         Ok(Plan { gpu: self.gpu.clone(), spec: *spec, selection: self.selection(&spec.problem(1))? })
@@ -143,7 +144,7 @@ impl Runtime {
                 Ok(kernels) => {
                     let stand_ins = self.of_ours(problem, &tuned)?;
                     let mut selection = self.assemble(problem, tuned, &kernels)?;
-                    self.stand_in(problem, &mut selection, &stand_ins)?;
+                    self.stand_in(problem, &mut selection, &stand_ins);
                     return Ok(selection);
                 }
                 Err(error) => tracing::warn!(%error, "no tuned config can be used"),
@@ -160,16 +161,26 @@ impl Runtime {
 
     /// The same choices with kernels of ours only.
     fn of_ours(&self, problem: &Problem, choices: &[Choice]) -> Result<Vec<Choice>, Rejected> {
-        choices.iter().map(|choice| ours(choice, choices, &self.gpu.device.class, problem, self.gpu.arch)).collect()
+        choices
+            .iter()
+            .map(|choice| without_library(choice, choices, &self.gpu.device.class, problem, self.gpu.arch))
+            .collect()
     }
 
     /// A kernel of ours beside every library, for what it declines.
-    fn stand_in(&self, problem: &Problem, selection: &mut Selection, stand_ins: &[Choice]) -> Result<(), PrepareError> {
+    fn stand_in(&self, problem: &Problem, selection: &mut Selection, stand_ins: &[Choice]) {
         for serving in selection.anchors.iter_mut().filter(|serving| of_library(&serving.choice)) {
             let stand_in = stand_ins.iter().find(|choice| choice.anchor == serving.choice.anchor);
-            serving.instead = stand_in.map(|choice| self.kernel(problem, choice.config)).transpose()?;
+            let kernel = stand_in.map(|choice| self.kernel(problem, choice.config));
+            serving.instead = match kernel {
+                Some(Ok(kernel)) => Some(kernel),
+                Some(Err(error)) => {
+                    tracing::warn!(%error, "what stands in for the library cannot be used");
+                    selection.fallback.clone()
+                }
+                None => selection.fallback.clone(),
+            };
         }
-        Ok(())
     }
 
     fn kernels_of(&self, problem: &Problem, choices: &[Choice]) -> Result<BTreeMap<Config, Kernel>, PrepareError> {
@@ -285,7 +296,10 @@ fn of_library(choice: &Choice) -> bool {
 
 /// `choice`, or a kernel of ours in place of a library: the one that came next, else that of the nearest of `choices`, or what
 /// serves untuned where none of them is near.
-fn ours(
+///
+/// # Errors
+/// When no family runs the problem on `arch`.
+pub fn without_library(
     choice: &Choice,
     choices: &[Choice],
     device_class: &str,
@@ -298,7 +312,7 @@ fn ours(
     let problem = problem.with_m(choice.anchor);
     let is_legal = |config: &Config| config.check(&problem, Target::Gpu(arch)).is_ok();
     if let Some(config) = choice.stand_in.filter(is_legal) {
-        return Ok(Choice { config, stand_in: None, ..*choice });
+        return Ok(Choice { config, median_us: None, stand_in: None, ..*choice });
     }
     let log2 = |anchor: u32| f64::from(anchor.max(1)).log2();
     let far = |other: &Choice| (log2(other.anchor) - log2(choice.anchor)).abs();
@@ -307,7 +321,8 @@ fn ours(
         Some(nearest) => (nearest.config, Match::NearestM),
         None => untuned_config(device_class, &problem, arch)?,
     };
-    Ok(Choice { config, matched, ..*choice })
+    // What was measured is the library's time.
+    Ok(Choice { config, matched, median_us: None, stand_in: None, ..*choice })
 }
 
 /// How far apart two M are, by the logarithm to base 2, whose best kernels are alike.
@@ -460,9 +475,9 @@ mod tests {
         let library = Config::Cublaslt(CublasltConfig { algorithm: 1 });
         let tuned = swiglu_kernels::families::candidates(&problem, Target::Gpu(arch))[0];
         let choice = |anchor, config| Choice::untuned(anchor, config, Match::Exact);
-        let next = Choice { stand_in: Some(tuned), ..choice(2048, library) };
+        let next = Choice { stand_in: Some(tuned), median_us: Some(5.0), ..choice(2048, library) };
         let choices = [choice(16, tuned), choice(64, library), next, choice(4096, library)];
-        let ours = |at: usize| ours(&choices[at], &choices, "sm_90a-sm132", &problem, arch).unwrap();
+        let ours = |at: usize| without_library(&choices[at], &choices, "sm_90a-sm132", &problem, arch).unwrap();
         let untuned = default_config(&problem.with_m(4096), arch).unwrap();
         assert_eq!(ours(0), choices[0]);
         assert_eq!(ours(1), Choice { matched: Match::NearestM, ..choice(64, tuned) });

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use swiglu_db::{Match, Record, TuningTable, journal};
 use swiglu_kernels::{Problem, Target};
-use swiglu_runtime::{Choice, Options, serving_choice};
+use swiglu_runtime::{Choice, Options, library, runtime, serving_choice};
 
 /// The tuning database's folder.
 pub(crate) fn db_dir(options: &Options) -> Result<PathBuf> {
@@ -33,8 +33,12 @@ pub(crate) fn serving(
 ) -> Option<(u32, Record, Match)> {
     let anchors = table.anchors(class, problem, target);
     let choices: Vec<Choice> = anchors.iter().map(|(m, record, matched)| Choice::tuned(*m, record, *matched)).collect();
-    let serving = serving_choice(class, problem, &choices)?.anchor;
-    anchors.into_iter().find(|(m, ..)| *m == serving)
+    let serving = serving_choice(class, problem, &choices)?;
+    let (anchor, mut record, matched) = anchors.into_iter().find(|(m, ..)| *m == serving.anchor)?;
+    if let (Target::Gpu(arch), true) = (target, library::cublaslt().is_err()) {
+        record.config = runtime::without_library(serving, &choices, class, problem, arch).ok()?.config;
+    }
+    Some((anchor, record, matched))
 }
 
 /// Says, where a database has records and none is of this device, whose they are.

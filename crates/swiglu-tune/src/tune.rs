@@ -499,7 +499,8 @@ impl<'a> Tuner<'a> {
 fn pinned(front: &Front, best: Option<&Record>, problem: &Problem) -> Vec<Config> {
     let default = report::default_config(*problem, front.target);
     let library = Config::Cublaslt(CublasltConfig { algorithm: 0 });
-    default.into_iter().chain(best.map(|best| best.config)).chain([library]).collect()
+    let stand_in = best.and_then(|best| best.measurement()?.stand_in);
+    default.into_iter().chain(best.map(|best| best.config)).chain(stand_in).chain([library]).collect()
 }
 
 fn front<'a>(facts: &Facts, groups: &'a [Group], db: &TuningDb) -> Result<Front<'a>> {

@@ -241,13 +241,15 @@ where
     T: CpuElement,
     G: CpuElement<Sum = T::Sum>,
 {
+    // The stride of a single row may be anything.
+    let cols = out.len();
     out.par_chunks_mut(SUMMED_COLUMNS).enumerate().for_each(|(index, out)| {
         let first = index * SUMMED_COLUMNS;
         let mut sums = vec![T::Sum::default(); out.len()];
-        for row in matrix.data.get(first..).unwrap_or_default().chunks(matrix.stride).take(rows) {
+        for row in matrix.data.get(first..).unwrap_or_default().chunks(matrix.stride.max(cols)).take(rows) {
             add(&mut sums, Some(&row[..out.len()]));
         }
-        let cols = sums.len();
-        store(vec![out], cols, &mut sums, added);
+        let summed = sums.len();
+        store(vec![out], summed, &mut sums, added);
     });
 }
