@@ -215,7 +215,9 @@ def test_gate(shape, dtype, device, steps):
     ):
         assert relative_error(z, z_wide) <= TOLERANCE[dtype]
         check_gradients(leaves, torch.autograd.grad(z, leaves, dz), wanted)
-    assert steps == ["gate", "gate", "gate_backward", "gate_backward"] or steps == ["gate", "gate_backward"] * 2
+    # Vectors are torch's: each length would have a plan of its own.
+    two_ways = (["gate", "gate", "gate_backward", "gate_backward"], ["gate", "gate_backward"] * 2)
+    assert steps in two_ways if gate.dim() > 1 else not steps
 
 
 def test_gate_of_strided_and_empty_tensors(device, steps):

@@ -217,6 +217,11 @@ fn steps_of<T: Element + DeviceRepr>(gpu: &Gpu, dtype: DType) {
     for (op, major) in ops.flat_map(|op| WeightMajor::ALL.map(|major| (op, major))) {
         for (seed, (m, n, k)) in sizes.into_iter().enumerate() {
             let problem = Problem::forward(dtype, major, m, n, k).with_op(op);
+            // Refused: the library rounds once more there.
+            if dtype.bytes() == 2 && problem.alignment < 16 {
+                assert!(gpu.runtime.prepare_step_config(&problem, config(0)).is_err());
+                continue;
+            }
             for (lie, gap) in [(Lie::Together, 0), (Lie::Together, 16), (Lie::Apart, 16)] {
                 if op == Op::InputGrad && lie == Lie::Apart {
                     continue;
