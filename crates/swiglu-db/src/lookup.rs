@@ -269,7 +269,7 @@ impl TuningTable {
 
     /// The tuned M of the (N, K) of `problem`, ascending; without any, those of the nearest (N, K) that
     /// has legal configs. Each config is legal for `problem` at that M. The M of `problem` is not used.
-    /// What is saved beside z hardly matters: the plain forward's answers serve where the op itself was not tuned for the
+    /// What is saved beside z hardly matters: the plain forward's answers serve at the M where the op itself was not tuned for the
     /// (N, K).
     pub fn anchors(&self, device_class: &str, problem: &Problem, target: Target) -> Vec<(u32, Record, Match)> {
         let asked = TuningKey { device_class: device_class.into(), problem: *problem };
@@ -282,14 +282,19 @@ impl TuningTable {
         let of_shape = |anchors: &[(u32, Record, Match)]| {
             anchors.iter().any(|(_, _, matched)| matches!(matched, Match::Exact | Match::NearestM | Match::OtherOp))
         };
-        if !problem.op.saves_preactivations() || of_shape(&own) {
+        if !problem.op.saves_preactivations() {
             return own;
         }
         let plain = self.anchors(device_class, &problem.with_op(Op::Forward), target);
         if !own.is_empty() && !of_shape(&plain) {
             return own;
         }
-        plain.into_iter().map(|(m, record, _)| (m, record, Match::OtherOp)).collect()
+        let mut all: BTreeMap<u32, (Record, Match)> =
+            plain.into_iter().map(|(m, record, _)| (m, (record, Match::OtherOp))).collect();
+        if of_shape(&own) {
+            all.extend(own.into_iter().map(|(m, record, matched)| (m, (record, matched))));
+        }
+        all.into_iter().map(|(m, (record, matched))| (m, record, matched)).collect()
     }
 
     fn anchors_under(&self, prefix: &str, asked: &TuningKey, target: Target) -> Vec<(u32, Record, Match)> {

@@ -275,3 +275,14 @@ fn a_rung_says_how_many_it_passed_over_and_why() {
     assert!(near_m.reason.as_ref().unwrap().starts_with("not legal here: operands are aligned"), "{near_m:?}");
     assert_eq!((explained.serving.unwrap().record, explained.second), (legal, None));
 }
+
+#[test]
+fn a_saving_op_takes_the_plain_forwards_anchors_where_it_has_none_of_its_own() {
+    let plain: Vec<Record> = [1, 64, 2048].map(|m| at(m, 1024, 4096)).to_vec();
+    let asked = problem(2048, 1024, 4096).with_op(Op::ForwardSave);
+    let own = Record { problem: asked, ..at(2048, 1024, 4096) };
+    let table = table(&[&[&plain[..], &[own]].concat()]);
+    let found = table.anchors(CLASS, &asked, target());
+    let matched: Vec<(u32, Match)> = found.iter().map(|(m, _, matched)| (*m, *matched)).collect();
+    assert_eq!(matched, [(1, Match::OtherOp), (64, Match::OtherOp), (2048, Match::Exact)]);
+}

@@ -10,6 +10,11 @@ use tempfile::TempDir;
 /// A shipped table, as text to import.
 pub(crate) const SHIPPED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tuning-db/nvidia-h200.toml");
 
+/// How many records it has.
+pub(crate) fn shipped_count() -> usize {
+    fs::read_to_string(SHIPPED).unwrap().lines().filter(|line| *line == "[[record]]").count()
+}
+
 /// A home folder that goes when it is dropped.
 pub(crate) struct Home(TempDir);
 
