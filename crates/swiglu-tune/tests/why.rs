@@ -49,9 +49,11 @@ fn every_rung_of_the_ladder_is_explained() {
 fn an_op_that_was_not_tuned_and_the_layers_above_the_shipped_one_are_explained() {
     let home = Home::new();
     let on_h200 = ["--device", H200];
-    let saving = why(&home, ["2048", "11008", "4096"], &["--op", "forward_save", "--device", H200]);
-    let line = serving(&saving);
-    assert!(line.contains("other op") && line.contains("shipped") && line.contains("forward, M 2048"), "{saving}");
+    let saving = why(&home, ["1024", "14336", "4096"], &["--op", "forward_save", "--device", H200]);
+    assert!(serving(&saving).contains("nearest M") && serving(&saving).contains("shipped"), "{saving}");
+    let plain = saving.lines().find(|line| line.contains("other op") && line.contains("shipped")).unwrap();
+    assert!(plain.contains("forward, M 1024"), "{saving}");
+    assert!(saving.contains("its anchor M 1024 (other op)"), "{saving}");
     for layer in ["override", "site"] {
         let text = why(&home, ["2048", "14336", "4096"], &[&on_h200[..], &[&format!("--{layer}"), SHIPPED]].concat());
         assert!(serving(&text).contains(layer), "{text}");
