@@ -197,7 +197,9 @@ def _of_saving(ctx, dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arri
     if torch.is_grad_enabled():  # hidden outputs have no gradients: from the operands again
         g = u = None
     if getattr(ctx, "has_overwritten_saved", False):
-        raise RuntimeError("an earlier backward broke off after it had overwritten what was saved; run the forward again")
+        raise RuntimeError(
+            "an earlier backward broke off after it had overwritten what was saved; run the forward again"
+        )
     if arrived[0] is None and arrived[1] is None:
         ctx.has_overwritten_saved = may_overwrite_saved(ctx)
         return gradients(dy, x, gate, up, down, (gate_bias, up_bias), (g, u), needs, ctx.has_overwritten_saved)
