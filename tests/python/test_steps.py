@@ -278,6 +278,25 @@ def test_twice_through_the_graph_checkpointed_and_a_weight_used_twice(save, devi
         assert relative_error(got, expected) <= TOLERANCE[torch.float32]
 
 
+def test_a_backward_that_broke_off_is_not_taken_up_again(device, steps, monkeypatch):
+    inputs = [t.requires_grad_() for t in ffn_operands(5, 12, 8, device=device)[:4]]
+    y = swiglu.swiglu_ffn(*inputs).sum()
+    step = _steps._native.step
+
+    def without_memory(*given):
+        if given[2] == "input_grad":
+            raise MemoryError
+        return step(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_steps._native, "step", without_memory)
+        with pytest.raises(MemoryError):
+            y.backward()
+    # What was saved holds gradients by now.
+    with pytest.raises(RuntimeError, match="broke off|second time"):
+        y.backward()
+
+
 @pytest.mark.parametrize("block", [False, True])
 def test_saved_tensors_are_overwritten_only_by_the_last_backward(block, device, steps, monkeypatch):
     inputs = [t.requires_grad_() for t in ffn_operands(5, 12, 8, device=device)[: 4 if block else 3]]
