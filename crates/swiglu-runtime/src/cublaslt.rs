@@ -1,5 +1,5 @@
 //! NVIDIA's cuBLASLt, where it is installed: handle, descriptors, algorithms, the call. It is one of the tuner's candidates
-//! ([`crate::library_call`]) and the peer of `bench`.
+//! (`library_call.rs`) and the peer of `bench`.
 //!
 //! Contract: every descriptor lives exactly as long as the [`Gemm`], every handle as long as the [`CublasLt`] that made it.
 #![allow(unsafe_code, reason = "cuBLASLt is a C library; cudarc's safe layer asks for one algorithm only")]
