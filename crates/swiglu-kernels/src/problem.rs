@@ -195,7 +195,7 @@ impl Product {
 
 impl OperandMajor {
     /// Rows and columns in memory of `outer` sums' numbers, `depth` each.
-    const fn shape(self, outer: u32, depth: u32) -> (u32, u32) {
+    pub const fn shape<T: Copy>(self, outer: T, depth: T) -> (T, T) {
         match self {
             Self::Depth => (outer, depth),
             Self::Outer => (depth, outer),

@@ -136,21 +136,13 @@ fn gemm(product: &Product, operands: &Operands, size: [u64; 3], half: usize) -> 
     let in_right = matrix(operands.right, matches!(paired, Paired::Depth | Paired::Columns));
     let out = matrix(operands.out, matches!(paired, Paired::Rows | Paired::Columns));
     let strides = [
-        stride(in_memory(left, rows, depth), in_left.stride)?,
-        stride(in_memory(right, cols, depth), in_right.stride)?,
+        stride(left.shape(rows, depth), in_left.stride)?,
+        stride(right.shape(cols, depth), in_right.stride)?,
         stride((rows, cols), out.stride)?,
     ];
     let bias = operands.bias[half];
     let shape = GemmShape { rows, cols, depth, left, right, strides, is_biased: bias != 0 };
     Ok(GemmAt { shape, left: in_left.address, right: in_right.address, out: out.address, bias })
-}
-
-/// Rows and columns in memory of `outer` sums' numbers, `depth` each.
-fn in_memory(major: OperandMajor, outer: u64, depth: u64) -> (u64, u64) {
-    match major {
-        OperandMajor::Depth => (outer, depth),
-        OperandMajor::Outer => (depth, outer),
-    }
 }
 
 /// The stride of a matrix in memory; that of a single row means nothing.

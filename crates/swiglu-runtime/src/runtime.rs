@@ -159,27 +159,30 @@ impl Runtime {
         self.library.get_or_init(|| CublasLt::new(&self.gpu.context).map(Arc::new)).clone()
     }
 
-    /// The same choices with kernels of ours only.
     fn of_ours(&self, problem: &Problem, choices: &[Choice]) -> Result<Vec<Choice>, Rejected> {
-        choices
-            .iter()
-            .map(|choice| without_library(choice, choices, &self.gpu.device.class, problem, self.gpu.arch))
-            .collect()
+        without_library(choices, &self.gpu.device.class, problem, self.gpu.arch)
     }
 
     /// A kernel of ours beside every library, for what it declines.
     fn stand_in(&self, problem: &Problem, selection: &mut Selection, stand_ins: &[Choice]) {
+        let of_libraries: Vec<u32> = selection
+            .anchors
+            .iter()
+            .map(|serving| &serving.choice)
+            .filter(|it| of_library(it))
+            .map(|it| it.anchor)
+            .collect();
+        let wanted: Vec<Choice> =
+            stand_ins.iter().filter(|choice| of_libraries.contains(&choice.anchor)).copied().collect();
+        // Each loaded once, however many anchors it stands in at.
+        let kernels = self.kernels_of(problem, &wanted).unwrap_or_else(|error| {
+            tracing::warn!(%error, "what stands in for the library cannot be used");
+            BTreeMap::new()
+        });
         for serving in selection.anchors.iter_mut().filter(|serving| of_library(&serving.choice)) {
-            let stand_in = stand_ins.iter().find(|choice| choice.anchor == serving.choice.anchor);
-            let kernel = stand_in.map(|choice| self.kernel(problem, choice.config));
-            serving.instead = match kernel {
-                Some(Ok(kernel)) => Some(kernel),
-                Some(Err(error)) => {
-                    tracing::warn!(%error, "what stands in for the library cannot be used");
-                    selection.fallback.clone()
-                }
-                None => selection.fallback.clone(),
-            };
+            let stand_in = wanted.iter().find(|choice| choice.anchor == serving.choice.anchor);
+            let kernel = stand_in.and_then(|choice| kernels.get(&choice.config));
+            serving.instead = kernel.or(selection.fallback.as_ref()).cloned();
         }
     }
 
@@ -294,12 +297,22 @@ fn of_library(choice: &Choice) -> bool {
     choice.config.family() == Family::Cublaslt
 }
 
-/// `choice`, or a kernel of ours in place of a library: the one that came next, else that of the nearest of `choices`, or what
-/// serves untuned where none of them is near.
+/// The same choices with kernels of ours only: what a plan has where the library is missing.
 ///
 /// # Errors
 /// When no family runs the problem on `arch`.
 pub fn without_library(
+    choices: &[Choice],
+    device_class: &str,
+    problem: &Problem,
+    arch: &'static ArchSpec,
+) -> Result<Vec<Choice>, Rejected> {
+    choices.iter().map(|choice| ours(choice, choices, device_class, problem, arch)).collect()
+}
+
+/// `choice`, or a kernel of ours in place of a library: the one that came next, else that of the nearest of `choices`, or what
+/// serves untuned where none of them is near.
+fn ours(
     choice: &Choice,
     choices: &[Choice],
     device_class: &str,
@@ -477,7 +490,7 @@ mod tests {
         let choice = |anchor, config| Choice::untuned(anchor, config, Match::Exact);
         let next = Choice { stand_in: Some(tuned), median_us: Some(5.0), ..choice(2048, library) };
         let choices = [choice(16, tuned), choice(64, library), next, choice(4096, library)];
-        let ours = |at: usize| without_library(&choices[at], &choices, "sm_90a-sm132", &problem, arch).unwrap();
+        let ours = |at: usize| ours(&choices[at], &choices, "sm_90a-sm132", &problem, arch).unwrap();
         let untuned = default_config(&problem.with_m(4096), arch).unwrap();
         assert_eq!(ours(0), choices[0]);
         assert_eq!(ours(1), Choice { matched: Match::NearestM, ..choice(64, tuned) });

@@ -20,7 +20,7 @@ use rand::seq::SliceRandom;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use swiglu_db::TuningTable;
+use swiglu_db::{Record, TuningTable};
 use swiglu_kernels::families::{self, Family, Target};
 use swiglu_kernels::{Config, DType, Op, Problem, WeightLayout};
 use swiglu_runtime::gpu::{Gpu, Kernel};
@@ -204,6 +204,20 @@ fn print_json(lab: &GpuLab, rows: &impl Serialize) -> Result<()> {
     Ok(())
 }
 
+/// The fastest of what `records` have of `problem` on this device, among the configs that are `wanted`.
+fn fastest_measured(
+    records: &[Record],
+    problem: &Problem,
+    lab: &GpuLab,
+    wanted: impl Fn(&Config) -> bool,
+) -> Option<Config> {
+    let of_problem = records.iter().filter(|record| {
+        record.problem == *problem && record.device.class == lab.gpu.device.class && wanted(&record.config)
+    });
+    let measured = of_problem.filter_map(|record| Some((record.measurement()?.median_us, record.config)));
+    measured.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, config)| config)
+}
+
 fn config_for(
     lab: &GpuLab,
     table: &TuningTable,
@@ -213,14 +227,9 @@ fn config_for(
 ) -> Result<(Config, String)> {
     let target = Target::Gpu(lab.gpu.arch);
     if let Some(family) = family {
-        let of_family = records::read(options)?.into_iter().filter(|record| {
-            record.config.family() == family
-                && record.problem == *problem
-                && record.device.class == lab.gpu.device.class
-        });
-        let measured = of_family.filter_map(|record| Some((record.measurement()?.median_us, record.config)));
-        return Ok(match measured.min_by(|a, b| a.0.total_cmp(&b.0)) {
-            Some((_, config)) => (config, "tuned".into()),
+        let records = records::read(options)?;
+        return Ok(match fastest_measured(&records, problem, lab, |config| config.family() == family) {
+            Some(config) => (config, "tuned".into()),
             None => (families::default_of(family, problem, lab.gpu.arch)?, "default".into()),
         });
     }

@@ -4,6 +4,7 @@ use anyhow::{Context, Result};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use swiglu_db::{Match, Record, TuningTable, journal};
+use swiglu_kernels::families::Family;
 use swiglu_kernels::{Problem, Target};
 use swiglu_runtime::{Choice, Options, library, runtime, serving_choice};
 
@@ -32,12 +33,15 @@ pub(crate) fn serving(
     target: Target,
 ) -> Option<(u32, Record, Match)> {
     let anchors = table.anchors(class, problem, target);
-    let choices: Vec<Choice> = anchors.iter().map(|(m, record, matched)| Choice::tuned(*m, record, *matched)).collect();
+    let mut choices: Vec<Choice> =
+        anchors.iter().map(|(m, record, matched)| Choice::tuned(*m, record, *matched)).collect();
+    let names_library = choices.iter().any(|choice| choice.config.family() == Family::Cublaslt);
+    if let (Target::Gpu(arch), true) = (target, names_library && library::cublaslt().is_err()) {
+        choices = runtime::without_library(&choices, class, problem, arch).ok()?;
+    }
     let serving = serving_choice(class, problem, &choices)?;
     let (anchor, mut record, matched) = anchors.into_iter().find(|(m, ..)| *m == serving.anchor)?;
-    if let (Target::Gpu(arch), true) = (target, library::cublaslt().is_err()) {
-        record.config = runtime::without_library(serving, &choices, class, problem, arch).ok()?.config;
-    }
+    record.config = serving.config;
     Some((anchor, record, matched))
 }
 

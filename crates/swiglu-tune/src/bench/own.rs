@@ -1,6 +1,6 @@
 //! Our own kernels beside each other: a number format beside bf16, or what serves beside what was tuned for that very M.
 
-use super::{BenchArgs, Peer, as_error, config_for, interleave, medians, print_json, verified};
+use super::{BenchArgs, Peer, as_error, config_for, fastest_measured, interleave, medians, print_json, verified};
 use crate::gpu_subject::{GpuLab, Stopwatch};
 use crate::race::{Failure, quantile};
 use crate::records;
@@ -8,7 +8,7 @@ use crate::report::{geometric_mean, terminal_table};
 use anyhow::{Context, Result};
 use serde::Serialize;
 use std::process::ExitCode;
-use swiglu_db::{Layer, Record, TuningTable};
+use swiglu_db::{Layer, TuningTable};
 use swiglu_kernels::{Config, DType, Problem, WeightMajor};
 use swiglu_runtime::Options;
 
@@ -43,7 +43,11 @@ pub(super) fn run(
     for &problem in problems {
         let Problem { op, m, n, k, .. } = problem;
         let peer = match args.against {
-            Peer::Tuned => (problem, (best_of(&tuned, &problem, lab)?, "tuned".into())),
+            Peer::Tuned => {
+                let best = fastest_measured(&tuned, &problem, lab, |_| true);
+                let best = best.with_context(|| format!("M {m} of N {n} and K {k} is not tuned in the database"))?;
+                (problem, (best, "tuned".into()))
+            }
             Peer::Cublaslt | Peer::OursBf16 => {
                 let bf16 = Problem::forward(DType::Bf16, WeightMajor::K, m, n, k).with_op(op);
                 (bf16, config_for(lab, &table, None, &bf16, options)?)
@@ -63,14 +67,6 @@ pub(super) fn run(
         print_table(&rows);
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn best_of(records: &[Record], problem: &Problem, lab: &GpuLab) -> Result<Config> {
-    let of_problem =
-        records.iter().filter(|record| record.problem == *problem && record.device.class == lab.gpu.device.class);
-    let measured = of_problem.filter_map(|record| Some((record.measurement()?.median_us, record.config)));
-    let best = measured.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, config)| config);
-    best.with_context(|| format!("M {} of N {} and K {} is not tuned in the database", problem.m, problem.n, problem.k))
 }
 
 type Entrant = (Problem, (Config, String));
