@@ -54,16 +54,28 @@ def triton_gate(pre, z):
     gate_kernel[(m, triton.cdiv(n, 1024))](pre, z, n, BLOCK=1024)
 
 
+FEW_TOKENS = 64
+
+
 def dual_configs():
     blocks = [(128, 128, 64, 3, 8), (128, 128, 64, 4, 8), (128, 128, 32, 4, 8), (128, 64, 64, 4, 4), (128, 64, 64, 4, 8),
-              (128, 64, 128, 3, 8), (64, 128, 64, 4, 4), (64, 128, 64, 4, 8), (256, 64, 64, 3, 8), (256, 64, 64, 4, 8)]  # fmt: skip
+              (128, 64, 128, 3, 8), (64, 128, 64, 4, 4), (64, 128, 64, 4, 8), (256, 64, 64, 3, 8), (256, 64, 64, 4, 8),
+              (16, 32, 128, 5, 4), (16, 32, 256, 4, 4), (16, 64, 128, 4, 4), (16, 64, 256, 3, 4), (16, 64, 128, 5, 8),
+              (16, 128, 64, 5, 4), (16, 128, 128, 3, 8), (64, 32, 128, 5, 4), (64, 64, 128, 3, 4), (64, 64, 64, 6, 4)]  # fmt: skip
     return [
         triton.Config({"BM": bm, "BN": bn, "BK": bk, "GROUP": 8}, num_stages=stages, num_warps=warps)
         for bm, bn, bk, stages, warps in blocks
     ]
 
 
-@triton.autotune(configs=dual_configs(), key=["m", "n", "k"])
+def worth_trying(configs, named_args, **_):
+    """Tiles of few tokens for few tokens, the others for many."""
+    m = named_args["m"]
+    fits = (lambda bm: bm == 16) if m <= 16 else (lambda bm: bm <= 64) if m <= FEW_TOKENS else (lambda bm: bm >= 64)
+    return [config for config in configs if fits(config.kwargs["BM"])]
+
+
+@triton.autotune(configs=dual_configs(), key=["m", "n", "k"], prune_configs_by={"early_config_prune": worth_trying})
 @triton.jit
 def dual_kernel(x, w, z, m, n, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
     # Blocks of GROUP row tiles walk over the columns together, so that weights are read from L2.

@@ -1,7 +1,7 @@
 // What the kernels on TMA and wgmma share: the walk over the tiles, the lockstep, the main loop.
 // The including template has defined the tile, `wgmma` (one product), kAccumulators (sums of one m64 block a thread) and how
 // an operand lies in a stage: the span of its swizzle, the bytes to the next span (kLeadingBytes) and to the next 32 bytes'
-// worth of the sums (kStepBytes). kRingCtas fill each other's stages; kStream turns the lockstep off; kPromoteTiles K tiles are
+// worth of the sums (kStepBytes). kSplit: these are of high parts, then of low ones. kRingCtas fill each other's stages; kStream turns the lockstep off; kPromoteTiles K tiles are
 // summed by the tensor cores before fp32 takes over (0: all).
 #include "shared/ring.cuh"
 
@@ -112,6 +112,12 @@ __device__ __forceinline__ void add(float (&sums)[kRowBlocks][kAccumulators],
     }
 }
 
+// Products of a K tile, and which 32 bytes of its rows each takes. Of parts the small products come first, low by high and high
+// by low; low by low is below the last bit of fp32.
+constexpr int kProducts = kSplit ? 6 : kRowBytes / 32;
+__device__ __forceinline__ constexpr int left_step(int product) { return !kSplit ? product : product < 2 ? product + 2 : product % 2; }
+__device__ __forceinline__ constexpr int right_step(int product) { return !kSplit || product == 2 || product == 3 ? product : product % 2; }
+
 // Accumulates one tile; leaves every stage it read released.
 __device__ __forceinline__ void multiply_tile(float (&accumulators)[kRowBlocks][kAccumulators], RingCursor& cursor,
                                               int k_blocks, u32 stages, u32 full, u32 empty, int a_offset,
@@ -137,11 +143,11 @@ __device__ __forceinline__ void multiply_tile(float (&accumulators)[kRowBlocks][
         mbarrier_wait(full + cursor.stage * 8, cursor.phase);
         wgmma_fence();
 #pragma unroll
-        for (int product = 0; product < kRowBytes / 32 * kRowBlocks; ++product) {
-            const int step = product / kRowBlocks;
-            const int rows = product % kRowBlocks;
-            wgmma(accumulators[rows], a + (rows * 64 * kRowBytes + step * kStepBytesA) / 16, b + step * kStepBytesB / 16,
-                  step > 0 || !first);
+        for (int i = 0; i < kProducts * kRowBlocks; ++i) {
+            const int product = i / kRowBlocks;
+            const int rows = i % kRowBlocks;
+            wgmma(accumulators[rows], a + (rows * 64 * kRowBytes + left_step(product) * kStepBytesA) / 16,
+                  b + right_step(product) * kStepBytesB / 16, product > 0 || !first);
         }
         wgmma_commit();
         wgmma_wait<1>();  // this step's products are on their way, those of the step before have read their stage

@@ -324,7 +324,8 @@ pub fn default_config(problem: &Problem, arch: &'static ArchSpec) -> Result<Conf
         _ if !problem.op.is_forward() => &[Family::WgmmaGemm, Family::MmaGemm, Family::SimtGemm],
         DType::E4m3 => &[Family::WgmmaTma],
         DType::Bf16E4m3 | DType::F16E4m3 | DType::Bf16Int4 | DType::F16Int4 => &[Family::MmaDirect],
-        // Three products of tensor cores for one of fp32 do not pay everywhere: the tuner finds out where.
+        // Three products of tensor cores for one of fp32, and cutting the operands before, do not pay everywhere.
+        DType::F32 if problem.m > 256 => &[Family::WgmmaTma, Family::Simt, Family::MmaSync],
         DType::F32 => &[Family::Simt, Family::MmaSync, Family::WgmmaTma],
         // Up to a tile's worth of tokens reading the weights decides, and small blocks read them better.
         DType::Tf32 | DType::F16 | DType::Bf16 if problem.m <= 64 => &[Family::MmaSync, Family::WgmmaTma, Family::Simt],

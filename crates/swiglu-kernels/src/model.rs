@@ -2,6 +2,7 @@
 //! anything is compiled; what it says in microseconds is not to be believed.
 
 use crate::arch::{self, ArchSpec};
+use crate::families::wgmma_tma::is_split;
 use crate::families::{self, Config, Family, LaunchShape, Raster, Schedule, Staging, Target};
 use crate::problem::{DType, Format, Problem};
 
@@ -73,9 +74,17 @@ impl Chip {
         let resident = resident(problem, &shape, self.arch).min(per_sm);
         let in_flight = (resident * in_flight(config, bytes_of(problem.dtype.weights())) / IN_FLIGHT).min(1.0);
         let dram = self.dram_bytes(problem, &shape, &tiles) / (DRAM_SHARE * self.bytes_per_second * in_flight);
+        let prologue = match config {
+            // Reads the operands and writes their parts.
+            Config::WgmmaTma(_) if is_split(problem.dtype) => {
+                let (x, weights) = operand_bytes(problem);
+                2.0 * (x + weights) / (DRAM_SHARE * self.bytes_per_second)
+            }
+            _ => 0.0,
+        };
         // The longest decides, and what is nearly as long is not hidden wholly.
         let together = [arithmetic, l2, dram].iter().map(|time| time.powi(4)).sum::<f64>().sqrt().sqrt();
-        Some(OVERHEAD_US + together * 1e6)
+        Some(OVERHEAD_US + (prologue + together) * 1e6)
     }
 
     /// How long a config takes at another M, in units of its own: its waves of tiles, and the length of their sums where M is
@@ -94,6 +103,7 @@ impl Chip {
         let per_clock = match (config, problem.dtype) {
             (Config::Simt(_), _) => 256.0,
             // Three products for one, and the sums between.
+            (Config::WgmmaTma(_), DType::F32) => of_dtype(DType::F16)? / 3.3,
             (_, DType::F32) => of_dtype(DType::Tf32)? / 4.0,
             (_, dtype) => of_dtype(dtype)?,
         };
@@ -102,10 +112,9 @@ impl Chip {
 
     /// Bytes from and to memory: each matrix once, and again for every band of tiles that it outlives L2 for.
     fn dram_bytes(&self, problem: &Problem, shape: &LaunchShape, tiles: &Tiles) -> f64 {
-        let dtype = problem.dtype;
-        let (m, n, k) = (f64::from(problem.m), f64::from(problem.n), f64::from(problem.k));
-        let (x, weights) = (m * k * bytes_of(dtype.x()), 2.0 * n * k * bytes_of(dtype.weights()));
-        let z = f64::from(problem.op.outputs()) * m * n * bytes_of(dtype.output());
+        let (x, weights) = operand_bytes(problem);
+        let outputs = f64::from(problem.op.outputs()) * f64::from(problem.m) * f64::from(problem.n);
+        let z = outputs * bytes_of(problem.dtype.output());
         let group = f64::from(shape.raster_group.max(1));
         let (of_x, of_weights) = match shape.raster {
             Raster::AlongM => (1.0, (tiles.m / group).ceil()),
@@ -114,6 +123,12 @@ impl Chip {
         let read = |matrix: f64, times: f64| matrix * if matrix < L2_SHARE * self.l2_bytes { 1.0 } else { times };
         read(x, of_x) + read(weights, of_weights) + z
     }
+}
+
+/// Bytes of x and of both weights.
+fn operand_bytes(problem: &Problem) -> (f64, f64) {
+    let (m, n, k) = (f64::from(problem.m), f64::from(problem.n), f64::from(problem.k));
+    (m * k * bytes_of(problem.dtype.x()), 2.0 * n * k * bytes_of(problem.dtype.weights()))
 }
 
 /// The output in tiles, of a cluster each.

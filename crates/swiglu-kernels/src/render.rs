@@ -1,7 +1,7 @@
 //! Templates to CUDA source. Pure: equal inputs give equal bytes, so the digest is a cache key.
 
 use crate::ArchSpec;
-use crate::families::{Config, Family, Rejected, Staging, Target};
+use crate::families::{Config, Family, Rejected, Staging, Target, wgmma_tma};
 use crate::problem::Problem;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::LazyLock;
@@ -14,6 +14,8 @@ pub struct KernelSource {
     pub name: &'static str,
     /// The `extern "C"` kernel to launch.
     pub entry: &'static str,
+    /// A kernel of the same source that is launched before it, to prepare its operands.
+    pub prologue: Option<&'static str>,
     /// The whole translation unit; `#line` keeps compiler messages at the template's lines.
     pub text: String,
     /// BLAKE3 of `text`, in hex.
@@ -81,7 +83,7 @@ const TEMPLATES: [(&str, &str); 12] = [
     template!("support/kernels.cu.tera"),
 ];
 
-const HEADERS: [(&str, &str); 30] = [
+const HEADERS: [(&str, &str); 31] = [
     template!("shared/types.cuh"),
     template!("shared/activation.cuh"),
     template!("shared/params.cuh"),
@@ -99,6 +101,7 @@ const HEADERS: [(&str, &str); 30] = [
     template!("simt/tile.cuh"),
     template!("wgmma_tma/pipeline.cuh"),
     template!("wgmma_tma/store.cuh"),
+    template!("wgmma_tma/split.cuh"),
     template!("shared/ptx/convert.cuh"),
     template!("shared/ptx/pairs.cuh"),
     template!("shared/ptx/special.cuh"),
@@ -144,7 +147,9 @@ pub fn render(problem: &Problem, config: &Config, arch: &'static ArchSpec) -> Re
     let template = template_of(problem, config)?;
     let context = context(problem, config, template)?;
     let entry = if problem.op.is_forward() { "swiglu_forward" } else { "swiglu_step" };
-    source(config.family().name(), entry, template, &context)
+    let is_split = matches!(config, Config::WgmmaTma(_)) && wgmma_tma::is_split(problem.dtype);
+    let rendered = source(config.family().name(), entry, template, &context)?;
+    Ok(KernelSource { prologue: is_split.then_some("swiglu_split"), ..rendered })
 }
 
 fn check(problem: &Problem, config: &Config, arch: &'static ArchSpec) -> Result<(), RenderError> {
@@ -282,7 +287,7 @@ fn source(
     let mut text = String::with_capacity(2 * body.len());
     write_out(&mut text, template, template, &body, &mut BTreeSet::new())?;
     let digest = blake3::hash(text.as_bytes()).to_hex().to_string();
-    Ok(KernelSource { name, entry, text, digest })
+    Ok(KernelSource { name, entry, prologue: None, text, digest })
 }
 
 /// Copies `body`, each header in place of its first `#include`.

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use crate::launch::{KernelParams, RawForward, RawScales};
+use crate::split::Split;
 use crate::tensor_map::{self, BoxedMatrix};
 use half::{bf16, f16};
 use rand::rngs::SmallRng;
@@ -71,7 +72,7 @@ fn translate(source: &KernelSource) -> String {
         } else if line.contains("void wgmma(float (&d)[") {
             in_product = true;
             text += line;
-            text += "wgmma_product<kDType, kTransposeA, kTransposeB>(d, a, b, accumulate); }\n";
+            text += "wgmma_product<product_dtype(kDType), kTransposeA, kTransposeB>(d, a, b, accumulate); }\n";
         } else if in_product {
             in_product = line != "}";
         } else if line.trim_start().starts_with("extern __shared__") {
@@ -84,12 +85,14 @@ fn translate(source: &KernelSource) -> String {
             text.push('\n');
         }
     }
-    text + &format!(
-        "extern \"C\" bool run(const void* const* arguments, unsigned grid, unsigned block, unsigned cluster, \
-         unsigned long shared_bytes) {{\n\
-         return machine::launch({}, arguments, grid, block, cluster, shared_bytes);\n}}\n",
-        source.entry
-    )
+    let run = |name: &str, entry: &str| {
+        format!(
+            "extern \"C\" bool {name}(const void* const* arguments, unsigned grid, unsigned block, unsigned cluster, \
+             unsigned long shared_bytes) {{\n\
+             return machine::launch({entry}, arguments, grid, block, cluster, shared_bytes);\n}}\n"
+        )
+    };
+    text + &run("run", source.entry) + &source.prologue.map_or_else(String::new, |entry| run("run_prologue", entry))
 }
 
 type Run = unsafe extern "C" fn(*const *const c_void, u32, u32, u32, u64) -> bool;
@@ -137,6 +140,11 @@ impl Numbers {
     fn at(&self, element: usize, index: usize) -> f64 {
         let bytes = &self.bytes[element * self.format.bytes() as usize..];
         f64::from(self.format.read(bytes, index as u32).unwrap())
+    }
+
+    /// Puts `value` in the place of an element of fp32.
+    fn put(&mut self, element: usize, value: f32) {
+        self.bytes[element * 4..][..4].copy_from_slice(&value.to_le_bytes());
     }
 
     fn address(&self) -> u64 {
@@ -292,10 +300,22 @@ impl Case {
             scales: self.raw_scales(),
         };
         let shape = config.launch_shape(problem).unwrap();
+        let mut split = source.prologue.map(|_| Split::new(problem, problem.m));
+        let scratch = vec![0xa5_u8; split.map_or(0, |split| split.bytes as usize + 256)];
+        split = split.map(|split| split.at((scratch.as_ptr() as u64).next_multiple_of(256)));
+        let params = |args: &RawForward| KernelParams::new(problem, shape.raster, shape.raster_group, args).unwrap();
+        let params = params(&split.map_or(args, |split| split.scaled(&args)));
+        let (of_maps, operands) = split.map_or((*problem, args), |split| split.operands(problem, &args));
+        if let Some(split) = split {
+            // SAFETY: as above; the arguments are the kernel's, in its order, and alive.
+            let run = unsafe { library.get::<Run>(b"run_prologue") }.unwrap();
+            let arguments = split.arguments(&params).map(<*mut c_void>::cast_const);
+            assert!(unsafe { run(arguments.as_ptr(), split.blocks(problem), 256, 1, 0) }, "the prologue is stuck");
+        }
         let maps: Vec<Map> = match config {
             Config::WgmmaTma(config) => {
                 let saved = tensor_map::of_preactivations(config, problem, &args).into_iter().filter(|_| saves);
-                tensor_map::of_wgmma_tma(config, problem, &args).into_iter().chain(saved).collect()
+                tensor_map::of_wgmma_tma(config, &of_maps, &operands).into_iter().chain(saved).collect()
             }
             Config::MmaSync(config) if config.staging == Staging::Tma => {
                 tensor_map::of_mma_sync(config, problem, &args).to_vec()
@@ -305,7 +325,6 @@ impl Case {
         .iter()
         .map(Map::new)
         .collect();
-        let params = KernelParams::new(problem, shape.raster, shape.raster_group, &args).unwrap();
         // Both saved maps are one argument, an array.
         let mut arguments: Vec<*const c_void> = maps.iter().take(5).map(|map| std::ptr::from_ref(map).cast()).collect();
         arguments.push((&raw const params).cast());
@@ -329,6 +348,14 @@ impl Case {
             let error = oracle::relative_error(inside, reference.iter().copied());
             if error.is_nan() || error > tolerance {
                 return Err(format!("{name} has error {error:.2e}"));
+            }
+            // Small rows must not hide behind large ones.
+            for row in 0..m {
+                let inside = (0..n).map(|column| output.at(row * (n + GAP) + column, 0));
+                let error = oracle::relative_error(inside, reference[row * n..][..n].iter().copied());
+                if error.is_nan() || error > 4.0 * tolerance {
+                    return Err(format!("row {row} of {name} has error {error:.2e}"));
+                }
             }
             if (0..m * (n + GAP)).any(|i| i % (n + GAP) >= n && !output.at(i, 0).is_nan()) {
                 return Err(format!("wrote between the rows of {name}"));
@@ -391,6 +418,35 @@ fn every_way_through_every_template_matches_the_oracle() {
     let wrong: Vec<String> =
         cases.par_iter().filter_map(|(problem, config)| check(*problem, config, arch).err()).collect();
     assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
+}
+
+/// Rows and columns of magnitudes far from 1, zeros, infinities and NaN: all as the formula says.
+#[test]
+fn fp32_in_parts_keeps_its_range_and_what_is_not_finite() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    for major in WeightMajor::ALL {
+        let problem = Problem::forward(DType::F32, major, 70, 40, 104).with_op(Op::ForwardSave);
+        let all = candidates(&problem, Target::Gpu(arch));
+        let config = all.iter().find(|config| config.family() == Family::WgmmaTma).unwrap();
+        let mut case = Case::new(problem, 5, 0.0);
+        let (k, n) = (problem.k as usize, problem.n as usize);
+        for row in 0..problem.m as usize {
+            let scale = 2.0_f32.powi(if row % 3 == 1 { -60 } else { 20 * (row as i32 % 3) });
+            for at in 0..k {
+                let value = case.x.at(row * (k + GAP) + at, 0) as f32 * scale;
+                case.x.put(row * (k + GAP) + at, if row == 6 { 0.0 } else { value });
+            }
+        }
+        let place = |column: usize, at: usize| match major {
+            WeightMajor::K => column * (k + GAP) + at,
+            WeightMajor::N => at * (n + GAP) + column,
+        };
+        case.x.put(9 * (k + GAP) + 3, f32::INFINITY);
+        case.x.put(20 * (k + GAP) + 103, f32::NAN);
+        case.weights[0].put(place(17, 40), f32::NEG_INFINITY);
+        case.weights[1].put(place(39, 0), f32::NAN);
+        case.check(config, arch, problem.dtype.tolerance()).unwrap();
+    }
 }
 
 /// Positive numbers add up to a sum against which each product is small: what is cut off of it is lost, unless fp32 takes

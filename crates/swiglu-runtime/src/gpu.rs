@@ -13,7 +13,7 @@ use swiglu_db::Device;
 use swiglu_kernels::arch::{self, UnknownArch};
 use swiglu_kernels::families::cublaslt::behind;
 use swiglu_kernels::families::{Family, LaunchShape, default_of};
-use swiglu_kernels::render::SharedSource;
+use swiglu_kernels::render::{KernelSource, SharedSource};
 use swiglu_kernels::{ArchSpec, Config, Problem, Rejected, Target};
 
 /// Why a GPU cannot be used.
@@ -178,6 +178,19 @@ impl Gpu {
         })
     }
 
+    /// Loads the image of `source` and finds what is launched of it.
+    ///
+    /// # Errors
+    /// As [`Gpu::load`].
+    pub fn load_source(&self, source: &KernelSource, cubin: &Cubin) -> Result<Entries, GpuError> {
+        match source.prologue {
+            None => self.load([source.entry], cubin).map(|[function]| Entries { function, prologue: None }),
+            Some(prologue) => self
+                .load([source.entry, prologue], cubin)
+                .map(|[function, prologue]| Entries { function, prologue: Some(prologue) }),
+        }
+    }
+
     /// Loads one image for all the configs that share its source.
     ///
     /// # Errors
@@ -188,15 +201,16 @@ impl Gpu {
         cubin: &Cubin,
         problem: &Problem,
     ) -> Result<Vec<Kernel>, GpuError> {
-        let [function] = self.load([shared.source.entry], cubin)?;
-        shared.configs.iter().map(|config| self.kernel(&function, config, problem)).collect()
+        let entries = self.load_source(&shared.source, cubin)?;
+        shared.configs.iter().map(|config| self.kernel(&entries, config, problem)).collect()
     }
 
     /// A loaded entry with the shared memory that `config` asks for.
     ///
     /// # Errors
     /// When the driver refuses it, or the config has no source.
-    pub fn kernel(&self, function: &CudaFunction, config: &Config, problem: &Problem) -> Result<Kernel, GpuError> {
+    pub fn kernel(&self, entries: &Entries, config: &Config, problem: &Problem) -> Result<Kernel, GpuError> {
+        let Entries { function, prologue } = entries;
         let shape = config.launch_shape(problem).ok_or(GpuError::Driver {
             act: "load a config without source",
             error: DriverError(sys::CUresult::CUDA_ERROR_INVALID_VALUE),
@@ -210,8 +224,8 @@ impl Gpu {
             .map_err(failed("count a kernel's resident blocks"))?;
         let resident_blocks = self.sm_count * per_sm.min(shape.per_sm.unwrap_or(u32::MAX)).max(1);
         let dependent_launch = self.dependent_launch();
-        let function = function.clone();
-        let code = Code::Function(Function { function, shape, resident_blocks, dependent_launch });
+        let (function, prologue) = (function.clone(), prologue.clone());
+        let code = Code::Function(Function { function, prologue, shape, resident_blocks, dependent_launch });
         Ok(Kernel { code, problem: *problem, config: *config })
     }
 
@@ -256,6 +270,11 @@ impl Kernel {
             Code::Library(_) => self.problem.alignment,
         }
     }
+
+    /// Whether a launch of ours takes device memory of its own, which may not be there.
+    pub(crate) fn takes_memory(&self) -> bool {
+        matches!(&self.code, Code::Function(function) if function.prologue.is_some())
+    }
 }
 
 /// What a launch runs.
@@ -267,10 +286,21 @@ pub(crate) enum Code {
     Library(Arc<LibraryCall>),
 }
 
+/// What is launched of one loaded image.
+#[derive(Debug, Clone)]
+pub struct Entries {
+    /// The kernel.
+    pub function: CudaFunction,
+    /// What prepares its operands, where they need it.
+    pub prologue: Option<CudaFunction>,
+}
+
 /// A loaded function and how it is launched.
 #[derive(Debug, Clone)]
 pub(crate) struct Function {
     pub(crate) function: CudaFunction,
+    /// Launched before it.
+    pub(crate) prologue: Option<CudaFunction>,
     pub(crate) shape: LaunchShape,
     /// Blocks that run at a time on the whole GPU, or fewer where its shape asks for fewer.
     pub(crate) resident_blocks: u32,

@@ -5,11 +5,13 @@
 
 use crate::cublaslt::CublasLtError;
 use crate::gpu::{Code, Function, Kernel};
+use crate::scratch::Scratch;
+use crate::split::Split;
 use crate::step::{RawStep, StepParams};
-use crate::tensor_map;
+use crate::tensor_map::{self, BoxedMatrix};
 use cudarc::driver::{CudaFunction, DeviceRepr, DriverError, sys};
 use std::ffi::c_void;
-use swiglu_kernels::families::{Raster, Staging};
+use swiglu_kernels::families::{Raster, Staging, WgmmaTmaConfig};
 use swiglu_kernels::problem::{MAX_ACCESS_BYTES, alignment_of};
 use swiglu_kernels::{Config, DType, Format, Problem};
 
@@ -178,6 +180,9 @@ pub enum Refusal {
     /// The library does not take these operands, or has no memory. Nothing was launched; a kernel of ours can be.
     #[error(transparent)]
     Declined(CublasLtError),
+    /// There is no memory for what lies between its launches. Nothing was launched; a kernel that needs none can be.
+    #[error("no device memory for a launch in parts: {0}")]
+    NoMemory(DriverError),
     /// The library failed.
     #[error(transparent)]
     Library(#[from] CublasLtError),
@@ -195,7 +200,12 @@ pub enum Refusal {
 pub unsafe fn forward(kernel: &Kernel, stream: sys::CUstream, args: &RawForward) -> Result<(), Refusal> {
     match &kernel.code {
         // SAFETY: by this function's own contract.
-        Code::Function(function) => Ok(unsafe { forward_function(kernel, function, stream, args) }?),
+        Code::Function(function) => match &function.prologue {
+            // SAFETY: by this function's own contract.
+            Some(prologue) => unsafe { forward_in_parts(kernel, function, prologue, stream, args) },
+            // SAFETY: as above.
+            None => Ok(unsafe { forward_function(kernel, function, stream, args) }?),
+        },
         // SAFETY: as above.
         Code::Library(call) => unsafe { call.forward(&kernel.problem, stream, args) },
     }
@@ -216,19 +226,9 @@ unsafe fn forward_function(
     let pointer = |map: &mut sys::CUtensorMap| std::ptr::from_mut(map).cast::<c_void>();
     match &kernel.config {
         Config::WgmmaTma(config) => {
-            let mut maps = tensor_map::encode(&tensor_map::of_wgmma_tma(config, problem, args))?;
-            let [x, gate, up, z] = maps.each_mut().map(pointer);
-            if problem.op.saves_preactivations() {
-                let saved = tensor_map::of_preactivations(config, problem, args);
-                let mut saved = tensor_map::encode(&saved)?;
-                let saved = saved.as_mut_ptr().cast::<c_void>();
-                // SAFETY: the kernel takes four tensor maps, an array of two and a `Params` by value, all alive here;
-                // addresses by contract.
-                unsafe { launch(problem, function, stream, args.m, &mut [x, gate, up, z, saved, params]) }
-            } else {
-                // SAFETY: the kernel takes four tensor maps and a `Params` by value, all alive here; addresses by contract.
-                unsafe { launch(problem, function, stream, args.m, &mut [x, gate, up, z, params]) }
-            }
+            let maps = tensor_map::of_wgmma_tma(config, problem, args);
+            // SAFETY: by this function's own contract.
+            unsafe { wgmma_tma(config, problem, function, stream, args, &maps, params) }
         }
         Config::MmaSync(config) if config.staging == Staging::Tma => {
             let mut maps = tensor_map::encode(&tensor_map::of_mma_sync(config, problem, args))?;
@@ -247,6 +247,59 @@ unsafe fn forward_function(
         | Config::WgmmaGemm(_)
         | Config::Cublaslt(_)
         | Config::Cpu(_) => Err(invalid()),
+    }
+}
+
+/// Operands cut in two by `prologue`, in memory in the order of the stream, then the kernel on the parts.
+///
+/// # Safety
+/// As [`forward`].
+unsafe fn forward_in_parts(
+    kernel: &Kernel,
+    function: &Function,
+    prologue: &CudaFunction,
+    stream: sys::CUstream,
+    args: &RawForward,
+) -> Result<(), Refusal> {
+    let (problem, shape) = (&kernel.problem, &function.shape);
+    let Config::WgmmaTma(config) = &kernel.config else { return Err(invalid().into()) };
+    let split = Split::new(problem, args.m);
+    let scratch = Scratch::new(stream, split.bytes).map_err(Refusal::NoMemory)?;
+    let split = split.at(scratch.address);
+    let params = KernelParams::new(problem, shape.raster, shape.raster_group, &split.scaled(args));
+    let mut params = params.ok_or_else(invalid)?;
+    // SAFETY: the parts are in memory of their size; the rest by this function's own contract.
+    unsafe { split.launch(prologue, problem, stream, &params) }?;
+    let (of_parts, parts) = split.operands(problem, args);
+    let maps = tensor_map::of_wgmma_tma(config, &of_parts, &parts);
+    let params = (&raw mut params).cast::<c_void>();
+    // SAFETY: the parts hold the operands; the rest by this function's own contract.
+    Ok(unsafe { wgmma_tma(config, problem, function, stream, args, &maps, params) }?)
+}
+
+/// # Safety
+/// As [`forward`], for what `maps` describe; `params` points to a live [`KernelParams`].
+unsafe fn wgmma_tma(
+    config: &WgmmaTmaConfig,
+    problem: &Problem,
+    function: &Function,
+    stream: sys::CUstream,
+    args: &RawForward,
+    maps: &[BoxedMatrix; 4],
+    params: *mut c_void,
+) -> Result<(), DriverError> {
+    let mut maps = tensor_map::encode(maps)?;
+    let [x, gate, up, z] = maps.each_mut().map(|map| std::ptr::from_mut(map).cast::<c_void>());
+    if problem.op.saves_preactivations() {
+        let saved = tensor_map::of_preactivations(config, problem, args);
+        let mut saved = tensor_map::encode(&saved)?;
+        let saved = saved.as_mut_ptr().cast::<c_void>();
+        // SAFETY: the kernel takes four tensor maps, an array of two and a `Params` by value, all alive here;
+        // addresses by contract.
+        unsafe { launch(problem, function, stream, args.m, &mut [x, gate, up, z, saved, params]) }
+    } else {
+        // SAFETY: the kernel takes four tensor maps and a `Params` by value, all alive here; addresses by contract.
+        unsafe { launch(problem, function, stream, args.m, &mut [x, gate, up, z, params]) }
     }
 }
 

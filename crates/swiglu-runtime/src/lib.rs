@@ -23,6 +23,8 @@ pub mod options;
 pub mod plan;
 pub mod runtime;
 pub mod scaled;
+mod scratch;
+mod split;
 pub mod step;
 mod tensor_map;
 

@@ -1,14 +1,15 @@
 //! A config that is no kernel of ours: the library's GEMMs, and our gate behind them where the op has one.
 //!
 //! Contract: memory of its own is allocated and freed in the order of the caller's stream. Design: `docs/kernels/cublaslt.md`.
-#![allow(unsafe_code, reason = "hands the caller's addresses to the library, allocates in the order of a stream")]
+#![allow(unsafe_code, reason = "hands the caller's addresses to the library")]
 
-use crate::cublaslt::{CublasLt, CublasLtError, Gemm, Reductions, refused};
+use crate::cublaslt::{CublasLt, CublasLtError, Gemm, Reductions};
 use crate::gemm::{self, GemmAt, GemmShape, Gemms};
 use crate::gpu::Kernel;
 use crate::launch::{self, RawForward, Refusal};
+use crate::scratch::Scratch;
 use crate::step::{RawMatrix, RawStep};
-use cudarc::driver::{DriverError, sys};
+use cudarc::driver::sys;
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 use swiglu_kernels::families::CublasltConfig;
@@ -103,8 +104,7 @@ impl LibraryCall {
         }
         let wanted = |(_, gemm): &(GemmAt, Arc<Gemm>)| gemm.workspace_bytes(self.algorithm) as u64;
         let workspace = prepared.iter().flatten().map(wanted).max().unwrap_or(0);
-        let scratch = Scratch::new(stream, between.saturating_add(workspace))
-            .map_err(|error| Refusal::Declined(refused("allocate memory")(error)))?;
+        let scratch = Scratch::new(stream, between.saturating_add(workspace)).map_err(Refusal::NoMemory)?;
         let base = if between > 0 { scratch.address } else { 0 };
         for (at, gemm) in prepared.iter().flatten() {
             let at = GemmAt { out: at.out + base, ..*at };
@@ -151,34 +151,6 @@ fn between(problem: &Problem, m: u32, count: u64) -> ([RawMatrix; 2], u64) {
     let stride = (count * row / bytes).cast_signed();
     let all = u64::from(m).saturating_mul(count * row);
     ([0, row].map(|address| RawMatrix { address, stride }), all.checked_next_multiple_of(256).unwrap_or(u64::MAX))
-}
-
-/// Device memory in the order of a stream: allocated before the work that follows, freed behind it. Graphs capture both.
-struct Scratch {
-    /// 0 of no bytes.
-    address: u64,
-    stream: sys::CUstream,
-}
-
-impl Scratch {
-    fn new(stream: sys::CUstream, bytes: u64) -> Result<Self, DriverError> {
-        let mut address = 0;
-        if bytes > 0 {
-            let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
-            // SAFETY: the caller's stream is live.
-            unsafe { sys::cuMemAllocAsync(&raw mut address, bytes, stream) }.result()?;
-        }
-        Ok(Self { address, stream })
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        if self.address != 0 {
-            // SAFETY: allocated by `new` on this stream, which is live while a launch returns. Nothing can be done on failure.
-            let _ = unsafe { sys::cuMemFreeAsync(self.address, self.stream) };
-        }
-    }
 }
 
 #[cfg(test)]

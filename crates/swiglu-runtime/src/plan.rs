@@ -43,7 +43,7 @@ impl LaunchError {
     fn of(config: Config, refusal: Refusal) -> Self {
         let config = Box::new(config);
         match refusal {
-            Refusal::Driver(error) => Self::Driver { config, error },
+            Refusal::Driver(error) | Refusal::NoMemory(error) => Self::Driver { config, error },
             Refusal::Declined(error) | Refusal::Library(error) => Self::Library { config, error },
         }
     }
@@ -83,7 +83,7 @@ impl Choice {
 pub(crate) struct Serving {
     pub(crate) choice: Choice,
     pub(crate) kernel: Kernel,
-    /// For operands that a library declines.
+    /// For operands that a library declines, and where there is no memory for what a launch needs of its own.
     pub(crate) instead: Option<Kernel>,
 }
 
@@ -121,7 +121,7 @@ impl Selection {
     ) -> Option<Result<(), LaunchError>> {
         let serving = self.select(m, alignment)?;
         let (kernel, launched) = match (launch(serving), &self.serving(m).instead) {
-            (Err(Refusal::Declined(_)), Some(instead)) => (instead, launch(instead)),
+            (Err(Refusal::Declined(_) | Refusal::NoMemory(_)), Some(instead)) => (instead, launch(instead)),
             (launched, _) => (serving, launched),
         };
         Some(launched.map_err(|refusal| LaunchError::of(kernel.config, refusal)))

@@ -266,7 +266,10 @@ impl Runtime {
             Err(_) => None,
         };
         let usable = |choice: Choice| kernels.get(&choice.config).map(|kernel| (choice, kernel.clone()));
-        let serving = |(choice, kernel)| Serving { choice, kernel, instead: None };
+        let serving = |(choice, kernel): (Choice, Kernel)| {
+            let instead = fallback.clone().filter(|_| kernel.takes_memory());
+            Serving { choice, kernel, instead }
+        };
         let mut anchors: Vec<Serving> = choices.into_iter().filter_map(usable).map(serving).collect();
         if let (true, Some(kernel)) = (anchors.is_empty(), &fallback) {
             anchors.push(serving((Choice::untuned(1, kernel.config, Match::Untuned), kernel.clone())));
@@ -279,8 +282,8 @@ impl Runtime {
     fn kernel(&self, problem: &Problem, config: Config) -> Result<Kernel, PrepareError> {
         let source = render::render(problem, &config, self.gpu.arch)?;
         let cubin = self.cache.get_or_compile(&self.nvrtc, &source, self.gpu.arch)?;
-        let [function] = self.gpu.load([source.entry], &cubin)?;
-        Ok(self.gpu.kernel(&function, &config, problem)?)
+        let entries = self.gpu.load_source(&source, &cubin)?;
+        Ok(self.gpu.kernel(&entries, &config, problem)?)
     }
 
     fn library_kernel(&self, problem: &Problem, config: &Config) -> Result<Kernel, PrepareError> {

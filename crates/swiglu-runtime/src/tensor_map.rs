@@ -22,14 +22,13 @@ pub(crate) struct BoxedMatrix {
     pub(crate) row_stride: i64,
     pub(crate) box_rows: u32,
     pub(crate) box_cols: u32,
-    pub(crate) swizzled: bool,
 }
 
 impl BoxedMatrix {
     /// Bytes of the swizzle: a swizzled box is as wide as that.
     pub(crate) fn swizzle_bytes(&self) -> u32 {
         match self.box_cols * self.format.bytes() {
-            width @ (32 | 64 | 128) if self.swizzled => width,
+            width @ (32 | 64 | 128) => width,
             _ => 0,
         }
     }
@@ -63,7 +62,6 @@ fn output(config: &WgmmaTmaConfig, problem: &Problem, m: u32, address: u64, row_
         row_stride,
         box_rows: 16,
         box_cols: config.store_cols,
-        swizzled: matches!(config.store_cols, 16 | 32 | 64),
     }
 }
 
@@ -95,7 +93,6 @@ pub(crate) fn of_wgmma_gemm(config: &WgmmaGemmConfig, problem: &Problem, args: &
             row_stride: matrix.stride,
             box_rows,
             box_cols: config.block_k,
-            swizzled: true,
         }
     };
     let left = |matrix| operand(matrix, product.left_shape(), product.left, config.block_m, config.cluster_n);
@@ -109,7 +106,6 @@ pub(crate) fn of_wgmma_gemm(config: &WgmmaGemmConfig, problem: &Problem, args: &
             row_stride: matrix.stride,
             box_rows: 16,
             box_cols: config.store_cols,
-            swizzled: true,
         }
     };
     let present = |matrix: RawMatrix, first: RawMatrix| if matrix.address == 0 { first } else { matrix };
@@ -145,7 +141,6 @@ impl InputBoxes {
             row_stride,
             box_rows,
             box_cols,
-            swizzled: true,
         };
         let x = BoxedMatrix {
             format: dtype.x(),
@@ -155,7 +150,6 @@ impl InputBoxes {
             row_stride: args.x_stride,
             box_rows: self.x_rows,
             box_cols: self.block_k,
-            swizzled: true,
         };
         [x, weights(args.gate, args.gate_stride), weights(args.up, args.up_stride)]
     }

@@ -92,8 +92,8 @@ impl GpuLab {
         self.gpu.library_kernel(&self.library()?, problem, config, |gate, config| -> Result<Kernel, PrepareError> {
             let source = render::render(gate, &config, self.gpu.arch)?;
             let cubin = self.cache.get_or_compile(&self.nvrtc, &source, self.gpu.arch)?;
-            let [function] = self.gpu.load([source.entry], &cubin)?;
-            Ok(self.gpu.kernel(&function, &config, gate)?)
+            let entries = self.gpu.load_source(&source, &cubin)?;
+            Ok(self.gpu.kernel(&entries, &config, gate)?)
         })
     }
 

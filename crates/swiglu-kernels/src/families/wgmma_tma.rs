@@ -120,8 +120,9 @@ const TILES: [(Schedule, u32, u32, u32); 16] = [
     (Schedule::Cooperative, 256, 104, 2),
 ];
 
-/// The same for e4m3, whose sums take twice the registers: what won somewhere on the H200, and its neighbours.
-const E4M3_TILES: [(Schedule, u32, u32, u32); 10] = [
+/// The same where fp32 takes sums over, which takes twice the registers: what won somewhere on the H200 for e4m3, and its
+/// neighbours.
+const PROMOTED_TILES: [(Schedule, u32, u32, u32); 10] = [
     (Schedule::Pingpong, 64, 64, 2),
     (Schedule::Pingpong, 64, 80, 2),
     (Schedule::Pingpong, 64, 96, 2),
@@ -141,8 +142,15 @@ pub(super) const ORDERS: [(Raster, u32); 4] =
 /// Shared memory that the driver takes for every block.
 const RESERVED_BYTES: u32 = 1024;
 
-/// Bytes of an element of z.
-const OUTPUT_BYTES: u32 = 2;
+/// Whether fp32 takes over what the tensor cores have summed: e4m3, whose sums keep too few bits, and fp32 in parts of fp16.
+const fn is_promoted(dtype: DType) -> bool {
+    matches!(dtype.x(), Format::E4m3 | Format::F32)
+}
+
+/// Whether the kernel reads its operands cut in two, which a launch of its own does before. It turns N-major weights over.
+pub const fn is_split(dtype: DType) -> bool {
+    matches!(dtype, DType::F32)
+}
 
 impl WgmmaTmaConfig {
     /// Threads per CTA.
@@ -153,17 +161,14 @@ impl WgmmaTmaConfig {
     /// Shared memory: the ring, the staging of the stores, two barriers a stage, what a split along K exchanges.
     pub const fn smem_bytes(&self, dtype: DType) -> u32 {
         let ring = self.stages * self.block_k * (self.block_m + 2 * self.block_n) * dtype.bytes();
-        let staging = 4 * self.consumers * self.store_buffers * 16 * self.store_cols * OUTPUT_BYTES;
+        let staging = 4 * self.consumers * self.store_buffers * 16 * self.store_cols * dtype.output().bytes();
         let sums = if self.cluster_k > 1 { 2 * self.block_m * self.block_n * 4 + 16 } else { 0 };
         ring + staging + sums + 16 * self.stages
     }
 
-    /// Registers a thread of the sums. Those of e4m3 are kept twice: tensor cores sum few K tiles, fp32 the rest.
+    /// Registers a thread of the sums; twice where tensor cores sum few K tiles and fp32 the rest.
     const fn accumulators(&self, dtype: DType) -> u32 {
-        let copies = match dtype.x() {
-            Format::E4m3 => 2,
-            _ => 1,
-        };
+        let copies = if is_promoted(dtype) { 2 } else { 1 };
         copies * self.schedule.row_blocks(self.block_m, self.consumers) * self.block_n
     }
 
@@ -222,8 +227,8 @@ impl WgmmaTmaConfig {
         check_sizes(&sizes, 1024)?;
         ensure(arch.has_wgmma, "wgmma_tma needs compute capability 9.0", || format!("{arch} has none"))?;
         ensure(
-            matches!(problem.dtype, DType::F16 | DType::Bf16 | DType::E4m3),
-            "wgmma_tma multiplies fp16, bf16 or e4m3",
+            matches!(problem.dtype, DType::F32 | DType::F16 | DType::Bf16 | DType::E4m3),
+            "wgmma_tma multiplies fp16, bf16, e4m3, and fp32 in two parts",
             || format!("{} asked for", problem.dtype),
         )?;
         ensure(
@@ -252,7 +257,7 @@ impl WgmmaTmaConfig {
         let most = match (consumers, problem.dtype) {
             (3, _) => 96,
             _ if blocks_per_sm == 2 => 96,
-            (_, DType::E4m3) => 192,
+            (_, dtype) if is_promoted(dtype) => 192,
             _ => 208,
         };
         ensure(self.accumulators(problem.dtype) <= most, "accumulators fit in registers", || {
@@ -272,23 +277,22 @@ impl WgmmaTmaConfig {
             format!("cluster_k {cluster_k} with {consumers} consumers")
         })?;
         ensure(
-            problem.weight_major == WeightMajor::K || block_n.is_multiple_of(32),
+            problem.weight_major == WeightMajor::K || is_split(problem.dtype) || block_n.is_multiple_of(32),
             "n_major weights load in whole boxes",
             || format!("block_n {block_n}"),
         )?;
-        let swizzled = matches!(store_cols, 16 | 32 | 64);
-        ensure(
-            block_n.is_multiple_of(store_cols) && (swizzled || store_cols == block_n),
-            "stores are whole boxes",
-            || format!("store_cols {store_cols} of {block_n}"),
-        )?;
+        let swizzled = matches!(store_cols * problem.dtype.output().bytes(), 32 | 64 | 128);
+        let is_wide = swizzled || (store_cols == block_n && !is_split(problem.dtype));
+        ensure(block_n.is_multiple_of(store_cols) && is_wide, "stores are whole boxes", || {
+            format!("store_cols {store_cols} of {block_n}")
+        })?;
         ensure(
             blocks_per_sm == 1 || (blocks_per_sm == 2 && consumers == 1),
             "two small blocks share a multiprocessor",
             || format!("{blocks_per_sm} blocks of {consumers} consumers"),
         )?;
         ensure(fill <= blocks_per_sm, "no more blocks are launched than fit", || format!("{fill} of {blocks_per_sm}"))?;
-        ensure(consumers > 1 || problem.dtype != DType::E4m3, "tiles of few tokens sum once", || {
+        ensure(consumers > 1 || !is_promoted(problem.dtype), "tiles of few tokens sum once", || {
             format!("1 consumer of {}", problem.dtype)
         })?;
         ensure(
@@ -307,7 +311,8 @@ pub(super) const SMEM_BYTES: u32 = 232_448;
 
 /// A tile with the most stages that fit, and a second store buffer where it costs none of them.
 fn tile(schedule: Schedule, block_m: u32, block_n: u32, consumers: u32, dtype: DType) -> WgmmaTmaConfig {
-    let store_cols = [64, 32, 16].into_iter().find(|&cols| block_n.is_multiple_of(cols)).unwrap_or(block_n);
+    let widths = [128, 64, 32].map(|bytes| bytes / dtype.output().bytes());
+    let store_cols = widths.into_iter().find(|&cols| block_n.is_multiple_of(cols)).unwrap_or(block_n);
     let with = |store_buffers| {
         let config = WgmmaTmaConfig {
             block_m,
@@ -323,7 +328,8 @@ fn tile(schedule: Schedule, block_m: u32, block_n: u32, consumers: u32, dtype: D
             store_buffers,
             blocks_per_sm: 1,
             fill: 1,
-            prefetch: 4,
+            // Parts are written by the launch right before: there is nothing to ask for meanwhile.
+            prefetch: if is_split(dtype) { 0 } else { 4 },
             fast_silu: dtype.output() == Format::Bf16,
             raster: Raster::AlongN,
             raster_group: 8,
@@ -412,7 +418,7 @@ fn stream_tiles(dtype: DType) -> impl Iterator<Item = WgmmaTmaConfig> {
 
 pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaTmaConfig> + use<> {
     let dtype = problem.dtype;
-    let tiles: &'static [(Schedule, u32, u32, u32)] = if dtype == DType::E4m3 { &E4M3_TILES } else { &TILES };
+    let tiles: &'static [(Schedule, u32, u32, u32)] = if is_promoted(dtype) { &PROMOTED_TILES } else { &TILES };
     let tiles = tiles.iter().flat_map(move |&(schedule, block_m, block_n, consumers)| {
         [(2, 1), (1, 2), (1, 1)].into_iter().flat_map(move |(cluster_m, cluster_n)| {
             ORDERS.into_iter().map(move |(raster, raster_group)| WgmmaTmaConfig {
@@ -424,13 +430,13 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaTmaConfig> +
             })
         })
     });
-    let streams = stream_tiles(dtype).filter(move |_| dtype != DType::E4m3);
+    let streams = stream_tiles(dtype).filter(move |_| !is_promoted(dtype));
     tiles.chain(streams)
 }
 
 /// Preferred configs when nothing was tuned, best first.
 pub(super) fn defaults(problem: &Problem) -> [WgmmaTmaConfig; 2] {
-    if problem.dtype == DType::E4m3 {
+    if is_promoted(problem.dtype) {
         let pair =
             |block_n| WgmmaTmaConfig { cluster_m: 2, ..tile(Schedule::Cooperative, 128, block_n, 2, problem.dtype) };
         return [pair(if problem.m <= 512 { 64 } else { 96 }), pair(64)];

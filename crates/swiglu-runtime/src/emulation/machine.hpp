@@ -204,6 +204,15 @@ inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
 inline void __syncthreads() { machine::sync(machine::cta().named[0], machine::block_size.x); }
 inline void __syncwarp() { machine::sync_warp(); }
 
+inline int __any_sync(unsigned, bool value) {
+    machine::slot(machine::current->lane)[0] = value;
+    machine::sync_warp();
+    bool any = false;
+    for (int lane = 0; lane < machine::kWarp; ++lane) any |= machine::slot(lane)[0] != 0;
+    machine::sync_warp();
+    return any;
+}
+
 template <typename T> T __shfl_sync(unsigned, T value, int lane) {
     static_assert(sizeof(T) == 4);
     std::memcpy(machine::slot(machine::current->lane), &value, 4);

@@ -66,3 +66,4 @@ inline void tma_reduce_add(const TensorMap* map, u32 source, int inner, int oute
 
 inline void tma_store_commit() {}
 template <int kPending> void tma_store_wait_read() {}
+inline void tma_store_wait() {}

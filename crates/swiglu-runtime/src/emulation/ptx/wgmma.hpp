@@ -27,6 +27,9 @@ template <DType kType, int kCount> float wgmma_sum(const double (&terms)[kCount]
     return float(std::ldexp(sum, -shift));
 }
 
+// fp32 is multiplied as parts in fp16.
+constexpr DType product_dtype(DType dtype) { return dtype == DType::f32 ? DType::f16 : dtype; }
+
 // d[64 x 2 kAccumulators] += a[64xK] b[K x 2 kAccumulators], K = 32 bytes; each thread computes its own accumulators.
 template <DType kType, bool kTransposeA, bool kTransposeB, int kAccumulators>
 void wgmma_product(float (&d)[kAccumulators], u64 a, u64 b, bool accumulate) {
