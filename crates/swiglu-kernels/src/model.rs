@@ -49,7 +49,7 @@ impl Chip {
     /// than the model errs. Only where it was calibrated, on one architecture and for 16-bit formats, and only what has run
     /// there.
     pub fn better_than(&self, default: &Config, problem: &Problem) -> Option<Config> {
-        if self.arch.name != CALIBRATED || !matches!(problem.dtype, DType::F16 | DType::Bf16) {
+        if !self.is_calibrated(problem.dtype) {
             return None;
         }
         let time = |config: &Config| self.predict_us(problem, config).filter(|us| us.is_finite());
@@ -58,6 +58,22 @@ impl Chip {
         let timed = known.filter_map(|config| Some((time(&config)?, config)));
         let (us, best) = timed.min_by(|a, b| a.0.total_cmp(&b.0))?;
         (us * ERROR < time(default)?).then_some(best)
+    }
+
+    fn is_calibrated(&self, dtype: DType) -> bool {
+        self.arch.name == CALIBRATED && matches!(dtype, DType::F16 | DType::Bf16)
+    }
+
+    /// What a config that took `us` microseconds for `problem` should take for `m` tokens: that times what the model says there
+    /// over what it says here, so that its error cancels. Where it says nothing, or was not calibrated, waves of tiles stand for
+    /// time. `None` for a CPU's config and a library's.
+    pub fn at_other_m(&self, us: f64, problem: &Problem, config: &Config, m: u32) -> Option<f64> {
+        let is_modelled = self.is_calibrated(problem.dtype) && config.family() != Family::MmaDirect;
+        let time = |problem: &Problem| {
+            let modelled = if is_modelled { self.predict_us(problem, config) } else { None };
+            modelled.or_else(|| self.work(problem, config))
+        };
+        Some(us * time(&problem.with_m(m))? / time(problem)?)
     }
 
     /// The time of one launch, in microseconds; `None` for what is no kernel of ours, and for what is no forward.
@@ -87,9 +103,9 @@ impl Chip {
         Some(OVERHEAD_US + (prologue + together) * 1e6)
     }
 
-    /// How long a config takes at another M, in units of its own: its waves of tiles, and the length of their sums where M is
-    /// what is summed over. `None` for a CPU's config.
-    pub fn work(&self, problem: &Problem, config: &Config) -> Option<f64> {
+    /// How long a config takes, in units of its own: its waves of tiles, and the length of their sums where M is what is summed
+    /// over. `None` for a CPU's config and a library's.
+    fn work(&self, problem: &Problem, config: &Config) -> Option<f64> {
         let shape = config.launch_shape(problem)?;
         let per_sm = shape.per_sm.map_or_else(|| resident(problem, &shape, self.arch), f64::from);
         let slots = (self.sms * per_sm / f64::from(shape.cluster.max(1))).floor().max(1.0);

@@ -83,7 +83,7 @@ const TEMPLATES: [(&str, &str); 12] = [
     template!("support/kernels.cu.tera"),
 ];
 
-const HEADERS: [(&str, &str); 31] = [
+const HEADERS: [(&str, &str); 32] = [
     template!("shared/types.cuh"),
     template!("shared/activation.cuh"),
     template!("shared/params.cuh"),
@@ -102,6 +102,7 @@ const HEADERS: [(&str, &str); 31] = [
     template!("wgmma_tma/pipeline.cuh"),
     template!("wgmma_tma/store.cuh"),
     template!("wgmma_tma/split.cuh"),
+    template!("wgmma_tma/sum_exchange.cuh"),
     template!("shared/ptx/convert.cuh"),
     template!("shared/ptx/pairs.cuh"),
     template!("shared/ptx/special.cuh"),

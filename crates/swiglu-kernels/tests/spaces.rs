@@ -83,10 +83,21 @@ fn a_step_is_refused_by_the_families_of_the_forward_and_its_own_say_why() {
     assert_eq!(rule(gemm(WgmmaGemmConfig { block_n: 160, ..good }), &problem), boxes);
     let slots = WgmmaGemmConfig { store_buffers: 1, ..good };
     assert_eq!(rule(gemm(slots), &problem), "pre-activations arrive while others are used");
-    assert_eq!(rule(gemm(WgmmaGemmConfig { stages: 9, ..good }), &problem), "the stages fit in shared memory");
+    let room = "the stages of all blocks of a multiprocessor fit in its shared memory";
+    assert_eq!(rule(gemm(WgmmaGemmConfig { stages: 9, ..good }), &problem), room);
     // The strips of the same store are twice as wide in fp32.
     let plain = families::default_config(&problem.with_op(Op::WeightGrad), arch).unwrap();
     assert_eq!(rule(plain, &problem.with_op(Op::WeightGradAdd)), "a store is whole boxes of 32, 64 or 128 bytes");
+    let down = problem.with_op(Op::Down).with_m(8);
+    let Config::WgmmaGemm(few) = families::default_config(&down, arch).unwrap() else { panic!("wgmma_gemm") };
+    assert_eq!((few.consumers, few.block_m, few.cluster_k), (1, 16, 2));
+    assert_eq!(rule(gemm(few), &problem.with_op(Op::InputGrad)), "tiles of few tokens are for the down projection");
+    let split = "two or four split the sums of few tokens";
+    for config in [WgmmaGemmConfig { cluster_k: 3, ..few }, WgmmaGemmConfig { cluster_n: 2, block_m: 64, ..few }] {
+        assert_eq!(rule(gemm(config), &down), split);
+    }
+    assert_eq!(rule(gemm(WgmmaGemmConfig { blocks_per_sm: 2, ..few }), &down), room);
+    assert_eq!(rule(gemm(WgmmaGemmConfig { fill: 2, ..few }), &down), "no more blocks are launched than fit");
 }
 
 #[test]
@@ -175,7 +186,7 @@ proptest! {
             Config::ColumnSum(ColumnSumConfig { threads: a, lanes: b, access_bytes: c }),
             Config::SimtGemm(SimtGemmConfig { block_m: a, block_n: b, block_k: c, thread_m: d, thread_n: e, access_bytes: g, raster: Raster::AlongN, raster_group: h }),
             Config::MmaGemm(MmaGemmConfig { block_m: a, block_n: b, block_k: c, stages: d, warps_m: e, warps_n: f, access_bytes: g, raster: Raster::AlongM, raster_group: h }),
-            Config::WgmmaGemm(WgmmaGemmConfig { block_m: a, block_n: b, block_k: c, stages: d, consumers: e, schedule: if tma { Schedule::Pingpong } else { Schedule::Cooperative }, cluster_m: f, cluster_n: g, store_cols: h, store_buffers: e, raster: Raster::AlongM, raster_group: d }),
+            Config::WgmmaGemm(WgmmaGemmConfig { block_m: a, block_n: b, block_k: c, stages: d, consumers: e, schedule: if tma { Schedule::Pingpong } else { Schedule::Cooperative }, cluster_m: f, cluster_n: g, cluster_k: 1 + f % 4, store_cols: h, store_buffers: e, blocks_per_sm: 1 + b % 2, fill: 1 + c % 2, prefetch: a, raster: Raster::AlongM, raster_group: d }),
         ];
         let problems = Op::ALL.map(|op| problem.with_op(op));
         for arch in &ARCHES {

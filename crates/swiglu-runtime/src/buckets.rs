@@ -1,8 +1,8 @@
 //! Which anchor serves which M. Exact up to 8, then four buckets an octave: a table index, no search.
 //!
-//! Between anchors the nearest one's kernel may be a bad choice: at M = 9 a kernel for 8 tokens reads the weights twice. So of
-//! the anchors on both sides that one serves whose kernel should take least: what was measured at its anchor, times its waves
-//! of tiles here over those there.
+//! Between anchors the nearest one's kernel may be a bad choice: at M = 9 a kernel for 8 tokens reads the weights twice, and at
+//! M = 258 that of 256 multiplies nearly empty tiles, while that of 192 has few of them. So of the anchors around that one serves whose kernel should take
+//! least: what was measured at its anchor, times what the model says here over what it says there ([`Chip::at_other_m`]).
 
 use crate::plan::Choice;
 use swiglu_kernels::Problem;
@@ -37,9 +37,16 @@ pub(crate) struct BucketTable([u16; COUNT]);
 /// Sizes of M of a bucket whose times count.
 const SAMPLES: u64 = 4;
 
+/// Anchors beside the two neighbours that are asked: those within this factor of the bucket's largest M.
+const REACH: u64 = 2;
+
+/// Times closer than this factor the model cannot tell apart: the nearest anchor of those serves.
+const TIE: f64 = 1.02;
+
 impl BucketTable {
-    /// `anchors` ascend and are not empty. A bucket with an anchor in it is that one's (the last's); any other goes to the
-    /// neighbour whose kernel has the least `time` there, of (index, M), or to the nearest in log2 where one has none.
+    /// `anchors` ascend and are not empty. A bucket with an anchor in it is that one's (the last's). Any other goes to the nearest
+    /// in log2 of those around it whose kernel has the least `time` there, of (index, M), or just the nearest where one of its
+    /// neighbours has none.
     pub(crate) fn new(anchors: &[u32], time: impl Fn(usize, u32) -> Option<f64>) -> Self {
         Self(std::array::from_fn(|bucket| {
             let above = anchors.partition_point(|&anchor| u64::from(anchor) < largest_of(bucket));
@@ -49,14 +56,10 @@ impl BucketTable {
                 (None, _) => 0,
                 (Some(below), None) => below,
                 (Some(below), Some(_)) => {
-                    let of_both = samples(bucket).and_then(|samples| {
-                        let over_bucket = |index| samples.iter().map(|&m| time(index, m)).sum::<Option<f64>>();
-                        Some((over_bucket(below)?, over_bucket(above)?))
-                    });
-                    let here = largest_of(bucket) as f64;
-                    let is_nearer = || here * here <= f64::from(anchors[below]) * f64::from(anchors[above]);
-                    let takes_below = of_both.map_or_else(is_nearer, |(of_below, of_above)| of_below < of_above);
-                    if takes_below { below } else { above }
+                    let fast =
+                        fast_around(anchors, [below, above], bucket, &time).unwrap_or_else(|| vec![below, above]);
+                    let far = |&index: &usize| distance(anchors[index], bucket);
+                    fast.into_iter().min_by(|a, b| far(a).total_cmp(&far(b))).unwrap_or(below)
                 }
             };
             u16::try_from(best).unwrap_or(u16::MAX)
@@ -69,8 +72,7 @@ impl BucketTable {
         let chip = Chip::of_class(device_class);
         Self::new(&anchors, |index, m| {
             let (chip, choice) = (chip.as_ref()?, choices.get(index)?);
-            let work = |m| chip.work(&problem.with_m(m), &choice.config);
-            Some(choice.median_us? * work(m)? / work(choice.anchor)?)
+            chip.at_other_m(choice.median_us?, &problem.with_m(choice.anchor), &choice.config, m)
         })
     }
 
@@ -78,6 +80,31 @@ impl BucketTable {
     pub(crate) fn anchor(&self, m: u32) -> usize {
         self.0.get(bucket_of(m)).copied().unwrap_or(0).into()
     }
+}
+
+/// The anchors within reach of a bucket that nothing beats there by more than the model can tell; `None` where a neighbour has
+/// no time.
+fn fast_around(
+    anchors: &[u32],
+    neighbours: [usize; 2],
+    bucket: usize,
+    time: impl Fn(usize, u32) -> Option<f64>,
+) -> Option<Vec<usize>> {
+    let (samples, here) = (samples(bucket)?, largest_of(bucket));
+    let over_bucket = |index: usize| samples.iter().map(|&m| time(index, m)).sum::<Option<f64>>();
+    neighbours.into_iter().try_for_each(|index| over_bucket(index).map(drop))?;
+    let in_reach = |anchor: u64| anchor * REACH >= here && anchor <= here * REACH;
+    let around = (0..anchors.len()).filter(|index| neighbours.contains(index) || in_reach(anchors[*index].into()));
+    let timed: Vec<(f64, usize)> = around.filter_map(|index| Some((over_bucket(index)?, index))).collect();
+    let least = timed.iter().map(|(time, _)| *time).fold(f64::INFINITY, f64::min);
+    Some(timed.into_iter().filter(|(time, _)| *time <= least * TIE).map(|(_, index)| index).collect())
+}
+
+/// How far an anchor is from the middle of a bucket, in log2.
+fn distance(anchor: u32, bucket: usize) -> f64 {
+    let smallest = bucket.checked_sub(1).map_or(0, largest_of) + 1;
+    let log2 = |size: u64| (size.max(1) as f64).log2();
+    (2.0 * log2(anchor.into()) - log2(smallest) - log2(largest_of(bucket))).abs()
 }
 
 /// Evenly spread sizes of a bucket; `None` beyond 32 bits.
@@ -96,7 +123,8 @@ pub fn serving_choice<'a>(device_class: &str, problem: &Problem, choices: &'a [C
 mod tests {
     use super::*;
     use swiglu_db::Match;
-    use swiglu_kernels::{DType, Target, WeightMajor, arch, families};
+    use swiglu_kernels::families::Schedule;
+    use swiglu_kernels::{Config, DType, Target, WeightMajor, arch, families};
 
     #[test]
     fn buckets_are_in_order_and_end_at_their_largest_m() {
@@ -107,6 +135,8 @@ mod tests {
         }
         assert_eq!(bucket_of(1 << 31), COUNT - 1);
     }
+
+    const CLASS: &str = "sm_90a-sm132-l2_60m-smem227k-bus6016-mem3201mhz";
 
     const ANCHORS: [u32; 4] = [1, 16, 256, 4096];
 
@@ -133,6 +163,60 @@ mod tests {
     }
 
     #[test]
+    fn of_equally_fast_anchors_around_the_nearest_serves() {
+        // Neither neighbour of 700, whose bucket ends at 768, but one further on.
+        let anchors = [300, 450, 600, 1000, 1400];
+        let table = |times: [f64; 5]| BucketTable::new(&anchors, move |index, _| Some(times[index])).anchor(700);
+        assert_eq!(table([3.0, 1.0, 3.0, 3.0, 3.0]), 1);
+        assert_eq!(table([3.0, 1.0, 3.0, 1.01, 1.0]), 3, "as fast, and nearer");
+        assert_eq!(table([1.0, 3.0, 2.0, 3.0, 3.0]), 2, "300 is too far");
+        let partly = BucketTable::new(&anchors, |index, _| (index != 2).then_some(index as f64));
+        assert_eq!(partly.anchor(700), 2, "a neighbour without a time: the nearest");
+    }
+
+    /// K 4096, N 14336, bf16 on an H200, 2026-11-21: the winners around, and which serve where others were measured
+    /// (benches/results/2026-11-21-h200-off_anchor.json).
+    #[test]
+    fn winners_serve_off_their_anchors_as_measured() {
+        use Schedule::{Cooperative, Pingpong};
+        let shape = Problem::forward(DType::Bf16, WeightMajor::K, 0, 14336, 4096);
+        let legal = families::candidates(&shape, Target::Gpu(arch::by_name("sm_90a").unwrap()));
+        let choice = |(anchor, us, schedule, tile, cluster_m, consumers)| Choice {
+            anchor,
+            config: *legal
+                .iter()
+                .find(|config| match config {
+                    Config::WgmmaTma(tma) => {
+                        (tma.schedule, [tma.block_m, tma.block_n], tma.cluster_m, tma.consumers, tma.cluster_n)
+                            == (schedule, tile, cluster_m, consumers, 1)
+                            && (tma.cluster_k, tma.blocks_per_sm) == (1, 1)
+                    }
+                    _ => false,
+                })
+                .unwrap(),
+            matched: Match::Exact,
+            median_us: Some(us),
+            stand_in: None,
+        };
+        let choices = [
+            (128, 67.971, Cooperative, [128, 112], 1, 2),
+            (192, 96.431, Cooperative, [64, 112], 1, 1),
+            (256, 104.34, Pingpong, [128, 56], 2, 2),
+            (384, 157.839, Pingpong, [64, 112], 2, 2),
+            (512, 189.309, Pingpong, [128, 88], 1, 2),
+            (768, 285.977, Pingpong, [128, 96], 1, 2),
+            (1024, 361.977, Pingpong, [128, 88], 1, 2),
+            (1536, 542.724, Pingpong, [128, 88], 1, 2),
+        ]
+        .map(choice);
+        let served = |m| serving_choice(CLASS, &shape.with_m(m), &choices).unwrap().anchor;
+        // 384's kernel took 176 us at 258, 1024's 338 at 781 and 344 at 854; tuned ones 145, 312 and 336.
+        assert_eq!([258, 781, 854].map(served), [192, 768, 768]);
+        // These were within 3 % of what tuning found there.
+        assert_eq!([160, 246, 443, 519, 595, 767, 1413].map(served), [192, 256, 512, 768, 768, 768, 1536]);
+    }
+
+    #[test]
     fn an_anchor_inside_a_bucket_serves_it_whole() {
         let inside = BucketTable::new(&[100, 128], |index, _| Some(1.0 - index as f64));
         assert_eq!([100, 112, 120, 128].map(|m| inside.anchor(m)), [0, 0, 1, 1]);
@@ -140,7 +224,6 @@ mod tests {
 
     #[test]
     fn one_token_more_than_an_anchor_of_few_does_not_double_the_time() {
-        let class = "sm_90a-sm132-l2_60m-smem227k-bus6016-mem3201mhz";
         let problem = Problem::forward(DType::Bf16, WeightMajor::K, 9, 14336, 4096);
         let arch = arch::by_name("sm_90a").unwrap();
         let rows = |block_m: u32| {
@@ -156,8 +239,8 @@ mod tests {
             stand_in: None,
         };
         let choices = [choice(8, 8, 60.0), choice(16, 16, 61.0)];
-        assert_eq!(serving_choice(class, &problem, &choices).unwrap().anchor, 16);
-        assert_eq!(serving_choice(class, &problem.with_m(8), &choices).unwrap().anchor, 8);
-        assert_eq!(serving_choice(class, &problem, &[]), None);
+        assert_eq!(serving_choice(CLASS, &problem, &choices).unwrap().anchor, 16);
+        assert_eq!(serving_choice(CLASS, &problem.with_m(8), &choices).unwrap().anchor, 8);
+        assert_eq!(serving_choice(CLASS, &problem, &[]), None);
     }
 }

@@ -18,7 +18,7 @@ use std::ffi::c_void;
 use std::fmt::Write as _;
 use std::path::Path;
 use std::process::Command;
-use swiglu_kernels::families::{Config, Family, Schedule, Staging, Target, WgmmaTmaConfig, candidates};
+use swiglu_kernels::families::{Config, Family, Schedule, Staging, Target, candidates};
 use swiglu_kernels::problem::INT4_GROUP;
 use swiglu_kernels::{
     Activation, ArchSpec, DType, Format, KernelSource, Op, Problem, WeightMajor, arch, oracle, quant, render,
@@ -372,16 +372,26 @@ fn check(problem: Problem, config: &Config, arch: &'static ArchSpec) -> Result<(
     seeds.iter().try_for_each(check).map_err(|why| format!("{problem:?} {config}: {why}"))
 }
 
-fn cluster(config: &WgmmaTmaConfig) -> u32 {
-    config.cluster_m + 4 * config.cluster_n + 16 * config.cluster_k + 64 * config.blocks_per_sm
+fn cluster([m, n, k]: [u32; 3], blocks_per_sm: u32) -> u32 {
+    m + 4 * n + 16 * k + 128 * blocks_per_sm
 }
 
 /// Whether two configs take different ways through their template.
 fn way(config: &Config) -> (Family, Option<Staging>, Option<Schedule>, u32) {
     match config {
         Config::MmaSync(sync) => (Family::MmaSync, Some(sync.staging), None, 1),
-        Config::WgmmaTma(tma) => (Family::WgmmaTma, None, Some(tma.schedule), cluster(tma)),
-        Config::WgmmaGemm(gemm) => (Family::WgmmaGemm, None, Some(gemm.schedule), gemm.cluster_m + 2 * gemm.cluster_n),
+        Config::WgmmaTma(tma) => (
+            Family::WgmmaTma,
+            None,
+            Some(tma.schedule),
+            cluster([tma.cluster_m, tma.cluster_n, tma.cluster_k], tma.blocks_per_sm),
+        ),
+        Config::WgmmaGemm(gemm) => (
+            Family::WgmmaGemm,
+            None,
+            Some(gemm.schedule),
+            cluster([gemm.cluster_m, gemm.cluster_n, gemm.cluster_k], gemm.blocks_per_sm),
+        ),
         Config::MmaDirect(direct) => (Family::MmaDirect, None, None, direct.loads.min(5)),
         _ => (config.family(), None, None, 1),
     }

@@ -6,7 +6,7 @@ use rand::{SeedableRng, seq::IndexedRandom};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use swiglu_kernels::families::{Family, Target, candidates, default_of};
-use swiglu_kernels::{ArchSpec, DType, KernelSource, Op, Problem, WeightMajor, arch, render};
+use swiglu_kernels::{ArchSpec, Config, DType, KernelSource, Op, Problem, WeightMajor, arch, render};
 use swiglu_runtime::Options;
 use swiglu_runtime::cubin_cache::CubinCache;
 use swiglu_runtime::nvrtc::{CompileError, Nvrtc, Resources, SPILL_BUDGET_BYTES};
@@ -138,6 +138,26 @@ fn mma_gemm_compiles_for_every_architecture_within_the_budget() {
         })
         .collect();
     assert!(broken.is_empty(), "{}", broken.join("\n"));
+}
+
+/// A sample of the tiles for few tokens: registers decide whether two fit on a multiprocessor, so none may spill at all.
+#[test]
+fn the_down_projections_tiles_of_few_tokens_spill_nothing() {
+    let nvrtc = nvrtc();
+    let arch = arch::by_name("sm_90a").unwrap();
+    let mut rng = SmallRng::seed_from_u64(4);
+    for (dtype, major) in [(DType::Bf16, WeightMajor::K), (DType::F16, WeightMajor::N)] {
+        let problem = Problem::forward(dtype, major, 16, 14336, 4096).with_op(Op::Down);
+        let mut all = candidates(&problem, Target::Gpu(arch));
+        all.retain(|config| matches!(config, Config::WgmmaGemm(gemm) if gemm.consumers == 1));
+        assert!(all.len() > 30, "{major}: {}", all.len());
+        for config in all.sample(&mut rng, 8) {
+            let source = render::render(&problem, config, arch).unwrap();
+            let resources = nvrtc.compile(&source, arch).unwrap().resources;
+            let bad = (resources.spill_bytes, resources.stack_bytes, resources.wgmma_serialized);
+            assert_eq!(bad, (0, 0, false), "{major} {config}");
+        }
+    }
 }
 
 #[test]

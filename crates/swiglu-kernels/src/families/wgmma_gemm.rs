@@ -2,7 +2,7 @@
 //!
 //! Design: `docs/kernels/wgmma_gemm.md`. Template: `templates/wgmma_gemm/kernel.cu.tera`.
 
-use super::wgmma_tma::{ORDERS, SMEM_BYTES, stages_that_fit};
+use super::wgmma_tma::{ORDERS, check_blocks_per_sm, one, smem_budget, stages_that_fit};
 use super::{LaunchShape, Raster, Rejected, Schedule, check_block, check_sizes, ensure};
 use crate::arch::ArchSpec;
 use crate::problem::{DType, Op, OperandMajor, Problem};
@@ -28,10 +28,22 @@ pub struct WgmmaGemmConfig {
     pub cluster_m: u32,
     /// CTAs along the columns that share the left operand by multicast.
     pub cluster_n: u32,
+    /// CTAs that share out the sums of one tile: 2 or 4 for few tokens.
+    #[serde(default = "one")]
+    pub cluster_k: u32,
     /// Columns of one asynchronous store.
     pub store_cols: u32,
     /// Stores in flight per warp; for `dgated` also loads of pre-activations.
     pub store_buffers: u32,
+    /// CTAs that fit on one multiprocessor: 2 for few tokens.
+    #[serde(default = "one")]
+    pub blocks_per_sm: u32,
+    /// CTAs launched per multiprocessor, a launch parameter: fewer than fit leave room for the next launch to begin.
+    #[serde(default = "one")]
+    pub fill: u32,
+    /// Steps of the right operand that a CTA asks into L2 before the launch ahead of it has ended: for weights.
+    #[serde(default)]
+    pub prefetch: u32,
     /// Walk over the tiles; a launch parameter, not a constant of the source.
     pub raster: Raster,
     /// Clusters walked side by side; a launch parameter.
@@ -61,7 +73,7 @@ impl WgmmaGemmConfig {
         128 * (1 + self.consumers)
     }
 
-    /// Shared memory: the ring, the staging of loads and stores, their barriers.
+    /// Shared memory: the ring, the staging of loads and stores, their barriers, what a split of the sums exchanges.
     pub const fn smem_bytes(&self, op: Op) -> u32 {
         let ring = self.stages * self.block_k * (self.block_m + self.block_n) * ELEMENT_BYTES;
         let buffers = 4 * self.consumers * self.store_buffers;
@@ -71,15 +83,19 @@ impl WgmmaGemmConfig {
             Op::Dgated => buffers * (3 * strip + 8),
             _ => buffers * strip,
         };
-        ring + staging + 16 * self.stages
+        let exchange = match self.cluster_k {
+            0 | 1 => 0,
+            parts => (parts - 1) * self.block_m * self.block_n * 4 + 16,
+        };
+        ring + staging + exchange + 16 * self.stages
     }
 
     pub(super) fn launch_shape(&self, problem: &Problem) -> LaunchShape {
         LaunchShape {
             block_m: self.block_m * self.cluster_m,
             block_n: self.block_n * self.cluster_n,
-            cluster: self.cluster_m * self.cluster_n,
-            per_sm: Some(1),
+            cluster: self.cluster_m * self.cluster_n * self.cluster_k,
+            per_sm: Some(self.fill),
             threads: self.threads(),
             smem_bytes: self.smem_bytes(problem.op),
             raster: self.raster,
@@ -93,7 +109,20 @@ impl WgmmaGemmConfig {
             return ensure(false, "the op is one GEMM", || problem.op.to_string());
         };
         let &Self {
-            block_m, block_n, block_k, stages, consumers, cluster_m, cluster_n, store_cols, store_buffers, ..
+            block_m,
+            block_n,
+            block_k,
+            stages,
+            consumers,
+            cluster_m,
+            cluster_n,
+            cluster_k,
+            store_cols,
+            store_buffers,
+            blocks_per_sm,
+            fill,
+            prefetch,
+            ..
         } = self;
         let sizes = [
             block_m,
@@ -103,8 +132,12 @@ impl WgmmaGemmConfig {
             consumers,
             cluster_m,
             cluster_n,
+            cluster_k,
             store_cols,
             store_buffers,
+            blocks_per_sm,
+            fill,
+            prefetch.max(1),
             self.raster_group,
         ];
         check_sizes(&sizes, 1024)?;
@@ -130,13 +163,29 @@ impl WgmmaGemmConfig {
             format!("block_m {block_m}")
         })?;
         // Measured with NVRTC 13.0: more accumulators spill, and ptxas then serialises wgmma.
-        let most = if problem.op == Op::Dgated { 192 } else { 208 };
+        let most = match problem.op {
+            _ if blocks_per_sm == 2 => 96,
+            Op::Dgated => 192,
+            _ => 208,
+        };
         let accumulators = self.schedule.row_blocks(block_m, consumers) * block_n / 2;
         ensure(accumulators <= most, "accumulators fit in registers", || {
             format!("{accumulators} accumulators a thread")
         })?;
         // 132 multiprocessors are 66 pairs; larger clusters leave some idle.
-        ensure(cluster_m * cluster_n <= 2, "a cluster is at most a pair", || format!("{cluster_m}x{cluster_n}"))?;
+        ensure(
+            cluster_m * cluster_n <= 2 && block_m.is_multiple_of(16 * cluster_n),
+            "a pair shares an operand, not more",
+            || format!("{cluster_m}x{cluster_n} with block_m {block_m}"),
+        )?;
+        ensure(consumers > 1 || problem.op == Op::Down, "tiles of few tokens are for the down projection", || {
+            format!("1 consumer in {}", problem.op)
+        })?;
+        ensure(
+            cluster_k == 1 || (matches!(cluster_k, 2 | 4) && consumers == 1 && cluster_m * cluster_n == 1),
+            "two or four split the sums of few tokens",
+            || format!("cluster {cluster_m}x{cluster_n}x{cluster_k} with {consumers} consumers"),
+        )?;
         ensure(
             block_n.is_multiple_of(store_cols)
                 && store_cols.is_multiple_of(8)
@@ -148,6 +197,7 @@ impl WgmmaGemmConfig {
         ensure(problem.op != Op::Dgated || store_buffers >= 2, "pre-activations arrive while others are used", || {
             format!("store_buffers {store_buffers}")
         })?;
+        check_blocks_per_sm((blocks_per_sm, fill), consumers, self.smem_bytes(problem.op), arch)?;
         check_block(&self.launch_shape(problem), problem, arch)
     }
 }
@@ -157,7 +207,7 @@ const fn output_bytes(op: Op) -> u32 {
     if op.accumulates() { 4 } else { ELEMENT_BYTES }
 }
 
-/// A tile with `store_buffers` and the most stages that fit beside them.
+/// A tile with `buffers` for its stores.
 fn tile(op: Op, (schedule, block_m, block_n, consumers): (Schedule, u32, u32, u32), buffers: u32) -> WgmmaGemmConfig {
     // Narrower strips leave room for more of them.
     let widest = if op == Op::Dgated { 64 } else { 128 };
@@ -171,13 +221,74 @@ fn tile(op: Op, (schedule, block_m, block_n, consumers): (Schedule, u32, u32, u3
         schedule,
         cluster_m: 1,
         cluster_n: 1,
+        cluster_k: 1,
         store_cols: cols.into_iter().find(|&cols| block_n.is_multiple_of(cols)).unwrap_or(block_n),
         store_buffers: buffers,
+        blocks_per_sm: 1,
+        fill: 1,
+        prefetch: if has_weight(op) { 4 } else { 0 },
         raster: Raster::AlongN,
         raster_group: 8,
     };
-    let stage = WgmmaGemmConfig { stages: 1, ..config }.smem_bytes(op) - config.smem_bytes(op);
-    WgmmaGemmConfig { stages: stages_that_fit(SMEM_BYTES, config.smem_bytes(op), stage, 8), ..config }
+    config.with_most_stages(op, 8)
+}
+
+/// Whether the right operand is a weight, which no launch ahead has written.
+const fn has_weight(op: Op) -> bool {
+    matches!(op, Op::Down | Op::DownInputGrad | Op::Dgated | Op::InputGrad)
+}
+
+impl WgmmaGemmConfig {
+    /// As many stages as fit, up to `most`.
+    fn with_most_stages(self, op: Op, most: u32) -> Self {
+        let none = Self { stages: 0, ..self }.smem_bytes(op);
+        let stage = Self { stages: 1, ..self }.smem_bytes(op) - none;
+        Self { stages: stages_that_fit(smem_budget(self.blocks_per_sm), none, stage, most), ..self }
+    }
+
+    /// Bytes of a step of the right operand.
+    const fn step_bytes(&self) -> u32 {
+        self.block_n * self.block_k * ELEMENT_BYTES
+    }
+}
+
+/// Columns of the tiles for few tokens. Which share the output out evenly depends on K, hence so many.
+const STREAM_COLUMNS: [u32; 7] = [32, 48, 64, 80, 96, 112, 128];
+
+/// cluster_n, cluster_k of tiles of 16 rows, and of 64.
+const STREAM_CLUSTERS: [(u32, &[(u32, u32)]); 2] =
+    [(16, &[(1, 1), (1, 2), (1, 4)]), (64, &[(1, 1), (2, 1), (1, 2), (1, 4)])];
+
+/// A tile for few tokens: all there is to do is to read the weights once.
+fn stream_tile(block_m: u32, block_n: u32, (cluster_n, cluster_k): (u32, u32), blocks_per_sm: u32) -> WgmmaGemmConfig {
+    let op = Op::Down;
+    let config = WgmmaGemmConfig {
+        cluster_n,
+        cluster_k,
+        blocks_per_sm,
+        ..tile(op, (Schedule::Cooperative, block_m, block_n, 1), 1)
+    };
+    // Some 100 KiB a block of half a multiprocessor; 140 where the launch ahead has to end first.
+    let ahead = if blocks_per_sm == 2 { 100 << 10 } else { 140 << 10 };
+    WgmmaGemmConfig { prefetch: ahead / config.step_bytes(), ..config }.with_most_stages(op, 24)
+}
+
+/// Bytes on their way in a multiprocessor that memory's rate takes (docs/kernels/wgmma_tma.md).
+const IN_FLIGHT_BYTES: u32 = 64 << 10;
+
+fn stream_tiles() -> impl Iterator<Item = WgmmaGemmConfig> {
+    let shapes = STREAM_CLUSTERS.into_iter().flat_map(|(block_m, clusters)| {
+        STREAM_COLUMNS
+            .into_iter()
+            .flat_map(move |block_n| clusters.iter().map(move |&cluster| (block_m, block_n, cluster)))
+    });
+    let tiles = shapes.flat_map(|(block_m, block_n, cluster)| {
+        [(1, 1), (2, 1), (2, 2)].map(|(blocks_per_sm, fill)| WgmmaGemmConfig {
+            fill,
+            ..stream_tile(block_m, block_n, cluster, blocks_per_sm)
+        })
+    });
+    tiles.filter(|tile| tile.fill * tile.stages * tile.step_bytes() >= IN_FLIGHT_BYTES)
 }
 
 /// The numbers of store buffers worth a try: those that leave different numbers of stages, the larger of two equal ones.
@@ -193,7 +304,7 @@ fn tiles(op: Op, shape: (Schedule, u32, u32, u32)) -> impl Iterator<Item = Wgmma
 
 pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaGemmConfig> + use<> {
     let op = problem.op;
-    TILES.into_iter().flat_map(move |shape| tiles(op, shape)).flat_map(|tile| {
+    let tiles = TILES.into_iter().flat_map(move |shape| tiles(op, shape)).flat_map(|tile| {
         [(2, 1), (1, 2), (1, 1)].into_iter().flat_map(move |(cluster_m, cluster_n)| {
             ORDERS.into_iter().map(move |(raster, raster_group)| WgmmaGemmConfig {
                 cluster_m,
@@ -203,26 +314,35 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaGemmConfig> 
                 ..tile
             })
         })
-    })
+    });
+    tiles.chain(stream_tiles().filter(move |_| op == Op::Down))
 }
 
 /// Preferred configs when nothing was tuned, best first.
 pub(super) fn defaults(problem: &Problem) -> Vec<WgmmaGemmConfig> {
     let op = problem.op;
-    let few = problem.output().0 <= 256;
-    let shapes = if few { [(128, 64), (128, 128)] } else { [(128, 192), (128, 128)] };
+    let shapes = match problem.output().0 {
+        0..=256 => [(128, 64), (128, 128)],
+        _ => [(128, 192), (128, 128)],
+    };
     let pair = |(block_m, block_n)| {
         let last = tiles(op, (Schedule::Pingpong, block_m, block_n, 2)).last();
         last.map(|tile| WgmmaGemmConfig { cluster_m: 2, ..tile })
     };
-    shapes.into_iter().filter_map(pair).collect()
+    let few = match problem.m {
+        0..=16 => Some(16),
+        17..=64 => Some(64),
+        _ => None,
+    };
+    let stream = few.filter(|_| op == Op::Down).map(|block_m| stream_tile(block_m, 64, (1, 2), 1));
+    stream.into_iter().chain(shapes.into_iter().filter_map(pair)).collect()
 }
 
 impl fmt::Display for WgmmaGemmConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "wgmma_gemm {} {}x{}x{} stages {} consumers {} cluster {}x{} store {}x{} {} {}",
+            "wgmma_gemm {} {}x{}x{} stages {} consumers {} cluster {}x{}x{} store {}x{} blocks {}/{} prefetch {} {} {}",
             self.schedule,
             self.block_m,
             self.block_n,
@@ -231,8 +351,12 @@ impl fmt::Display for WgmmaGemmConfig {
             self.consumers,
             self.cluster_m,
             self.cluster_n,
+            self.cluster_k,
             self.store_cols,
             self.store_buffers,
+            self.fill,
+            self.blocks_per_sm,
+            self.prefetch,
             self.raster,
             self.raster_group
         )

@@ -64,7 +64,7 @@ pub struct WgmmaTmaConfig {
     pub raster_group: u32,
 }
 
-fn one() -> u32 {
+pub(super) fn one() -> u32 {
     1
 }
 
@@ -78,9 +78,10 @@ impl Schedule {
         )
     }
 
-    /// Whether every warpgroup has whole 64-row blocks of `block_m` rows.
+    /// Whether every warpgroup has whole 64-row blocks of `block_m` rows. One alone may have less: tiles of few tokens.
     pub(super) const fn has_whole_blocks(self, block_m: u32, consumers: u32) -> bool {
         match self {
+            Self::Cooperative if consumers == 1 => matches!(block_m, 16 | 32 | 64),
             Self::Cooperative => block_m.is_multiple_of(64 * consumers),
             Self::Pingpong => block_m.is_multiple_of(64),
         }
@@ -150,6 +151,31 @@ const fn is_promoted(dtype: DType) -> bool {
 /// Whether the kernel reads its operands cut in two, which a launch of its own does before. It turns N-major weights over.
 pub const fn is_split(dtype: DType) -> bool {
     matches!(dtype, DType::F32)
+}
+
+/// Shared memory that each of the blocks of a multiprocessor may ask for on sm_90a.
+pub(super) const fn smem_budget(blocks_per_sm: u32) -> u32 {
+    (SMEM_BYTES + RESERVED_BYTES) / blocks_per_sm - RESERVED_BYTES
+}
+
+/// Rules of blocks that share a multiprocessor: one consumer each, and room for all of them.
+pub(super) fn check_blocks_per_sm(
+    (blocks_per_sm, fill): (u32, u32),
+    consumers: u32,
+    smem_bytes: u32,
+    arch: &ArchSpec,
+) -> Result<(), Rejected> {
+    ensure(
+        blocks_per_sm == 1 || (blocks_per_sm == 2 && consumers == 1),
+        "two small blocks share a multiprocessor",
+        || format!("{blocks_per_sm} blocks of {consumers} consumers"),
+    )?;
+    ensure(fill <= blocks_per_sm, "no more blocks are launched than fit", || format!("{fill} of {blocks_per_sm}"))?;
+    ensure(
+        blocks_per_sm * (smem_bytes + RESERVED_BYTES) <= arch.smem_per_block + RESERVED_BYTES,
+        "the stages of all blocks of a multiprocessor fit in its shared memory",
+        || format!("{blocks_per_sm} blocks of {smem_bytes} bytes"),
+    )
 }
 
 impl WgmmaTmaConfig {
@@ -246,13 +272,11 @@ impl WgmmaTmaConfig {
             || format!("block_n {block_n}"),
         )?;
         self.schedule.check_consumers(consumers, 3)?;
-        let whole = match self.schedule {
-            Schedule::Cooperative if consumers == 1 => matches!(block_m, 16 | 32 | 64),
-            schedule => schedule.has_whole_blocks(block_m, consumers),
-        };
-        ensure(whole && block_m <= 256, "a warpgroup holds whole 64-row blocks, a box at most 256 rows", || {
-            format!("block_m {block_m}")
-        })?;
+        ensure(
+            self.schedule.has_whole_blocks(block_m, consumers) && block_m <= 256,
+            "a warpgroup holds whole 64-row blocks, a box at most 256 rows",
+            || format!("block_m {block_m}"),
+        )?;
         // Measured with NVRTC 13.0: more accumulators spill, and ptxas then serialises wgmma.
         let most = match (consumers, problem.dtype) {
             (3, _) => 96,
@@ -286,20 +310,10 @@ impl WgmmaTmaConfig {
         ensure(block_n.is_multiple_of(store_cols) && is_wide, "stores are whole boxes", || {
             format!("store_cols {store_cols} of {block_n}")
         })?;
-        ensure(
-            blocks_per_sm == 1 || (blocks_per_sm == 2 && consumers == 1),
-            "two small blocks share a multiprocessor",
-            || format!("{blocks_per_sm} blocks of {consumers} consumers"),
-        )?;
-        ensure(fill <= blocks_per_sm, "no more blocks are launched than fit", || format!("{fill} of {blocks_per_sm}"))?;
         ensure(consumers > 1 || !is_promoted(problem.dtype), "tiles of few tokens sum once", || {
             format!("1 consumer of {}", problem.dtype)
         })?;
-        ensure(
-            blocks_per_sm * (self.smem_bytes(problem.dtype) + RESERVED_BYTES) <= arch.smem_per_block + RESERVED_BYTES,
-            "the stages of all blocks of a multiprocessor fit in its shared memory",
-            || format!("{blocks_per_sm} blocks of {} bytes", self.smem_bytes(problem.dtype)),
-        )?;
+        check_blocks_per_sm((blocks_per_sm, fill), consumers, self.smem_bytes(problem.dtype), arch)?;
         check_fast_silu(self.fast_silu, problem)?;
         ensure(stages >= 2, "at least 2 stages", || format!("{stages} stages"))?;
         check_block(&self.launch_shape(problem.dtype), problem, arch)
@@ -345,8 +359,7 @@ impl WgmmaTmaConfig {
     fn with_most_stages(self, most: u32, dtype: DType) -> Self {
         let none = Self { stages: 0, ..self }.smem_bytes(dtype);
         let stage = Self { stages: 1, ..self }.smem_bytes(dtype) - none;
-        let budget = (SMEM_BYTES + RESERVED_BYTES) / self.blocks_per_sm - RESERVED_BYTES;
-        Self { stages: stages_that_fit(budget, none, stage, most), ..self }
+        Self { stages: stages_that_fit(smem_budget(self.blocks_per_sm), none, stage, most), ..self }
     }
 }
 

@@ -265,6 +265,31 @@ fn sums_of_columns_match_the_oracle() {
     check_all(&cases, arch);
 }
 
+/// Every way through the tiles for few tokens, of fewer rows than a product has and of more tokens than a tile: sums that
+/// share out evenly, and not.
+#[test]
+fn the_down_projection_of_few_tokens_matches_the_oracle() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    let mut rng = SmallRng::seed_from_u64(15);
+    let mut cases: Vec<(Problem, Config)> = Vec::new();
+    for (dtype, major) in [(DType::Bf16, WeightMajor::K), (DType::F16, WeightMajor::N)] {
+        for (m, n) in [(5, 328), (70, 136)] {
+            let problem = Problem::forward(dtype, major, m, n, 264).with_op(Op::Down);
+            let mut all = candidates(&problem, Target::Gpu(arch));
+            all.retain(|config| matches!(config, Config::WgmmaGemm(gemm) if gemm.consumers == 1));
+            let mut ways: Vec<_> = all.iter().map(way).collect();
+            ways.sort_unstable();
+            ways.dedup();
+            for this in ways {
+                let of_this: Vec<&Config> = all.iter().filter(|config| way(config) == this).collect();
+                cases.extend(of_this.choose(&mut rng).map(|config| (problem, **config)));
+            }
+        }
+    }
+    assert!(cases.len() > 20, "{} cases", cases.len());
+    check_all(&cases, arch);
+}
+
 fn check_all(cases: &[(Problem, Config)], arch: &'static ArchSpec) {
     let wrong: Vec<String> = cases
         .par_iter()

@@ -6,7 +6,7 @@ use rand::{SeedableRng, rngs::SmallRng, seq::IndexedRandom};
 use rand_distr::{Distribution, StandardNormal};
 use swiglu_kernels::families::{Config, Family, Target, candidates};
 use swiglu_kernels::problem::{Problem, WeightMajor};
-use swiglu_kernels::{Op, oracle};
+use swiglu_kernels::{ArchSpec, Op, oracle};
 use swiglu_runtime::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
 use swiglu_runtime::{DType, Element, LaunchError, RawMatrix, RawStep, StepPlan};
 
@@ -250,6 +250,78 @@ fn a_seeded_sample_of_every_steps_space_matches_the_oracle() {
             }
         }
     });
+}
+
+/// Tiles for few tokens, for as many as they have rows, fewer and more; sums that share out evenly and not.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn the_down_projection_of_few_tokens_matches_the_oracle_and_repeats_its_bits() {
+    let gpu = gpu();
+    let arch = gpu.runtime.gpu().arch;
+    let mut rng = SmallRng::seed_from_u64(19);
+    for major in WeightMajor::ALL {
+        for (m, n, k) in [(1, 4096, 2048), (16, 1032, 4104), (40, 2056, 1032), (150, 520, 264)] {
+            let problem = Problem::forward(DType::Bf16, major, m, n, k).with_op(Op::Down);
+            let few = few_token_tiles(&problem, arch);
+            let case = Case::<bf16>::new(problem, 0, 2);
+            let [reference] = &case.references()[..] else { panic!("one output") };
+            for config in few.sample(&mut rng, 24) {
+                let plan = gpu.runtime.prepare_step_config(&problem, *config).unwrap();
+                let run = || wide(case.run::<bf16>(&gpu, &plan, false).unwrap()).remove(0).unwrap();
+                let output = run();
+                let error =
+                    oracle::relative_error(output[..reference.len()].iter().copied(), reference.iter().copied());
+                assert!(error <= DType::Bf16.tolerance(), "{problem:?} {config}: error {error:.2e}");
+                assert_eq!(output[..reference.len()], run()[..reference.len()], "{problem:?} {config}: other bits");
+            }
+        }
+    }
+}
+
+/// Each launch reads what the one ahead of it stores, begins before that has ended, and writes what the one before read.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn down_projections_of_few_tokens_wait_for_each_other() {
+    let gpu = gpu();
+    let stream = &gpu.stream;
+    let mut rng = SmallRng::seed_from_u64(20);
+    let (m, n) = (4, 4096);
+    let problem = Problem::forward(DType::Bf16, WeightMajor::K, m, n, n).with_op(Op::Down);
+    let [tokens, weights] = [(m, 1.0), (n, 1.0 / (n as f32).sqrt())]
+        .map(|(rows, scale)| Host::<bf16>::normal(rows as usize, n as usize, 0, scale, &mut rng).data);
+    let weights = stream.clone_htod(&weights).unwrap();
+    for config in few_token_tiles(&problem, gpu.runtime.gpu().arch).sample(&mut rng, 16) {
+        let plan = gpu.runtime.prepare_step_config(&problem, *config).unwrap();
+        let chain = |apart: bool| {
+            let buffers = [stream.clone_htod(&tokens).unwrap(), stream.clone_htod(&tokens).unwrap()];
+            let raw = |data: &CudaSlice<bf16>| RawMatrix { address: data.device_ptr(stream).0, stride: i64::from(n) };
+            let none = RawMatrix::default();
+            for step in 0..9 {
+                let (from, to) = (&buffers[step % 2], &buffers[(step + 1) % 2]);
+                let args = RawStep {
+                    m,
+                    left: [raw(from), none],
+                    right: [raw(&weights), none],
+                    out: [raw(to), none, none],
+                    ..RawStep::default()
+                };
+                // SAFETY: the slices hold the operands and live until the last output is read back below.
+                unsafe { plan.launch_raw(stream.cu_stream(), &args) }.unwrap();
+                if apart {
+                    stream.synchronize().unwrap();
+                }
+            }
+            let bits = |value: bf16| value.to_bits();
+            stream.clone_dtoh(&buffers[1]).unwrap().into_iter().map(bits).collect::<Vec<u16>>()
+        };
+        assert_eq!(chain(false), chain(true), "{config}");
+    }
+}
+
+fn few_token_tiles(problem: &Problem, arch: &'static ArchSpec) -> Vec<Config> {
+    let mut all = candidates(problem, Target::Gpu(arch));
+    all.retain(|config| matches!(config, Config::WgmmaGemm(gemm) if gemm.consumers == 1));
+    all
 }
 
 fn wide<O: Element>(outputs: Vec<Option<Vec<O>>>) -> Vec<Option<Vec<f64>>> {
