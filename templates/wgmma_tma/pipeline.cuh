@@ -73,6 +73,15 @@ struct Lockstep {
     }
 };
 
+// ---- producer ----
+// Waits until the consumers have read the stage of K tile `block`. Of few tokens two neighbours along K are asked for
+// together: memory gives more where rows are read in longer pieces. A consumer keeps one stage while it waits for the next.
+__device__ __forceinline__ void wait_for_stage(u32 empty, const RingCursor& cursor, int block, int k_blocks) {
+    RingCursor last = cursor;
+    if (kStream && kStages > 2 && block % 2 == 0 && block + 1 < k_blocks) last.advance();
+    mbarrier_wait(empty + last.stage * 8, last.phase ^ 1);
+}
+
 // ---- consumer ----
 // Tells the producers of the cluster that this warp no longer reads the stage.
 __device__ __forceinline__ void release_stage(u32 barrier, int lane) {
