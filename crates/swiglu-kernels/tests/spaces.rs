@@ -79,8 +79,8 @@ fn a_step_is_refused_by_the_families_of_the_forward_and_its_own_say_why() {
     let Config::WgmmaGemm(good) = families::default_config(&problem, arch).unwrap() else { panic!("wgmma_gemm") };
     let gemm = |config| Config::WgmmaGemm(config);
     assert_eq!(rule(gemm(good), &problem.with_op(Op::Gate)), "the family computes this op");
-    let boxes = "columns that are contiguous in the right operand load in boxes of 64";
-    assert_eq!(rule(gemm(WgmmaGemmConfig { block_n: 160, ..good }), &problem), boxes);
+    let boxes = "columns that are contiguous in the right operand load in boxes of 64 or 32";
+    assert_eq!(rule(gemm(WgmmaGemmConfig { block_n: 80, ..good }), &problem), boxes);
     let slots = WgmmaGemmConfig { store_buffers: 1, ..good };
     assert_eq!(rule(gemm(slots), &problem), "pre-activations arrive while others are used");
     let room = "the stages of all blocks of a multiprocessor fit in its shared memory";

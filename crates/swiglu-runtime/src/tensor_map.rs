@@ -80,10 +80,11 @@ pub(crate) fn of_mma_sync(config: &MmaSyncConfig, problem: &Problem, args: &RawF
 /// is its first of that kind again.
 pub(crate) fn of_wgmma_gemm(config: &WgmmaGemmConfig, problem: &Problem, args: &RawStep) -> Option<[BoxedMatrix; 9]> {
     let product = problem.with_m(args.m).product()?;
-    let operand = |matrix: RawMatrix, (rows, cols): (u32, u32), major: OperandMajor, block: u32, sharers: u32| {
-        let box_rows = match major {
-            OperandMajor::Depth => block / sharers,
-            OperandMajor::Outer => config.block_k / sharers,
+    let operand = |matrix: RawMatrix, (rows, cols): (u32, u32), major: OperandMajor, block: [u32; 2], sharers: u32| {
+        let [extent, across] = block;
+        let (box_rows, box_cols) = match major {
+            OperandMajor::Depth => (extent / sharers, config.block_k),
+            OperandMajor::Outer => (config.block_k / sharers, across),
         };
         BoxedMatrix {
             format: problem.dtype.output(),
@@ -92,11 +93,12 @@ pub(crate) fn of_wgmma_gemm(config: &WgmmaGemmConfig, problem: &Problem, args: &
             cols,
             row_stride: matrix.stride,
             box_rows,
-            box_cols: config.block_k,
+            box_cols,
         }
     };
-    let left = |matrix| operand(matrix, product.left_shape(), product.left, config.block_m, config.cluster_n);
-    let right = |matrix| operand(matrix, product.right_shape(), product.right, config.block_n, config.cluster_m);
+    let (rows, cols) = ([config.block_m, 64], [config.block_n, config.right_cols()]);
+    let left = |matrix| operand(matrix, product.left_shape(), product.left, rows, config.cluster_n);
+    let right = |matrix| operand(matrix, product.right_shape(), product.right, cols, config.cluster_m);
     let strip = |format| {
         move |matrix: RawMatrix| BoxedMatrix {
             format,

@@ -90,6 +90,11 @@ impl WgmmaGemmConfig {
         ring + staging + exchange + 16 * self.stages
     }
 
+    /// Columns of one box of a right operand whose columns are contiguous: a 128-byte or a 64-byte swizzle row.
+    pub const fn right_cols(&self) -> u32 {
+        if self.block_n.is_multiple_of(64) { 64 } else { 32 }
+    }
+
     pub(super) fn launch_shape(&self, problem: &Problem) -> LaunchShape {
         LaunchShape {
             block_m: self.block_m * self.cluster_m,
@@ -153,8 +158,8 @@ impl WgmmaGemmConfig {
             || format!("block_n {block_n}"),
         )?;
         ensure(
-            product.right == OperandMajor::Depth || block_n.is_multiple_of(64),
-            "columns that are contiguous in the right operand load in boxes of 64",
+            product.right == OperandMajor::Depth || block_n.is_multiple_of(32),
+            "columns that are contiguous in the right operand load in boxes of 64 or 32",
             || format!("block_n {block_n}"),
         )?;
         self.schedule.check_consumers(consumers, 2)?;

@@ -290,6 +290,27 @@ fn the_down_projection_of_few_tokens_matches_the_oracle() {
     check_all(&cases, arch);
 }
 
+/// Contiguous columns of the right operand whose number 64 does not divide, shared by a pair and not.
+#[test]
+fn columns_in_boxes_of_32_match_the_oracle() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    let mut rng = SmallRng::seed_from_u64(16);
+    let mut cases: Vec<(Problem, Config)> = Vec::new();
+    for op in [Op::Dgated, Op::InputGrad, Op::WeightGradAdd, Op::DownWeightGrad] {
+        let problem = Problem::forward(DType::Bf16, WeightMajor::K, 150, 200, 136).with_op(op);
+        for cluster_m in [1, 2] {
+            let mut all = candidates(&problem, Target::Gpu(arch));
+            all.retain(|config| match config {
+                Config::WgmmaGemm(gemm) => gemm.block_n % 64 == 32 && gemm.cluster_m == cluster_m,
+                _ => false,
+            });
+            cases.extend(all.sample(&mut rng, 1).map(|config| (problem, *config)));
+        }
+    }
+    assert_eq!(cases.len(), 8);
+    check_all(&cases, arch);
+}
+
 fn check_all(cases: &[(Problem, Config)], arch: &'static ArchSpec) {
     let wrong: Vec<String> = cases
         .par_iter()
