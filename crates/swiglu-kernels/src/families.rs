@@ -321,6 +321,7 @@ pub fn default_config(problem: &Problem, arch: &'static ArchSpec) -> Result<Conf
     let families: &[Family] = match problem.dtype {
         _ if problem.op.is_elementwise() => &[Family::Elementwise],
         _ if problem.op.is_column_sum() => &[Family::ColumnSum],
+        DType::F32 if !problem.op.is_forward() && problem.m <= 256 => &[Family::SimtGemm, Family::WgmmaGemm],
         _ if !problem.op.is_forward() => &[Family::WgmmaGemm, Family::MmaGemm, Family::SimtGemm],
         DType::E4m3 => &[Family::WgmmaTma],
         DType::Bf16E4m3 | DType::F16E4m3 | DType::Bf16Int4 | DType::F16Int4 => &[Family::MmaDirect],

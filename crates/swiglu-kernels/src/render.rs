@@ -83,7 +83,7 @@ const TEMPLATES: [(&str, &str); 12] = [
     template!("support/kernels.cu.tera"),
 ];
 
-const HEADERS: [(&str, &str); 32] = [
+const HEADERS: [(&str, &str); 34] = [
     template!("shared/types.cuh"),
     template!("shared/activation.cuh"),
     template!("shared/params.cuh"),
@@ -92,6 +92,7 @@ const HEADERS: [(&str, &str); 32] = [
     template!("shared/step_tile.cuh"),
     template!("shared/raster.cuh"),
     template!("shared/ring.cuh"),
+    template!("shared/split.cuh"),
     template!("mma_sync/tile.cuh"),
     template!("mma_sync/copy_ring.cuh"),
     template!("mma_sync/fragments.cuh"),
@@ -101,7 +102,8 @@ const HEADERS: [(&str, &str); 32] = [
     template!("simt/tile.cuh"),
     template!("wgmma_tma/pipeline.cuh"),
     template!("wgmma_tma/store.cuh"),
-    template!("wgmma_tma/split.cuh"),
+    template!("wgmma_tma/sum_anew.cuh"),
+    template!("wgmma_gemm/sum_anew.cuh"),
     template!("wgmma_tma/sum_exchange.cuh"),
     template!("shared/ptx/convert.cuh"),
     template!("shared/ptx/pairs.cuh"),
@@ -148,7 +150,7 @@ pub fn render(problem: &Problem, config: &Config, arch: &'static ArchSpec) -> Re
     let template = template_of(problem, config)?;
     let context = context(problem, config, template)?;
     let entry = if problem.op.is_forward() { "swiglu_forward" } else { "swiglu_step" };
-    let is_split = matches!(config, Config::WgmmaTma(_)) && wgmma_tma::is_split(problem.dtype);
+    let is_split = matches!(config, Config::WgmmaTma(_) | Config::WgmmaGemm(_)) && wgmma_tma::is_split(problem.dtype);
     let rendered = source(config.family().name(), entry, template, &context)?;
     Ok(KernelSource { prologue: is_split.then_some("swiglu_split"), ..rendered })
 }

@@ -7,7 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use crate::launch::{KernelParams, RawForward, RawScales};
-use crate::split::Split;
+use crate::split::{self, Split};
 use crate::tensor_map::{self, BoxedMatrix};
 use half::{bf16, f16};
 use rand::rngs::SmallRng;
@@ -158,6 +158,20 @@ struct Scales {
     each: bool,
 }
 
+/// The parts of operands, written by the prologue of `library`, with their memory.
+fn run_split(library: &libloading::Library, split: Split) -> (Split, Vec<u8>) {
+    let memory = vec![0xa5_u8; split.bytes as usize + 256];
+    let split = split.at((memory.as_ptr() as u64).next_multiple_of(256));
+    let arguments = [(&raw const split.params).cast::<c_void>()];
+    // SAFETY: `translate` gives every library with a prologue this function; its argument is alive.
+    let done = unsafe {
+        let run = library.get::<Run>(b"run_prologue").unwrap();
+        run(arguments.as_ptr(), split.blocks, split::THREADS, 1, 0)
+    };
+    assert!(done, "the prologue's threads wait for each other for ever");
+    (split, memory)
+}
+
 /// Random operands whose rows have gaps, so that strides count.
 struct Case {
     problem: Problem,
@@ -300,18 +314,11 @@ impl Case {
             scales: self.raw_scales(),
         };
         let shape = config.launch_shape(problem).unwrap();
-        let mut split = source.prologue.map(|_| Split::new(problem, problem.m));
-        let scratch = vec![0xa5_u8; split.map_or(0, |split| split.bytes as usize + 256)];
-        split = split.map(|split| split.at((scratch.as_ptr() as u64).next_multiple_of(256)));
+        let with_memory = source.prologue.map(|_| run_split(&library, Split::of_forward(problem, &args)));
+        let split = with_memory.as_ref().map(|(split, _)| *split);
         let params = |args: &RawForward| KernelParams::new(problem, shape.raster, shape.raster_group, args).unwrap();
         let params = params(&split.map_or(args, |split| split.scaled(&args)));
-        let (of_maps, operands) = split.map_or((*problem, args), |split| split.operands(problem, &args));
-        if let Some(split) = split {
-            // SAFETY: as above; the arguments are the kernel's, in its order, and alive.
-            let run = unsafe { library.get::<Run>(b"run_prologue") }.unwrap();
-            let arguments = split.arguments(&params).map(<*mut c_void>::cast_const);
-            assert!(unsafe { run(arguments.as_ptr(), split.blocks(problem), 256, 1, 0) }, "the prologue is stuck");
-        }
+        let (of_maps, operands) = split.map_or((*problem, args), |split| split.forward(problem, &args));
         let maps: Vec<Map> = match config {
             Config::WgmmaTma(config) => {
                 let saved = tensor_map::of_preactivations(config, problem, &args).into_iter().filter(|_| saves);

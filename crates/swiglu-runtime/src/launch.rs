@@ -5,7 +5,6 @@
 
 use crate::cublaslt::CublasLtError;
 use crate::gpu::{Code, Function, Kernel};
-use crate::scratch::Scratch;
 use crate::split::Split;
 use crate::step::{RawStep, StepParams};
 use crate::tensor_map::{self, BoxedMatrix};
@@ -263,14 +262,12 @@ unsafe fn forward_in_parts(
 ) -> Result<(), Refusal> {
     let (problem, shape) = (&kernel.problem, &function.shape);
     let Config::WgmmaTma(config) = &kernel.config else { return Err(invalid().into()) };
-    let split = Split::new(problem, args.m);
-    let scratch = Scratch::new(stream, split.bytes).map_err(Refusal::NoMemory)?;
-    let split = split.at(scratch.address);
+    // SAFETY: by this function's own contract.
+    let split = unsafe { Split::of_forward(problem, args).launch(prologue, stream, function.dependent_launch) };
+    let (split, _memory) = split?;
     let params = KernelParams::new(problem, shape.raster, shape.raster_group, &split.scaled(args));
     let mut params = params.ok_or_else(invalid)?;
-    // SAFETY: the parts are in memory of their size; the rest by this function's own contract.
-    unsafe { split.launch(prologue, problem, stream, &params) }?;
-    let (of_parts, parts) = split.operands(problem, args);
+    let (of_parts, parts) = split.forward(problem, args);
     let maps = tensor_map::of_wgmma_tma(config, &of_parts, &parts);
     let params = (&raw mut params).cast::<c_void>();
     // SAFETY: the parts hold the operands; the rest by this function's own contract.
@@ -320,7 +317,7 @@ pub unsafe fn step(kernel: &Kernel, stream: sys::CUstream, args: &RawStep) -> Re
     }
     match &kernel.code {
         // SAFETY: by this function's own contract.
-        Code::Function(function) => Ok(unsafe { step_function(kernel, function, stream, args) }?),
+        Code::Function(function) => unsafe { step_function(kernel, function, stream, args) },
         // SAFETY: as above.
         Code::Library(call) => unsafe { call.step(&kernel.problem, stream, args) },
     }
@@ -333,28 +330,42 @@ unsafe fn step_function(
     function: &Function,
     stream: sys::CUstream,
     args: &RawStep,
-) -> Result<(), DriverError> {
+) -> Result<(), Refusal> {
     let (problem, shape) = (&kernel.problem, &function.shape);
     let mut params = StepParams::new(problem, shape.raster, shape.raster_group, args).ok_or_else(invalid)?;
     let params = (&raw mut params).cast::<c_void>();
     match &kernel.config {
         Config::WgmmaGemm(config) => {
-            let boxes = tensor_map::of_wgmma_gemm(config, problem, args).ok_or_else(invalid)?;
-            let mut maps = tensor_map::encode(&boxes)?;
-            // SAFETY: the kernel takes a struct of nine tensor maps and a `StepParams` by value, both alive here; addresses
-            // by contract.
-            unsafe { launch(problem, function, stream, args.m, &mut [maps.as_mut_ptr().cast::<c_void>(), params]) }
+            let product = problem.with_m(args.m).product().ok_or_else(invalid)?;
+            let Some(prologue) = &function.prologue else {
+                let mut maps = tensor_map::encode(&tensor_map::of_wgmma_gemm(config, problem, &product, args))?;
+                let maps = maps.as_mut_ptr().cast::<c_void>();
+                // SAFETY: the kernel takes a struct of nine tensor maps and a `StepParams` by value, both alive here;
+                // addresses by contract.
+                return Ok(unsafe { launch(problem, function, stream, args.m, &mut [maps, params]) }?);
+            };
+            // SAFETY: by this function's own contract.
+            let split = unsafe { Split::of_step(&product, args).launch(prologue, stream, function.dependent_launch) };
+            let (split, _memory) = split?;
+            let (product, parts) = split.step(&product, args);
+            let mut maps = tensor_map::encode(&tensor_map::of_wgmma_gemm(config, problem, &product, &parts))?;
+            let maps = maps.as_mut_ptr().cast::<c_void>();
+            let mut scales = split.scales();
+            let scales = (&raw mut scales).cast::<c_void>();
+            // SAFETY: the kernel takes a struct of nine tensor maps, a `SplitScales` and a `StepParams` by value, all alive
+            // here; the parts hold the operands; addresses by contract.
+            Ok(unsafe { launch(problem, function, stream, args.m, &mut [maps, scales, params]) }?)
         }
         Config::Elementwise(_) | Config::ColumnSum(_) | Config::SimtGemm(_) | Config::MmaGemm(_) => {
             // SAFETY: the kernel takes one `StepParams` by value, alive here; addresses by contract.
-            unsafe { launch(problem, function, stream, args.m, &mut [params]) }
+            Ok(unsafe { launch(problem, function, stream, args.m, &mut [params]) }?)
         }
         Config::Simt(_)
         | Config::MmaDirect(_)
         | Config::MmaSync(_)
         | Config::WgmmaTma(_)
         | Config::Cublaslt(_)
-        | Config::Cpu(_) => Err(invalid()),
+        | Config::Cpu(_) => Err(invalid().into()),
     }
 }
 

@@ -9,7 +9,7 @@ use crate::step::{RawMatrix, RawStep};
 use cudarc::driver::{DriverError, sys};
 use std::mem::MaybeUninit;
 use swiglu_kernels::families::{MmaSyncConfig, WgmmaGemmConfig, WgmmaTmaConfig};
-use swiglu_kernels::problem::{MAX_ACCESS_BYTES, OperandMajor};
+use swiglu_kernels::problem::{MAX_ACCESS_BYTES, OperandMajor, Product};
 use swiglu_kernels::{Format, Problem, WeightMajor};
 
 /// A row-major matrix and the box of it that one copy moves.
@@ -78,8 +78,12 @@ pub(crate) fn of_mma_sync(config: &MmaSyncConfig, problem: &Problem, args: &RawF
 
 /// `StepMaps` of `templates/wgmma_gemm/kernel.cu.tera`: two left, two right, three out, two saved. What the step has not
 /// is its first of that kind again.
-pub(crate) fn of_wgmma_gemm(config: &WgmmaGemmConfig, problem: &Problem, args: &RawStep) -> Option<[BoxedMatrix; 9]> {
-    let product = problem.with_m(args.m).product()?;
+pub(crate) fn of_wgmma_gemm(
+    config: &WgmmaGemmConfig,
+    problem: &Problem,
+    product: &Product,
+    args: &RawStep,
+) -> [BoxedMatrix; 9] {
     let operand = |matrix: RawMatrix, (rows, cols): (u32, u32), major: OperandMajor, block: [u32; 2], sharers: u32| {
         let [extent, across] = block;
         let (box_rows, box_cols) = match major {
@@ -116,7 +120,7 @@ pub(crate) fn of_wgmma_gemm(config: &WgmmaGemmConfig, problem: &Problem, args: &
     let [out0, out1, out2] =
         args.out.map(|matrix| strip(args.output_dtype(problem).output())(present(matrix, args.out[0])));
     let [gate, up] = args.saved.map(|matrix| strip(problem.dtype.output())(present(matrix, args.out[0])));
-    Some([left(left0), left(left1), right(right0), right(right1), out0, out1, out2, gate, up])
+    [left(left0), left(left1), right(right0), right(right1), out0, out1, out2, gate, up]
 }
 
 /// The boxes in which a tile of the operands comes.

@@ -2,7 +2,7 @@
 //!
 //! Design: `docs/kernels/wgmma_gemm.md`. Template: `templates/wgmma_gemm/kernel.cu.tera`.
 
-use super::wgmma_tma::{ORDERS, check_blocks_per_sm, one, smem_budget, stages_that_fit};
+use super::wgmma_tma::{ORDERS, check_blocks_per_sm, is_split, one, smem_budget, stages_that_fit};
 use super::{LaunchShape, Raster, Rejected, Schedule, check_block, check_sizes, ensure};
 use crate::arch::ArchSpec;
 use crate::problem::{DType, Op, OperandMajor, Problem};
@@ -16,7 +16,7 @@ pub struct WgmmaGemmConfig {
     pub block_m: u32,
     /// Columns of the output per CTA: one wgmma.
     pub block_n: u32,
-    /// Step along the sums: 64 elements, 128 bytes.
+    /// Step along the sums: 128 bytes.
     pub block_k: u32,
     /// Steps in flight between global and shared memory.
     pub stages: u32,
@@ -64,8 +64,19 @@ const TILES: [(Schedule, u32, u32, u32); 10] = [
     (Schedule::Cooperative, 256, 192, 2),
 ];
 
-/// Bytes of both 16-bit formats.
-const ELEMENT_BYTES: u32 = 2;
+/// The same for fp32 in parts, whose sums take twice the registers.
+const SPLIT_TILES: [(Schedule, u32, u32, u32); 10] = [
+    (Schedule::Pingpong, 64, 64, 2),
+    (Schedule::Pingpong, 64, 128, 2),
+    (Schedule::Pingpong, 64, 192, 2),
+    (Schedule::Pingpong, 128, 64, 2),
+    (Schedule::Pingpong, 128, 96, 2),
+    (Schedule::Cooperative, 128, 128, 2),
+    (Schedule::Cooperative, 128, 160, 2),
+    (Schedule::Cooperative, 128, 176, 2),
+    (Schedule::Cooperative, 128, 192, 2),
+    (Schedule::Cooperative, 256, 96, 2),
+];
 
 impl WgmmaGemmConfig {
     /// Threads per CTA.
@@ -74,10 +85,10 @@ impl WgmmaGemmConfig {
     }
 
     /// Shared memory: the ring, the staging of loads and stores, their barriers, what a split of the sums exchanges.
-    pub const fn smem_bytes(&self, op: Op) -> u32 {
-        let ring = self.stages * self.block_k * (self.block_m + self.block_n) * ELEMENT_BYTES;
+    pub const fn smem_bytes(&self, op: Op, dtype: DType) -> u32 {
+        let ring = self.stages * self.block_k * (self.block_m + self.block_n) * dtype.bytes();
         let buffers = 4 * self.consumers * self.store_buffers;
-        let strip = 16 * self.store_cols * output_bytes(op);
+        let strip = 16 * self.store_cols * output_bytes(op, dtype);
         let staging = match op {
             // dgate, dup and z, the first two in the places of gate and up; a barrier for their arrival.
             Op::Dgated => buffers * (3 * strip + 8),
@@ -102,7 +113,7 @@ impl WgmmaGemmConfig {
             cluster: self.cluster_m * self.cluster_n * self.cluster_k,
             per_sm: Some(self.fill),
             threads: self.threads(),
-            smem_bytes: self.smem_bytes(problem.op),
+            smem_bytes: self.smem_bytes(problem.op, problem.dtype),
             raster: self.raster,
             raster_group: self.raster_group,
             access_bytes: 16,
@@ -147,18 +158,25 @@ impl WgmmaGemmConfig {
         ];
         check_sizes(&sizes, 1024)?;
         ensure(arch.has_wgmma, "wgmma_gemm needs compute capability 9.0", || format!("{arch} has none"))?;
-        ensure(matches!(problem.dtype, DType::F16 | DType::Bf16), "wgmma_gemm multiplies fp16 or bf16", || {
-            format!("{} asked for", problem.dtype)
-        })?;
+        ensure(
+            matches!(problem.dtype, DType::F32 | DType::F16 | DType::Bf16),
+            "wgmma_gemm multiplies fp16, bf16, and fp32 in two parts",
+            || format!("{} asked for", problem.dtype),
+        )?;
+        ensure(
+            !is_split(problem.dtype) || (consumers > 1 && problem.op != Op::Dgated),
+            "parts are for the plain products of many tokens",
+            || format!("{} with {consumers} consumers", problem.op),
+        )?;
         ensure(product.depth > 0, "wgmma_gemm needs sums of at least 1", || "their length is 0".into())?;
-        ensure(block_k * ELEMENT_BYTES == 128, "a step is 128 bytes", || format!("block_k {block_k}"))?;
+        ensure(block_k * problem.dtype.bytes() == 128, "a step is 128 bytes", || format!("block_k {block_k}"))?;
         ensure(
             block_n.is_multiple_of(16) && (32..=256).contains(&block_n),
             "the columns are one wgmma of at most 256",
             || format!("block_n {block_n}"),
         )?;
         ensure(
-            product.right == OperandMajor::Depth || block_n.is_multiple_of(32),
+            product.right == OperandMajor::Depth || is_split(problem.dtype) || block_n.is_multiple_of(32),
             "columns that are contiguous in the right operand load in boxes of 64 or 32",
             || format!("block_n {block_n}"),
         )?;
@@ -169,7 +187,7 @@ impl WgmmaGemmConfig {
         })?;
         // Measured with NVRTC 13.0: more accumulators spill, and ptxas then serialises wgmma.
         let most = match problem.op {
-            _ if blocks_per_sm == 2 => 96,
+            _ if blocks_per_sm == 2 || is_split(problem.dtype) => 96,
             Op::Dgated => 192,
             _ => 208,
         };
@@ -194,7 +212,7 @@ impl WgmmaGemmConfig {
         ensure(
             block_n.is_multiple_of(store_cols)
                 && store_cols.is_multiple_of(8)
-                && matches!(store_cols * output_bytes(problem.op), 32 | 64 | 128),
+                && matches!(store_cols * output_bytes(problem.op, problem.dtype), 32 | 64 | 128),
             "a store is whole boxes of 32, 64 or 128 bytes",
             || format!("store_cols {store_cols} of {block_n}"),
         )?;
@@ -202,25 +220,30 @@ impl WgmmaGemmConfig {
         ensure(problem.op != Op::Dgated || store_buffers >= 2, "pre-activations arrive while others are used", || {
             format!("store_buffers {store_buffers}")
         })?;
-        check_blocks_per_sm((blocks_per_sm, fill), consumers, self.smem_bytes(problem.op), arch)?;
+        check_blocks_per_sm((blocks_per_sm, fill), consumers, self.smem_bytes(problem.op, problem.dtype), arch)?;
         check_block(&self.launch_shape(problem), problem, arch)
     }
 }
 
 /// Bytes of an output's element: sums that are added to are fp32.
-const fn output_bytes(op: Op) -> u32 {
-    if op.accumulates() { 4 } else { ELEMENT_BYTES }
+const fn output_bytes(op: Op, dtype: DType) -> u32 {
+    if op.accumulates() { 4 } else { dtype.bytes() }
 }
 
 /// A tile with `buffers` for its stores.
-fn tile(op: Op, (schedule, block_m, block_n, consumers): (Schedule, u32, u32, u32), buffers: u32) -> WgmmaGemmConfig {
+fn tile(
+    op: Op,
+    dtype: DType,
+    (schedule, block_m, block_n, consumers): (Schedule, u32, u32, u32),
+    buffers: u32,
+) -> WgmmaGemmConfig {
     // Narrower strips leave room for more of them.
     let widest = if op == Op::Dgated { 64 } else { 128 };
-    let cols = [128, 64, 32].into_iter().filter(|&bytes| bytes <= widest).map(|bytes| bytes / output_bytes(op));
+    let cols = [128, 64, 32].into_iter().filter(|&bytes| bytes <= widest).map(|bytes| bytes / output_bytes(op, dtype));
     let config = WgmmaGemmConfig {
         block_m,
         block_n,
-        block_k: 64,
+        block_k: 128 / dtype.bytes(),
         stages: 0,
         consumers,
         schedule,
@@ -231,11 +254,12 @@ fn tile(op: Op, (schedule, block_m, block_n, consumers): (Schedule, u32, u32, u3
         store_buffers: buffers,
         blocks_per_sm: 1,
         fill: 1,
-        prefetch: if has_weight(op) { 4 } else { 0 },
+        // Parts are written by the launch right before: there is nothing to ask for meanwhile.
+        prefetch: if has_weight(op) && !is_split(dtype) { 4 } else { 0 },
         raster: Raster::AlongN,
         raster_group: 8,
     };
-    config.with_most_stages(op, 8)
+    config.with_most_stages(op, dtype, 8)
 }
 
 /// Whether the right operand is a weight, which no launch ahead has written.
@@ -245,15 +269,15 @@ const fn has_weight(op: Op) -> bool {
 
 impl WgmmaGemmConfig {
     /// As many stages as fit, up to `most`.
-    fn with_most_stages(self, op: Op, most: u32) -> Self {
-        let none = Self { stages: 0, ..self }.smem_bytes(op);
-        let stage = Self { stages: 1, ..self }.smem_bytes(op) - none;
+    fn with_most_stages(self, op: Op, dtype: DType, most: u32) -> Self {
+        let none = Self { stages: 0, ..self }.smem_bytes(op, dtype);
+        let stage = Self { stages: 1, ..self }.smem_bytes(op, dtype) - none;
         Self { stages: stages_that_fit(smem_budget(self.blocks_per_sm), none, stage, most), ..self }
     }
 
     /// Bytes of a step of the right operand.
     const fn step_bytes(&self) -> u32 {
-        self.block_n * self.block_k * ELEMENT_BYTES
+        self.block_n * 128
     }
 }
 
@@ -266,16 +290,17 @@ const STREAM_CLUSTERS: [(u32, &[(u32, u32)]); 2] =
 
 /// A tile for few tokens: all there is to do is to read the weights once.
 fn stream_tile(block_m: u32, block_n: u32, (cluster_n, cluster_k): (u32, u32), blocks_per_sm: u32) -> WgmmaGemmConfig {
-    let op = Op::Down;
+    // Of both 16-bit formats.
+    let (op, dtype) = (Op::Down, DType::Bf16);
     let config = WgmmaGemmConfig {
         cluster_n,
         cluster_k,
         blocks_per_sm,
-        ..tile(op, (Schedule::Cooperative, block_m, block_n, 1), 1)
+        ..tile(op, dtype, (Schedule::Cooperative, block_m, block_n, 1), 1)
     };
     // Some 100 KiB a block of half a multiprocessor; 140 where the launch ahead has to end first.
     let ahead = if blocks_per_sm == 2 { 100 << 10 } else { 140 << 10 };
-    WgmmaGemmConfig { prefetch: ahead / config.step_bytes(), ..config }.with_most_stages(op, 24)
+    WgmmaGemmConfig { prefetch: ahead / config.step_bytes(), ..config }.with_most_stages(op, dtype, 24)
 }
 
 /// Bytes on their way in a multiprocessor that memory's rate takes (docs/kernels/wgmma_tma.md).
@@ -297,10 +322,10 @@ fn stream_tiles() -> impl Iterator<Item = WgmmaGemmConfig> {
 }
 
 /// The numbers of store buffers worth a try: those that leave different numbers of stages, the larger of two equal ones.
-fn tiles(op: Op, shape: (Schedule, u32, u32, u32)) -> impl Iterator<Item = WgmmaGemmConfig> {
+fn tiles(op: Op, dtype: DType, shape: (Schedule, u32, u32, u32)) -> impl Iterator<Item = WgmmaGemmConfig> {
     let counts: &[u32] = if op == Op::Dgated { &[4, 3, 2] } else { &[2, 1] };
     let mut last = 0;
-    counts.iter().map(move |&buffers| tile(op, shape, buffers)).filter(move |config| {
+    counts.iter().map(move |&buffers| tile(op, dtype, shape, buffers)).filter(move |config| {
         let new = config.stages > last;
         last = last.max(config.stages);
         new && config.stages >= 3
@@ -308,8 +333,9 @@ fn tiles(op: Op, shape: (Schedule, u32, u32, u32)) -> impl Iterator<Item = Wgmma
 }
 
 pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaGemmConfig> + use<> {
-    let op = problem.op;
-    let tiles = TILES.into_iter().flat_map(move |shape| tiles(op, shape)).flat_map(|tile| {
+    let (op, dtype) = (problem.op, problem.dtype);
+    let shapes = if is_split(dtype) { SPLIT_TILES } else { TILES };
+    let tiles = shapes.into_iter().flat_map(move |shape| tiles(op, dtype, shape)).flat_map(|tile| {
         [(2, 1), (1, 2), (1, 1)].into_iter().flat_map(move |(cluster_m, cluster_n)| {
             ORDERS.into_iter().map(move |(raster, raster_group)| WgmmaGemmConfig {
                 cluster_m,
@@ -320,18 +346,19 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaGemmConfig> 
             })
         })
     });
-    tiles.chain(stream_tiles().filter(move |_| op == Op::Down))
+    tiles.chain(stream_tiles().filter(move |_| op == Op::Down && !is_split(dtype)))
 }
 
 /// Preferred configs when nothing was tuned, best first.
 pub(super) fn defaults(problem: &Problem) -> Vec<WgmmaGemmConfig> {
-    let op = problem.op;
+    let (op, dtype) = (problem.op, problem.dtype);
     let shapes = match problem.output().0 {
         0..=256 => [(128, 64), (128, 128)],
+        _ if is_split(dtype) => [(128, 96), (128, 64)],
         _ => [(128, 192), (128, 128)],
     };
     let pair = |(block_m, block_n)| {
-        let last = tiles(op, (Schedule::Pingpong, block_m, block_n, 2)).last();
+        let last = tiles(op, dtype, (Schedule::Pingpong, block_m, block_n, 2)).last();
         last.map(|tile| WgmmaGemmConfig { cluster_m: 2, ..tile })
     };
     let few = match problem.m {
@@ -339,7 +366,7 @@ pub(super) fn defaults(problem: &Problem) -> Vec<WgmmaGemmConfig> {
         17..=64 => Some(64),
         _ => None,
     };
-    let stream = few.filter(|_| op == Op::Down).map(|block_m| stream_tile(block_m, 64, (1, 2), 1));
+    let stream = few.filter(|_| op == Op::Down && !is_split(dtype)).map(|block_m| stream_tile(block_m, 64, (1, 2), 1));
     stream.into_iter().chain(shapes.into_iter().filter_map(pair)).collect()
 }
 

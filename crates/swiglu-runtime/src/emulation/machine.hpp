@@ -21,7 +21,7 @@
 #define __noinline__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static
+#define __shared__ static thread_local  // statics of inline functions are one for all libraries of a process
 #define __CUDA_ARCH__ 900
 
 namespace machine {

@@ -1,7 +1,8 @@
 //! The steps beside the fused forward, emulated.
 
-use super::{GAP, Map, Run, compile, way};
+use super::{GAP, Map, Run, compile, run_split, way};
 use crate::operands::Element;
+use crate::split::Split;
 use crate::step::{RawMatrix, RawStep, StepParams};
 use crate::tensor_map;
 use half::{bf16, f16};
@@ -139,9 +140,15 @@ impl<T: Element> StepCase<T> {
             bias: self.bias.as_ref().map_or(0, |bias| bias.as_ptr() as u64),
         };
         let shape = config.launch_shape(problem).unwrap();
+        let with_memory =
+            source.prologue.map(|_| run_split(&library, Split::of_step(&problem.product().unwrap(), &args)));
+        let split = with_memory.as_ref().map(|(split, _)| *split);
+        let scales = split.map(|split| split.scales());
         let maps: Vec<Map> = match config {
             Config::WgmmaGemm(config) => {
-                tensor_map::of_wgmma_gemm(config, problem, &args).unwrap().iter().map(Map::new).collect()
+                let product = problem.product().unwrap();
+                let (product, parts) = split.map_or((product, args), |split| split.step(&product, &args));
+                tensor_map::of_wgmma_gemm(config, problem, &product, &parts).iter().map(Map::new).collect()
             }
             _ => Vec::new(),
         };
@@ -150,6 +157,7 @@ impl<T: Element> StepCase<T> {
         if !maps.is_empty() {
             arguments.push(maps.as_ptr().cast());
         }
+        arguments.extend(scales.iter().map(|scales| std::ptr::from_ref(scales).cast()));
         arguments.push((&raw const params).cast());
         let tiles = u32::try_from(shape.tiles(problem)).unwrap();
         // Fewer than there are tiles, so that persistent kernels walk.
@@ -244,6 +252,22 @@ fn every_order_and_format_of_mma_gemm_matches_the_oracle() {
         }
     }
     assert!(cases.len() > 50, "{} cases", cases.len());
+    check_all(&cases, arch);
+}
+
+/// Every product that has parts, in both orders.
+#[test]
+fn fp32_steps_in_parts_match_the_oracle() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    let mut rng = SmallRng::seed_from_u64(16);
+    let mut cases: Vec<(Problem, Config)> = Vec::new();
+    for (op, major) in Op::PRODUCTS.into_iter().flat_map(|op| WeightMajor::ALL.map(|major| (op, major))) {
+        let problem = Problem::forward(DType::F32, major, 148, 200, 136).with_op(op);
+        let all = candidates(&problem, Target::Gpu(arch));
+        let of_family: Vec<&Config> = all.iter().filter(|config| config.family() == Family::WgmmaGemm).collect();
+        cases.extend(of_family.choose(&mut rng).map(|config| (problem, **config)));
+    }
+    assert_eq!(cases.len(), 2 * (Op::PRODUCTS.len() - 1), "all but dgated");
     check_all(&cases, arch);
 }
 
