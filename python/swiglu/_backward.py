@@ -26,35 +26,28 @@ def gradients(
     gate: Tensor,
     up: Tensor,
     down: Tensor | None,
-    biases: tuple[Tensor | None, Tensor | None],
-    saved: tuple[Tensor | None, Tensor | None],
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    g: Tensor | None,
+    u: Tensor | None,
     needs: tuple[bool, ...],
     in_place: bool = False,
 ) -> Gradients:
     """Of x, gate, up, down and both biases, where ``needs`` says so.
 
-    Without ``down``, ``dy`` is the gradient of z. ``saved`` are the pre-activations, whose gradients take their place if
+    Without ``down``, ``dy`` is the gradient of z. ``g`` and ``u`` are the pre-activations, whose gradients take their place if
     ``in_place``; where they are None, they are computed again, which takes the biases.
     """
-    operands = (dy, x, gate, up, down, *biases, *saved)
-    if not _by_steps(dy, x, gate, needs):
-        return _plain(*operands, needs)
-    plain = is_plain_call(*operands)
-    found = iter(_launched(*operands, needs, True, in_place) if plain else backward_op(*operands, needs))
-    return tuple(next(found) if need else None for need in needs)
-
-
-def _by_steps(dy: Tensor, x: Tensor, gate: Tensor, needs: tuple[bool, ...]) -> bool:
+    operands = (dy, x, gate, up, down, gate_bias, up_bias, g, u)
     need_x, need_gate, need_up, *_ = needs
-    return (
-        _steps.is_supported(x)
-        and need_gate == need_up
-        and (need_x or need_gate)
-        and not torch.is_grad_enabled()
-        and not is_transformed()
-        and not is_batch(dy)
-        and not any(map(is_dtensor, (dy, x, gate)))
-    )
+    steps_fit = need_gate == need_up and (need_x or need_gate) and _steps.is_supported(x)
+    if steps_fit and not torch.is_grad_enabled():
+        if is_plain_call(*operands):
+            return _launched(*operands, needs, True, in_place)
+        if not (is_transformed() or is_batch(dy) or any(map(is_dtensor, (dy, x, gate)))):
+            found = iter(backward_op(*operands, needs))
+            return tuple(next(found) if need else None for need in needs)
+    return _plain(*operands, needs)
 
 
 # ---- torch's operations ----
@@ -91,60 +84,111 @@ def _plain(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arrived=(None
 # ---- the runtime's steps ----
 
 
-def _outputs(x, gate, up, down, needs, together=False) -> list[Tensor | None]:
-    """The gradients' tensors; those of weights lie in memory as their weights do, if ``together`` also as halves of one."""
-    need_x, need_weights, _, need_down, *need_biases = needs
-    n = gate.shape[0]
-    *_, layout = as_weights(gate, up)
-    d_gate = d_up = None
-    if need_weights and together and (are_halves(gate, up) or are_halves(up, gate)):
-        both = _new(gate, layout, 2)
-        d_gate, d_up = (both[:n], both[n:]) if are_halves(gate, up) else (both[n:], both[:n])
-    elif need_weights:
-        d_gate, d_up = _new(gate, layout), _new(up, layout)
-    d_down = _new(down, as_weights(down, down)[-1]) if need_down else None
-    d_biases = [x.new_empty(n) if need else None for need in need_biases]
-    return [x.new_empty(x.shape) if need_x else None, d_gate, d_up, d_down, *d_biases]
+def _launched(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, together=False, in_place=False) -> Gradients:
+    """Three launches of the forward's, four of the block's, and one more where the pre-activations are computed again.
+
+    The gradients of weights lie in memory as their weights do, if ``together`` also as halves of one. What a launch writes is
+    allocated just before it, because the GPU works meanwhile.
+    """
+    if not _steps.serves(x, gate, dy):
+        return _without_steps(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs)
+    need_x, need_weights, _, need_down, need_gate_bias, need_up_bias = needs
+    n, k = gate.shape
+    # Each is copied once, if at all, and kept in a name until the last launch.
+    dy, dy_stride = as_rows(dy)
+    rows, x_stride = as_rows(x)
+    first, first_stride, second, second_stride, layout = as_weights(gate, up)
+    major = _steps.MAJOR[layout]
+    z, d_gate, d_up, dx, d_down = None, None, None, None, None
+    if g is None:
+        z, g, u = run_saving(rows, gate, up, gate_bias, up_bias)
+        in_place = True
+    elif not (g.is_contiguous() and u.is_contiguous()):
+        g, u = g.contiguous(), u.contiguous()  # a hook has laid them otherwise
+    launch = _steps.launcher(g, g.numel() // n)
+    dg, du = (g, u) if in_place else (_contiguous_like(g), _contiguous_like(u))
+    of_dy, of_x = (dy.data_ptr(), dy_stride), (rows.data_ptr(), x_stride)
+    saved, pair = (g.data_ptr(), n, u.data_ptr(), n), (dg.data_ptr(), n, du.data_ptr(), n)
+    if down is None:
+        launch("gate_backward", _steps.ANY_MAJOR, n, n, of_dy, (), saved, pair, 0)
+    else:
+        matrix, stride, down_major = _steps.as_weight(down)
+        out = pair
+        if need_down and z is None:
+            z = _contiguous_like(g)
+            out = (*pair, z.data_ptr(), n)
+        launch("dgated", down_major, n, down.shape[0], of_dy, (matrix.data_ptr(), stride), saved, out, 0)
+    if need_x:
+        dx = _contiguous_like(x)
+        weights = (first.data_ptr(), first_stride, second.data_ptr(), second_stride)
+        launch("input_grad", major, n, k, pair, weights, (), (dx.data_ptr(), k), 0)
+    if need_weights:
+        d_gate, d_up = _gradients_of_pair(gate, up, layout, together)
+        first, first_stride, second, second_stride, layout = as_weights(d_gate, d_up)
+        left, right = (pair, of_x) if layout == "separate_nk" else (of_x, pair)
+        out = (first.data_ptr(), first_stride, second.data_ptr(), second_stride)
+        launch("weight_grad", _steps.MAJOR[layout], n, k, left, right, (), out, 0)
+    if need_down:
+        d_down = _gradient_of(down)
+        matrix, stride, down_major = _steps.as_weight(d_down)
+        of_z = (z.data_ptr(), n)
+        left, right = (of_dy, of_z) if down_major == "k_major" else (of_z, of_dy)
+        launch("down_weight_grad", down_major, n, down.shape[0], left, right, (), (matrix.data_ptr(), stride), 0)
+    d_gate_bias = dg.view(-1, n).sum(0) if need_gate_bias else None
+    d_up_bias = du.view(-1, n).sum(0) if need_up_bias else None
+    return dx, d_gate, d_up, d_down, d_gate_bias, d_up_bias
+
+
+def _contiguous_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _gradients_of_pair(gate: Tensor, up: Tensor, layout: str, together: bool) -> tuple[Tensor, Tensor]:
+    if together and gate._is_view() and (are_halves(gate, up) or are_halves(up, gate)):
+        first, second = _new(gate, layout, 2).chunk(2)
+        return (first, second) if are_halves(gate, up) else (second, first)
+    return _new(gate, layout), _new(up, layout)
+
+
+def _gradient_of(weight: Tensor) -> Tensor:
+    return _new(weight, as_weights(weight, weight)[-1])
 
 
 def _new(weight: Tensor, layout: str, count: int = 1) -> Tensor:
     """For ``count`` matrices such as ``weight``, one below the other."""
+    if count == 1 and layout == "separate_nk":
+        return _contiguous_like(weight)
     rows, cols = weight.shape[0] * count, weight.shape[1]
     return weight.new_empty((cols, rows)).t() if layout == "separate_kn" else weight.new_empty((rows, cols))
 
 
-def _launched(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, together=False, in_place=False):
-    """Those of :func:`_outputs` that are needed: three launches of the forward's, four of the block's, and one more where the
-    pre-activations are computed again."""
-    outputs = _outputs(x, gate, up, down, needs, together)
-    dx, d_gate, d_up, d_down, *d_biases = outputs
-    if not _steps.serves(x, gate, dy):
-        for output, value in zip(outputs, _plain(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs)):
-            if output is not None:
-                output.copy_(value)
-        return [output for output in outputs if output is not None]
-    dy, x = as_rows(dy)[0], as_rows(x)[0]  # copied once, if at all
-    if g is None:
-        z, g, u = run_saving(x, gate, up, gate_bias, up_bias)
-        z_again, in_place = None, True
-    else:
-        z = z_again = g.new_empty(g.shape) if d_down is not None else None
-    in_place = in_place and g.is_contiguous() and u.is_contiguous()  # a hook may have laid them otherwise
-    dg, du = (g, u) if in_place else (g.new_empty(g.shape), g.new_empty(g.shape))
-    if down is None:
-        _steps.gate_backward(dy, g, u, dg, du)
-    else:
-        _steps.dgated(dy, down, g, u, dg, du, z_again)
-    if dx is not None:
-        _steps.input_grad(dg, du, gate, up, dx)
-    if d_gate is not None:
-        _steps.weight_grad(dg, du, x, d_gate, d_up)
-    if d_down is not None:
-        _steps.down_weight_grad(dy, z, d_down)
-    for d_bias, d in zip(d_biases, (dg, du)):
-        if d_bias is not None:
-            torch.sum(d.view(-1, d.shape[-1]), 0, out=d_bias)
-    return [output for output in outputs if output is not None]
+def _outputs(x, gate, up, down, needs) -> Gradients:
+    """What :func:`_launched` returns, not yet written."""
+    need_x, need_weights, _, need_down, need_gate_bias, need_up_bias = needs
+    n = gate.shape[0]
+    layout = as_weights(gate, up)[-1]
+    d_gate, d_up = _gradients_of_pair(gate, up, layout, False) if need_weights else (None, None)
+    return (
+        _contiguous_like(x) if need_x else None,
+        d_gate,
+        d_up,
+        _gradient_of(down) if need_down else None,
+        x.new_empty(n) if need_gate_bias else None,
+        x.new_empty(n) if need_up_bias else None,
+    )
+
+
+def _without_steps(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs) -> Gradients:
+    """The same by torch's operations, of operands that are empty."""
+    outputs = _outputs(x, gate, up, down, needs)
+    for output, value in zip(outputs, _plain(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs)):
+        if output is not None:
+            output.copy_(value)
+    return outputs
+
+
+def _run(*operands_and_needs):
+    return [gradient for gradient in _launched(*operands_and_needs) if gradient is not None]
 
 
 def _fake(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs):
@@ -154,7 +198,7 @@ def _fake(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs):
 backward_op = define(
     "backward(Tensor dy, Tensor x, Tensor gate, Tensor up, Tensor? down, Tensor? gate_bias, Tensor? up_bias, Tensor? saved_gate, "
     "Tensor? saved_up, bool[] needs) -> Tensor[]",
-    _launched,
+    _run,
     _fake,
 )
 
@@ -173,7 +217,7 @@ def _setup_forward_saving(ctx, inputs, output):
 
 def _backward_forward(ctx, dz):
     x, gate, up, *biases = ctx.saved_tensors
-    return _without_down(gradients(dz, x, gate, up, None, biases, (None, None), _needs(ctx)))
+    return _without_down(gradients(dz, x, gate, up, None, *biases, None, None, _needs(ctx)))
 
 
 def _backward_forward_saving(ctx, dz, grad_g, grad_u):
@@ -202,7 +246,9 @@ def _of_saving(ctx, dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arri
         )
     if arrived[0] is None and arrived[1] is None:
         ctx.has_overwritten_saved = may_overwrite_saved(ctx)
-        return gradients(dy, x, gate, up, down, (gate_bias, up_bias), (g, u), needs, ctx.has_overwritten_saved)
+        return gradients(
+            dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, ctx.has_overwritten_saved
+        )
     return _plain(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arrived)
 
 
@@ -218,7 +264,7 @@ def _setup_ffn_saving(ctx, inputs, output):
 def _backward_ffn(ctx, dy):
     x, gate, up, down, *biases = ctx.saved_tensors
     *needs, need_bias = ctx.needs_input_grad
-    return *gradients(dy, x, gate, up, down, biases, (None, None), needs), _down_bias(dy, need_bias)
+    return *gradients(dy, x, gate, up, down, *biases, None, None, needs), _down_bias(dy, need_bias)
 
 
 def _backward_ffn_saving(ctx, dy, grad_g, grad_u):

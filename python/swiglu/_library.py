@@ -44,12 +44,15 @@ def register_gradients(
         ctx.hides = hidden > 0
         return output[0] if hidden else output
 
+    of_hidden = (None,) * hidden
+
     def direct_backward(ctx, *gradients):
-        return backward(ctx, *gradients, *(None,) * hidden)
+        return backward(ctx, *gradients, *of_hidden)
 
     names = {"forward": staticmethod(forward), "backward": staticmethod(direct_backward)}
     direct: Any = type(f"{op._opname}_direct", (torch.autograd.Function,), names)
-    return direct.apply
+    # Function.apply asks for torch.func and its wrappers, which :func:`is_plain_call` has done, and then calls this.
+    return super(torch.autograd.Function, direct).apply
 
 
 def may_overwrite_saved(ctx: Any) -> bool:
@@ -59,7 +62,11 @@ def may_overwrite_saved(ctx: Any) -> bool:
 
 def is_recording(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for gradients of one of ``tensors``."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def is_transformed() -> bool:
@@ -75,7 +82,8 @@ def is_batch(gradient: Tensor) -> bool:
 def is_plain_call(*tensors: Tensor | None) -> bool:
     """Whether torch's dispatcher would only record gradients and pass the call on: that takes longer than the launch.
 
-    Everything else that may stand in between is asked for: compilation, subclasses, lazy negation, tensors without memory,
+    Everything else that may stand in between is asked for: compilation, subclasses, lazy negation, tensors without memory (as
+    those that stand for many),
     modes, autocast, tracing, torch.func.
     """
     if torch.compiler.is_compiling():
@@ -83,9 +91,9 @@ def is_plain_call(*tensors: Tensor | None) -> bool:
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in PLAIN_TYPES or tensor.is_neg() or is_batch(tensor):
+        if type(tensor) not in PLAIN_TYPES or tensor.is_neg() or not torch._C._has_storage(tensor):
             return False
-        if not (tensor.is_cpu or tensor.is_cuda):
+        if not (tensor.is_cuda or tensor.is_cpu):
             return False
     return (
         not torch._C._len_torch_dispatch_stack()
