@@ -13,7 +13,16 @@ from torch import Tensor
 from . import _steps
 from ._ffn import ffn_op, ffn_saving_op, run_ffn, run_ffn_saving
 from ._gate import gate_gradients, gate_op
-from ._library import define, is_batch, is_plain_call, is_transformed, may_overwrite_saved, register_gradients
+from ._library import (
+    define,
+    have_plain_types,
+    is_batch,
+    is_direct,
+    is_plain_call,
+    is_transformed,
+    may_overwrite_saved,
+    register_gradients,
+)
 from ._op import forward_op, forward_saving_op, run, run_saving
 from ._operands import are_halves, as_rows, as_weights, is_dtensor
 
@@ -31,18 +40,19 @@ def gradients(
     g: Tensor | None,
     u: Tensor | None,
     needs: tuple[bool, ...],
+    direct: bool,
     in_place: bool = False,
 ) -> Gradients:
     """Of x, gate, up, down and both biases, where ``needs`` says so.
 
     Without ``down``, ``dy`` is the gradient of z. ``g`` and ``u`` are the pre-activations, whose gradients take their place if
-    ``in_place``; where they are None, they are computed again, which takes the biases.
+    ``in_place``; where they are None, they are computed again, which takes the biases. ``direct``: as :func:`is_direct`.
     """
     operands = (dy, x, gate, up, down, gate_bias, up_bias, g, u)
-    need_x, need_gate, need_up, *_ = needs
-    steps_fit = need_gate == need_up and (need_x or need_gate) and _steps.is_supported(x)
+    need_gate = needs[1]
+    steps_fit = need_gate == needs[2] and (needs[0] or need_gate) and _steps.is_supported(x)
     if steps_fit and not torch.is_grad_enabled():
-        if is_plain_call(*operands):
+        if is_plain_call(dy) and have_plain_types(operands) if direct else is_plain_call(*operands):
             return _launched(*operands, needs, True, in_place)
         if not (is_transformed() or is_batch(dy) or any(map(is_dtensor, (dy, x, gate)))):
             found = iter(backward_op(*operands, needs))
@@ -217,7 +227,7 @@ def _setup_forward_saving(ctx, inputs, output):
 
 def _backward_forward(ctx, dz):
     x, gate, up, *biases = ctx.saved_tensors
-    return _without_down(gradients(dz, x, gate, up, None, *biases, None, None, _needs(ctx)))
+    return _without_down(gradients(dz, x, gate, up, None, *biases, None, None, _needs(ctx), is_direct(ctx)))
 
 
 def _backward_forward_saving(ctx, dz, grad_g, grad_u):
@@ -244,12 +254,10 @@ def _of_saving(ctx, dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arri
         raise RuntimeError(
             "an earlier backward broke off after it had overwritten what was saved; run the forward again"
         )
-    if arrived[0] is None and arrived[1] is None:
-        ctx.has_overwritten_saved = may_overwrite_saved(ctx)
-        return gradients(
-            dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, ctx.has_overwritten_saved
-        )
-    return _plain(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arrived)
+    if arrived[0] is not None or arrived[1] is not None:
+        return _plain(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arrived)
+    in_place = ctx.has_overwritten_saved = may_overwrite_saved(ctx)
+    return gradients(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, is_direct(ctx), in_place)
 
 
 def _setup_ffn(ctx, inputs, output):
@@ -264,7 +272,7 @@ def _setup_ffn_saving(ctx, inputs, output):
 def _backward_ffn(ctx, dy):
     x, gate, up, down, *biases = ctx.saved_tensors
     *needs, need_bias = ctx.needs_input_grad
-    return *gradients(dy, x, gate, up, down, *biases, None, None, needs), _down_bias(dy, need_bias)
+    return *gradients(dy, x, gate, up, down, *biases, None, None, needs, is_direct(ctx)), _down_bias(dy, need_bias)
 
 
 def _backward_ffn_saving(ctx, dy, grad_g, grad_u):

@@ -74,15 +74,16 @@ def forward(
         )
     check_choice("save", save, SAVE)
     operands = (x, gate, up, gate_bias, up_bias)
+    saving = is_recording(*operands) and save == "preactivations"
+    if is_plain_call(*operands):
+        if saving:
+            return forward_saving_recorded(*operands)
+        return (forward_recorded if is_recording(*operands) else run)(*operands)
     if _is_transformed_eagerly():
         check(*operands)
         return reference(*operands)
-    direct, recording = _goes_direct(*operands), is_recording(*operands)
-    if recording and save == "preactivations":
-        return forward_saving_recorded(*operands) if direct else forward_saving_op(*operands)[0]
-    if not direct:
-        return forward_op(*operands)
-    return (forward_recorded if recording else run)(*operands)
+    _make_ready(*operands)
+    return forward_saving_op(*operands)[0] if saving else forward_op(*operands)
 
 
 def swiglu_ffn(
@@ -123,15 +124,16 @@ def swiglu_ffn(
     """
     check_choice("save", save, SAVE)
     operands = (x, w_gate, w_up, w_down, b_gate, b_up, b_down)
+    saving = is_recording(*operands) and save == "preactivations"
+    if is_plain_call(*operands):
+        if saving:
+            return ffn_saving_recorded(*operands)
+        return (ffn_recorded if is_recording(*operands) else run_ffn)(*operands)
     if _is_transformed_eagerly():
         check_ffn(*operands)
         return F.linear(reference(x, w_gate, w_up, b_gate, b_up), w_down, b_down)
-    direct, recording = _goes_direct(*operands), is_recording(*operands)
-    if recording and save == "preactivations":
-        return ffn_saving_recorded(*operands) if direct else ffn_saving_op(*operands)[0]
-    if not direct:
-        return ffn_op(*operands)
-    return (ffn_recorded if recording else run_ffn)(*operands)
+    _make_ready(*operands)
+    return ffn_saving_op(*operands)[0] if saving else ffn_op(*operands)
 
 
 def split_packed(weight: Tensor, *, layout: str, gate_order: str = "gate_first") -> tuple[Tensor, Tensor]:
@@ -207,6 +209,11 @@ def swiglu_fused(gate: Tensor, up: Tensor | None = None, *, gate_order: str = "g
     True
     """
     check_choice("gate_order", gate_order, GATE_ORDERS)
+    if is_plain_call(gate, up):
+        recording = is_recording(gate, up)
+        if up is None:
+            return (gate_packed_recorded if recording else run_gate_packed)(gate, gate_order == "up_first")
+        return (gate_recorded if recording else run_gate)(gate, up)
     if _is_transformed_eagerly():
         if up is None:
             check_packed(gate)
@@ -214,24 +221,18 @@ def swiglu_fused(gate: Tensor, up: Tensor | None = None, *, gate_order: str = "g
             gate, up = (first, second) if gate_order == "gate_first" else (second, first)
         check_pair(gate, up)
         return swiglu_torch(gate, up)
-    direct, recording = _goes_direct(gate, up), is_recording(gate, up)
-    if up is None:
-        packed = gate_packed_op if not direct else gate_packed_recorded if recording else run_gate_packed
-        return packed(gate, gate_order == "up_first")
-    return (gate_op if not direct else gate_recorded if recording else run_gate)(gate, up)
+    _make_ready(gate, up)
+    return gate_packed_op(gate, gate_order == "up_first") if up is None else gate_op(gate, up)
 
 
 def _is_transformed_eagerly() -> bool:
     return not torch.compiler.is_compiling() and is_transformed()
 
 
-def _goes_direct(*tensors: Tensor | None) -> bool:
-    """Whether to step past torch's dispatcher; where not, it is made ready for DTensors."""
-    if is_plain_call(*tensors):
-        return True
+def _make_ready(*tensors: Tensor | None) -> None:
+    """What torch's dispatcher does with DTensors."""
     if not torch.compiler.is_compiling():
         prepare_for(tensors)
-    return False
 
 
 def _transposed(name: str, matrix: Tensor) -> Tensor:

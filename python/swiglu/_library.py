@@ -3,17 +3,30 @@ may step past torch's dispatcher."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet
+from torch._C import (
+    DispatchKey,
+    DispatchKeySet,
+    _get_tracing_state,
+    _has_storage,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._C._autograd import _get_current_graph_task_keep_graph
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 lib = torch.library.Library("swiglu", "DEF")
 
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+
+_PLAIN_OR_NONE = PLAIN_TYPES | {type(None)}
 
 _AUTOCAST = {"cpu": DispatchKey.AutocastCPU, "cuda": DispatchKey.AutocastCUDA}
 _BOTH = DispatchKeySet(DispatchKey.AutocastCPU) | DispatchKeySet(DispatchKey.AutocastCUDA)
@@ -41,7 +54,7 @@ def register_gradients(
     def forward(ctx, *inputs):  # with a setup_context of its own torch would look up the signature in every call
         output = run(*inputs)
         setup_context(ctx, inputs, output)
-        ctx.hides = hidden > 0
+        ctx.is_direct = True
         return output[0] if hidden else output
 
     of_hidden = (None,) * hidden
@@ -57,7 +70,12 @@ def register_gradients(
 
 def may_overwrite_saved(ctx: Any) -> bool:
     """Whether a backward is the last that reads what ``ctx`` saved of hidden outputs."""
-    return getattr(ctx, "hides", False) and not torch._C._autograd._get_current_graph_task_keep_graph()
+    return is_direct(ctx) and not _get_current_graph_task_keep_graph()
+
+
+def is_direct(ctx: Any) -> bool:
+    """Whether the forward stepped past torch's dispatcher: what ``ctx`` saved was plain, and hidden outputs are its own."""
+    return getattr(ctx, "is_direct", False)
 
 
 def is_recording(*tensors: Tensor | None) -> bool:
@@ -71,37 +89,41 @@ def is_recording(*tensors: Tensor | None) -> bool:
 
 def is_transformed() -> bool:
     """Whether torch.func or forward gradients are at work: torch.library refuses the former and drops the latter."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 
 
 def is_batch(gradient: Tensor) -> bool:
     """Whether it stands for many, by ``is_grads_batched``, and has no memory of its own."""
-    return torch._C._functorch.is_legacy_batchedtensor(gradient)
+    return is_legacy_batchedtensor(gradient)
 
 
 def is_plain_call(*tensors: Tensor | None) -> bool:
     """Whether torch's dispatcher would only record gradients and pass the call on: that takes longer than the launch.
 
-    Everything else that may stand in between is asked for: compilation, subclasses, lazy negation, tensors without memory (as
-    those that stand for many),
-    modes, autocast, tracing, torch.func.
+    Everything else that may stand in between is asked for: compilation, subclasses, lazy negation, tensors without memory of
+    their own (those of torch.func too, dead or alive), modes, autocast, tracing, torch.func.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in PLAIN_TYPES or tensor.is_neg() or not torch._C._has_storage(tensor):
+        if type(tensor) not in PLAIN_TYPES or tensor.is_neg() or not _has_storage(tensor):
             return False
         if not (tensor.is_cuda or tensor.is_cpu):
             return False
     return (
-        not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and not torch._C._is_any_autocast_enabled()
-        and torch._C._get_tracing_state() is None
+        not _len_torch_dispatch_stack()
+        and not _len_torch_function_stack()
+        and not _is_any_autocast_enabled()
+        and _get_tracing_state() is None
         and not is_transformed()
     )
+
+
+def have_plain_types(tensors: Iterable[Tensor | None]) -> bool:
+    """Of tensors that were plain when they were saved: whether no hook has made subclasses of them."""
+    return _PLAIN_OR_NONE.issuperset(map(type, tensors))
 
 
 def register_autocast(op: torch._ops.OpOverload, dtype_of: Callable[[str, list[Tensor]], torch.dtype]) -> None:
