@@ -6,25 +6,18 @@ differentiated again and torch.func are torch's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _steps
-from ._ffn import ffn_op, ffn_saving_op, run_ffn, run_ffn_saving
+from ._ffn import ffn_op, ffn_saving_op
 from ._gate import gate_gradients, gate_op
-from ._library import (
-    define,
-    have_plain_types,
-    is_batch,
-    is_direct,
-    is_plain_call,
-    is_transformed,
-    may_overwrite_saved,
-    register_gradients,
-)
-from ._op import forward_op, forward_saving_op, run, run_saving
-from ._operands import are_halves, as_rows, as_weights, is_dtensor
+from ._library import define, is_batch, is_plain_call, is_transformed, register_gradients
+from ._op import forward_op, forward_saving_op, run_saving
+from ._operands import as_rows, as_weights, is_dtensor, lay
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -40,24 +33,27 @@ def gradients(
     g: Tensor | None,
     u: Tensor | None,
     needs: tuple[bool, ...],
-    direct: bool,
     in_place: bool = False,
 ) -> Gradients:
     """Of x, gate, up, down and both biases, where ``needs`` says so.
 
     Without ``down``, ``dy`` is the gradient of z. ``g`` and ``u`` are the pre-activations, whose gradients take their place if
-    ``in_place``; where they are None, they are computed again, which takes the biases. ``direct``: as :func:`is_direct`.
+    ``in_place``; where they are None, they are computed again, which takes the biases.
     """
     operands = (dy, x, gate, up, down, gate_bias, up_bias, g, u)
-    need_gate = needs[1]
-    steps_fit = need_gate == needs[2] and (needs[0] or need_gate) and _steps.is_supported(x)
-    if steps_fit and not torch.is_grad_enabled():
-        if is_plain_call(dy) and have_plain_types(operands) if direct else is_plain_call(*operands):
+    if are_of_steps(needs) and _steps.is_supported(x) and not torch.is_grad_enabled():
+        if is_plain_call(*operands):
             return _launched(*operands, needs, True, in_place)
         if not (is_transformed() or is_batch(dy) or any(map(is_dtensor, (dy, x, gate)))):
             found = iter(backward_op(*operands, needs))
             return tuple(next(found) if need else None for need in needs)
     return _plain(*operands, needs)
+
+
+def are_of_steps(needs: Sequence[bool]) -> bool:
+    """Whether the steps serve these gradients: of x, of both weights of the gate or of all."""
+    need_x, need_gate, need_up, *_ = needs
+    return need_gate == need_up and (need_x or need_gate)
 
 
 # ---- torch's operations ----
@@ -95,81 +91,34 @@ def _plain(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arrived=(None
 
 
 def _launched(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, together=False, in_place=False) -> Gradients:
-    """Three launches of the forward's, four of the block's, and one more where the pre-activations are computed again.
-
-    The gradients of weights lie in memory as their weights do, if ``together`` also as halves of one. What a launch writes is
-    allocated just before it, because the GPU works meanwhile.
-    """
+    """Three launches of the forward's, four of the block's, and one more where the pre-activations are computed again."""
     if not _steps.serves(x, gate, dy):
         return _without_steps(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs)
-    need_x, need_weights, _, need_down, need_gate_bias, need_up_bias = needs
-    n, k = gate.shape
     # Each is copied once, if at all, and kept in a name until the last launch.
+    layer, rows, first, second = lay(x, gate, up)
     dy, dy_stride = as_rows(dy)
-    rows, x_stride = as_rows(x)
-    first, first_stride, second, second_stride, layout = as_weights(gate, up)
-    major = _steps.MAJOR[layout]
-    z, d_gate, d_up, dx, d_down = None, None, None, None, None
+    n, z = layer.n, None
     if g is None:
         z, g, u = run_saving(rows, gate, up, gate_bias, up_bias)
         in_place = True
-    elif not (g.is_contiguous() and u.is_contiguous()):
-        g, u = g.contiguous(), u.contiguous()  # a hook has laid them otherwise
-    launch = _steps.launcher(g, g.numel() // n)
-    dg, du = (g, u) if in_place else (_contiguous_like(g), _contiguous_like(u))
-    of_dy, of_x = (dy.data_ptr(), dy_stride), (rows.data_ptr(), x_stride)
-    saved, pair = (g.data_ptr(), n, u.data_ptr(), n), (dg.data_ptr(), n, du.data_ptr(), n)
-    if down is None:
-        launch("gate_backward", _steps.ANY_MAJOR, n, n, of_dy, (), saved, pair, 0)
-    else:
-        matrix, stride, down_major = _steps.as_weight(down)
-        out = pair
-        if need_down and z is None:
-            z = _contiguous_like(g)
-            out = (*pair, z.data_ptr(), n)
-        launch("dgated", down_major, n, down.shape[0], of_dy, (matrix.data_ptr(), stride), saved, out, 0)
-    if need_x:
-        dx = _contiguous_like(x)
-        weights = (first.data_ptr(), first_stride, second.data_ptr(), second_stride)
-        launch("input_grad", major, n, k, pair, weights, (), (dx.data_ptr(), k), 0)
-    if need_weights:
-        d_gate, d_up = _gradients_of_pair(gate, up, layout, together)
-        first, first_stride, second, second_stride, layout = as_weights(d_gate, d_up)
-        left, right = (pair, of_x) if layout == "separate_nk" else (of_x, pair)
-        out = (first.data_ptr(), first_stride, second.data_ptr(), second_stride)
-        launch("weight_grad", _steps.MAJOR[layout], n, k, left, right, (), out, 0)
-    if need_down:
-        d_down = _gradient_of(down)
-        matrix, stride, down_major = _steps.as_weight(d_down)
-        of_z = (z.data_ptr(), n)
-        left, right = (of_dy, of_z) if down_major == "k_major" else (of_z, of_dy)
-        launch("down_weight_grad", down_major, n, down.shape[0], left, right, (), (matrix.data_ptr(), stride), 0)
+    g, u = g.contiguous(), u.contiguous()  # a hook may have laid them otherwise
+    dg, du = (g, u) if in_place else (torch.empty_like(g), torch.empty_like(u))
+    found = _steps.backward(
+        layer,
+        (dy.data_ptr(), dy_stride),
+        (rows.data_ptr(), layer.x_stride),
+        (first.data_ptr(), layer.gate_stride, second.data_ptr(), layer.up_stride),
+        (g.data_ptr(), n, u.data_ptr(), n),
+        (dg.data_ptr(), n, du.data_ptr(), n),
+        z,
+        (x, gate, up, down),
+        needs,
+        together,
+    )
+    need_gate_bias, need_up_bias = needs[4:]
     d_gate_bias = dg.view(-1, n).sum(0) if need_gate_bias else None
     d_up_bias = du.view(-1, n).sum(0) if need_up_bias else None
-    return dx, d_gate, d_up, d_down, d_gate_bias, d_up_bias
-
-
-def _contiguous_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-def _gradients_of_pair(gate: Tensor, up: Tensor, layout: str, together: bool) -> tuple[Tensor, Tensor]:
-    if together and gate._is_view() and (are_halves(gate, up) or are_halves(up, gate)):
-        first, second = _new(gate, layout, 2).chunk(2)
-        return (first, second) if are_halves(gate, up) else (second, first)
-    return _new(gate, layout), _new(up, layout)
-
-
-def _gradient_of(weight: Tensor) -> Tensor:
-    return _new(weight, as_weights(weight, weight)[-1])
-
-
-def _new(weight: Tensor, layout: str, count: int = 1) -> Tensor:
-    """For ``count`` matrices such as ``weight``, one below the other."""
-    if count == 1 and layout == "separate_nk":
-        return _contiguous_like(weight)
-    rows, cols = weight.shape[0] * count, weight.shape[1]
-    return weight.new_empty((cols, rows)).t() if layout == "separate_kn" else weight.new_empty((rows, cols))
+    return *found, d_gate_bias, d_up_bias
 
 
 def _outputs(x, gate, up, down, needs) -> Gradients:
@@ -177,12 +126,12 @@ def _outputs(x, gate, up, down, needs) -> Gradients:
     need_x, need_weights, _, need_down, need_gate_bias, need_up_bias = needs
     n = gate.shape[0]
     layout = as_weights(gate, up)[-1]
-    d_gate, d_up = _gradients_of_pair(gate, up, layout, False) if need_weights else (None, None)
+    d_gate, d_up = _steps.new_pair(gate, up, layout, False) if need_weights else (None, None)
     return (
-        _contiguous_like(x) if need_x else None,
+        _steps.new_rows(x) if need_x else None,
         d_gate,
         d_up,
-        _gradient_of(down) if need_down else None,
+        _steps.new_like(down) if need_down else None,
         x.new_empty(n) if need_gate_bias else None,
         x.new_empty(n) if need_up_bias else None,
     )
@@ -227,12 +176,12 @@ def _setup_forward_saving(ctx, inputs, output):
 
 def _backward_forward(ctx, dz):
     x, gate, up, *biases = ctx.saved_tensors
-    return _without_down(gradients(dz, x, gate, up, None, *biases, None, None, _needs(ctx), is_direct(ctx)))
+    return _without_down(gradients(dz, x, gate, up, None, *biases, None, None, _needs(ctx)))
 
 
 def _backward_forward_saving(ctx, dz, grad_g, grad_u):
     x, gate, up, *others = ctx.saved_tensors  # once: checkpointing refuses a second time
-    return _without_down(_of_saving(ctx, dz, x, gate, up, None, *others, _needs(ctx), (grad_g, grad_u)))
+    return _without_down(_of_saving(dz, x, gate, up, None, *others, _needs(ctx), (grad_g, grad_u)))
 
 
 def _needs(ctx) -> tuple[bool, ...]:
@@ -245,19 +194,14 @@ def _without_down(found: Gradients) -> Gradients:
     return *found[:3], *found[4:]
 
 
-def _of_saving(ctx, dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arrived) -> Gradients:
+def _of_saving(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arrived) -> Gradients:
     if dy is None:
         dy = g.new_zeros((*x.shape[:-1], (gate if down is None else down).shape[0]))
-    if torch.is_grad_enabled():  # hidden outputs have no gradients: from the operands again
+    if torch.is_grad_enabled():  # from the operands again, on which the pre-activations depend
         g = u = None
-    if getattr(ctx, "has_overwritten_saved", False):
-        raise RuntimeError(
-            "an earlier backward broke off after it had overwritten what was saved; run the forward again"
-        )
     if arrived[0] is not None or arrived[1] is not None:
         return _plain(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arrived)
-    in_place = ctx.has_overwritten_saved = may_overwrite_saved(ctx)
-    return gradients(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, is_direct(ctx), in_place)
+    return gradients(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs)
 
 
 def _setup_ffn(ctx, inputs, output):
@@ -272,23 +216,20 @@ def _setup_ffn_saving(ctx, inputs, output):
 def _backward_ffn(ctx, dy):
     x, gate, up, down, *biases = ctx.saved_tensors
     *needs, need_bias = ctx.needs_input_grad
-    return *gradients(dy, x, gate, up, down, *biases, None, None, needs, is_direct(ctx)), _down_bias(dy, need_bias)
+    return *gradients(dy, x, gate, up, down, *biases, None, None, needs), down_bias_gradient(dy, need_bias)
 
 
 def _backward_ffn_saving(ctx, dy, grad_g, grad_u):
     *needs, need_bias = ctx.needs_input_grad
-    return *_of_saving(ctx, dy, *ctx.saved_tensors, needs, (grad_g, grad_u)), _down_bias(dy, need_bias)
+    return *_of_saving(dy, *ctx.saved_tensors, needs, (grad_g, grad_u)), down_bias_gradient(dy, need_bias)
 
 
-def _down_bias(dy: Tensor | None, need: bool) -> Tensor | None:
+def down_bias_gradient(dy: Tensor | None, need: bool) -> Tensor | None:
+    """The sum over all tokens, where it is needed and anything arrived."""
     return dy.reshape(-1, dy.shape[-1]).sum(0) if need and dy is not None else None
 
 
-forward_recorded = register_gradients(forward_op, run, _setup_forward, _backward_forward)
-forward_saving_recorded = register_gradients(
-    forward_saving_op, run_saving, _setup_forward_saving, _backward_forward_saving, hidden=2
-)
-ffn_recorded = register_gradients(ffn_op, run_ffn, _setup_ffn, _backward_ffn)
-ffn_saving_recorded = register_gradients(
-    ffn_saving_op, run_ffn_saving, _setup_ffn_saving, _backward_ffn_saving, hidden=2
-)
+register_gradients(forward_op, _setup_forward, _backward_forward)
+register_gradients(forward_saving_op, _setup_forward_saving, _backward_forward_saving)
+register_gradients(ffn_op, _setup_ffn, _backward_ffn)
+register_gradients(ffn_saving_op, _setup_ffn_saving, _backward_ffn_saving)

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backward import ffn_recorded, ffn_saving_recorded, forward_recorded, forward_saving_recorded
 from ._ffn import check_ffn, ffn_op, ffn_saving_op, run_ffn
 from ._gate import (
     check_packed,
@@ -21,6 +20,7 @@ from ._gate import (
 from ._library import is_plain_call, is_recording, is_transformed
 from ._op import forward_op, forward_saving_op, reference, run
 from ._operands import GATE_ORDERS, LAYOUTS, SAVE, are_halves, bad_value, check, check_choice
+from ._recorded import recorded_call
 from ._sharding import prepare_for
 
 __all__ = ["forward", "split_packed", "swiglu_ffn", "swiglu_fused", "swiglu_torch"]
@@ -74,16 +74,14 @@ def forward(
         )
     check_choice("save", save, SAVE)
     operands = (x, gate, up, gate_bias, up_bias)
-    saving = is_recording(*operands) and save == "preactivations"
+    recording, keep = is_recording(*operands), save == "preactivations"
     if is_plain_call(*operands):
-        if saving:
-            return forward_saving_recorded(*operands)
-        return (forward_recorded if is_recording(*operands) else run)(*operands)
+        return recorded_call(x, gate, up, None, gate_bias, up_bias, None, keep) if recording else run(*operands)
     if _is_transformed_eagerly():
         check(*operands)
         return reference(*operands)
     _make_ready(*operands)
-    return forward_saving_op(*operands)[0] if saving else forward_op(*operands)
+    return forward_saving_op(*operands)[0] if recording and keep else forward_op(*operands)
 
 
 def swiglu_ffn(
@@ -124,16 +122,14 @@ def swiglu_ffn(
     """
     check_choice("save", save, SAVE)
     operands = (x, w_gate, w_up, w_down, b_gate, b_up, b_down)
-    saving = is_recording(*operands) and save == "preactivations"
+    recording, keep = is_recording(*operands), save == "preactivations"
     if is_plain_call(*operands):
-        if saving:
-            return ffn_saving_recorded(*operands)
-        return (ffn_recorded if is_recording(*operands) else run_ffn)(*operands)
+        return recorded_call(*operands, keep) if recording else run_ffn(*operands)
     if _is_transformed_eagerly():
         check_ffn(*operands)
         return F.linear(reference(x, w_gate, w_up, b_gate, b_up), w_down, b_down)
     _make_ready(*operands)
-    return ffn_saving_op(*operands)[0] if saving else ffn_op(*operands)
+    return ffn_saving_op(*operands)[0] if recording and keep else ffn_op(*operands)
 
 
 def split_packed(weight: Tensor, *, layout: str, gate_order: str = "gate_first") -> tuple[Tensor, Tensor]:

@@ -17,7 +17,6 @@ from torch._C import (
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
 )
-from torch._C._autograd import _get_current_graph_task_keep_graph
 from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -42,40 +41,17 @@ def define(schema: str, run: Callable, fake: Callable) -> torch._ops.OpOverload:
     return getattr(torch.ops.swiglu, name).default
 
 
-def register_gradients(
-    op: torch._ops.OpOverload, run: Callable, setup_context: Callable, backward: Callable, hidden: int = 0
-) -> Callable:
-    """Gives ``op``, computed by ``run``, its gradients; returns the same for plain tensors, without torch's dispatcher.
-
-    The last ``hidden`` outputs of what is returned stay between it and its backward, which alone holds them then.
-    """
+def register_gradients(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> None:
+    """Gives ``op`` its gradients."""
     torch.library.register_autograd(op._schema.name, backward, setup_context=setup_context, lib=lib)
 
-    def forward(ctx, *inputs):  # with a setup_context of its own torch would look up the signature in every call
-        output = run(*inputs)
-        setup_context(ctx, inputs, output)
-        ctx.is_direct = True
-        return output[0] if hidden else output
 
-    of_hidden = (None,) * hidden
-
-    def direct_backward(ctx, *gradients):
-        return backward(ctx, *gradients, *of_hidden)
-
-    names = {"forward": staticmethod(forward), "backward": staticmethod(direct_backward)}
-    direct: Any = type(f"{op._opname}_direct", (torch.autograd.Function,), names)
+def recorded(name: str, forward: Callable, backward: Callable) -> Callable:
+    """A call of plain tensors with gradients, without torch's dispatcher: ``forward(ctx, *inputs)`` saves what it needs."""
+    names = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(name, (torch.autograd.Function,), names)
     # Function.apply asks for torch.func and its wrappers, which :func:`is_plain_call` has done, and then calls this.
-    return super(torch.autograd.Function, direct).apply
-
-
-def may_overwrite_saved(ctx: Any) -> bool:
-    """Whether a backward is the last that reads what ``ctx`` saved of hidden outputs."""
-    return is_direct(ctx) and not _get_current_graph_task_keep_graph()
-
-
-def is_direct(ctx: Any) -> bool:
-    """Whether the forward stepped past torch's dispatcher: what ``ctx`` saved was plain, and hidden outputs are its own."""
-    return getattr(ctx, "is_direct", False)
+    return super(torch.autograd.Function, function).apply
 
 
 def is_recording(*tensors: Tensor | None) -> bool:

@@ -6,16 +6,17 @@ what it writes lies as :func:`as_rows` wants it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from . import _native
-from ._operands import DTYPES, as_rows, as_weights, dtype_word, stream_of
+from ._operands import DTYPES, Layer, are_halves, as_rows, as_weights, dtype_word, stream_of
 
-MAJOR = {"separate_nk": "k_major", "separate_kn": "n_major"}
-ANY_MAJOR = "k_major"  # of a step without weights
+_MAJOR = {"separate_nk": "k_major", "separate_kn": "n_major"}
+_ANY_MAJOR = "k_major"  # of a step without weights
 
 
 def is_supported(x: Tensor) -> bool:
@@ -40,10 +41,10 @@ def prepare(device: int, dtype: str, transposed: bool, n: int, k: int, training:
         _native.prepare_step(device, dtype, op, "n_major" if transposed else "k_major", n, k)
     # Of a block whose weights are frozen in part, the gate is a launch of its own.
     for op in ("gate", "gate_backward") if training else ():
-        _native.prepare_step(device, dtype, op, ANY_MAJOR, n, n)
+        _native.prepare_step(device, dtype, op, _ANY_MAJOR, n, n)
 
 
-def launcher(like: Tensor, m: int) -> Callable[..., None]:
+def _launcher(like: Tensor, m: int) -> Callable[..., None]:
     """What launches steps on ``m`` tokens, on the GPU and in the number format of ``like``.
 
     It takes op, major, n, k, the groups left, right, saved and out as the runtime's ``RawStep`` has them, and the address of a
@@ -58,7 +59,7 @@ def gate(g: Tensor, u: Tensor, z: Tensor) -> None:
     n = g.shape[-1]
     (g, g_stride), (u, u_stride), (z, z_stride) = as_rows(g), as_rows(u), as_rows(z)
     saved = (g.data_ptr(), g_stride, u.data_ptr(), u_stride)
-    launcher(z, z.numel() // n)("gate", ANY_MAJOR, n, n, (), (), saved, (z.data_ptr(), z_stride), 0)
+    _launcher(z, z.numel() // n)("gate", _ANY_MAJOR, n, n, (), (), saved, (z.data_ptr(), z_stride), 0)
 
 
 def gate_backward(dz: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor) -> None:
@@ -68,8 +69,8 @@ def gate_backward(dz: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor) -> N
     (dg, dg_stride), (du, du_stride) = as_rows(dg), as_rows(du)
     saved = (g.data_ptr(), g_stride, u.data_ptr(), u_stride)
     out = (dg.data_ptr(), dg_stride, du.data_ptr(), du_stride)
-    launch = launcher(dg, g.numel() // n)
-    launch("gate_backward", ANY_MAJOR, n, n, (dz.data_ptr(), dz_stride), (), saved, out, 0)
+    launch = _launcher(dg, g.numel() // n)
+    launch("gate_backward", _ANY_MAJOR, n, n, (dz.data_ptr(), dz_stride), (), saved, out, 0)
 
 
 def down(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -77,15 +78,95 @@ def down(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     k, n = weight.shape
     y = z.new_empty((*z.shape[:-1], k))
     rows, stride = as_rows(z)
-    matrix, matrix_stride, major = as_weight(weight)
+    matrix, matrix_stride, major = _as_weight(weight)
     bias = None if bias is None else bias.contiguous()
     left, right = (rows.data_ptr(), stride), (matrix.data_ptr(), matrix_stride)
     shift = 0 if bias is None else bias.data_ptr()
-    launcher(y, z.numel() // n)("down", major, n, k, left, right, (), (y.data_ptr(), k), shift)
+    _launcher(y, z.numel() // n)("down", major, n, k, left, right, (), (y.data_ptr(), k), shift)
     return y
 
 
-def as_weight(weight: Tensor) -> tuple[Tensor, int, str]:
+Group = tuple[int, ...]  # the address and row stride of each of its matrices in turn
+Four = tuple["Tensor | None", ...]  # of x, gate, up and down
+
+
+def backward(
+    layer: Layer,
+    of_dy: Group,
+    of_x: Group,
+    of_weights: Group,
+    of_saved: Group,
+    of_grads: Group,
+    z: Tensor | None,
+    operands: Four,
+    needs: Sequence[bool],
+    together: bool,
+) -> Four:
+    """The gradients of x, gate, up and down that are needed: by two launches of the forward's, three of the block's, or fewer.
+
+    The pre-activations are ``of_saved``, their gradients are written ``of_grads``, which may be the same. ``z`` is computed
+    again where it is missing and needed. Gradients of weights lie in memory as their weights do, if ``together`` also as halves
+    of one. What a launch writes is allocated just before it, because the GPU works meanwhile.
+    """
+    device, dtype, m, n, k, layout, *_ = layer
+    x, gate, up, down = operands
+    need_x, need_weights, _, need_down, *_ = needs
+    launch = partial(_native.step, device, dtype, stream_of(device), m)
+    dx, d_gate, d_up, d_down = None, None, None, None
+    if down is None:
+        launch("gate_backward", _ANY_MAJOR, n, n, of_dy, (), of_saved, of_grads, 0)
+    else:
+        out, width = of_grads, down.shape[0]
+        if need_down and z is None:
+            z = down.new_empty((m, n))
+            out = (*of_grads, z.data_ptr(), n)
+        matrix, stride, major = _as_weight(down)
+        launch("dgated", major, n, width, of_dy, (matrix.data_ptr(), stride), of_saved, out, 0)
+    if need_x:
+        dx = new_rows(x)
+        launch("input_grad", _MAJOR[layout], n, k, of_grads, of_weights, (), (dx.data_ptr(), k), 0)
+    if need_weights:
+        d_gate, d_up = new_pair(gate, up, layout, together)
+        first, first_stride, second, second_stride, layout = as_weights(d_gate, d_up)
+        left, right = (of_grads, of_x) if layout == "separate_nk" else (of_x, of_grads)
+        out = (first.data_ptr(), first_stride, second.data_ptr(), second_stride)
+        launch("weight_grad", _MAJOR[layout], n, k, left, right, (), out, 0)
+    if need_down:
+        d_down = new_like(down)
+        matrix, stride, major = _as_weight(d_down)
+        of_z = (z.data_ptr(), n)
+        left, right = (of_dy, of_z) if major == "k_major" else (of_z, of_dy)
+        launch("down_weight_grad", major, n, width, left, right, (), (matrix.data_ptr(), stride), 0)
+    return dx, d_gate, d_up, d_down
+
+
+def new_rows(tensor: Tensor) -> Tensor:
+    """For a gradient of x: a row-major tensor of its shape."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def new_pair(gate: Tensor, up: Tensor, layout: str, together: bool) -> tuple[Tensor, Tensor]:
+    """For gradients of both weights of the gate."""
+    if together and gate._is_view() and (are_halves(gate, up) or are_halves(up, gate)):
+        first, second = _new(gate, layout, 2).chunk(2)
+        return (first, second) if are_halves(gate, up) else (second, first)
+    return _new(gate, layout), _new(up, layout)
+
+
+def new_like(weight: Tensor) -> Tensor:
+    """For the gradient of one weight."""
+    return _new(weight, as_weights(weight, weight)[-1])
+
+
+def _new(weight: Tensor, layout: str, count: int = 1) -> Tensor:
+    """For ``count`` matrices such as ``weight``, one below the other."""
+    if count == 1 and layout == "separate_nk":
+        return new_rows(weight)
+    rows, cols = weight.shape[0] * count, weight.shape[1]
+    return weight.new_empty((cols, rows)).t() if layout == "separate_kn" else weight.new_empty((rows, cols))
+
+
+def _as_weight(weight: Tensor) -> tuple[Tensor, int, str]:
     """As :func:`as_weights`, of one matrix: with its row stride and the step's word for its order."""
     matrix, stride, _, _, layout = as_weights(weight, weight)
-    return matrix, stride, MAJOR[layout]
+    return matrix, stride, _MAJOR[layout]
