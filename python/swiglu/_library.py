@@ -3,7 +3,7 @@ may step past torch's dispatcher."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -97,9 +97,17 @@ def is_plain_call(*tensors: Tensor | None) -> bool:
     )
 
 
-def have_plain_types(tensors: Iterable[Tensor | None]) -> bool:
-    """Of tensors that were plain when they were saved: whether no hook has made subclasses of them."""
-    return _PLAIN_OR_NONE.issuperset(map(type, tensors))
+def is_plain_backward(gradient: Tensor, saved: tuple[Tensor | None, ...]) -> bool:
+    """The same of the backward of a plain call, which has less in between: autograd runs the backward of torch's operations
+    without autocast, too. Hooks may have put subclasses in place of what was saved."""
+    return (
+        type(gradient) in PLAIN_TYPES
+        and _PLAIN_OR_NONE.issuperset(map(type, saved))
+        and not _len_torch_dispatch_stack()
+        and forward_ad._current_level < 0
+        and _has_storage(gradient)
+        and not gradient.is_neg()
+    )
 
 
 def register_autocast(op: torch._ops.OpOverload, dtype_of: Callable[[str, list[Tensor]], torch.dtype]) -> None:

@@ -13,7 +13,7 @@ from torch._C._autograd import _get_current_graph_task_keep_graph
 from . import _steps
 from ._backward import are_of_steps, down_bias_gradient, gradients
 from ._ffn import check_ffn, project
-from ._library import have_plain_types, is_plain_call, recorded
+from ._library import is_plain_backward, recorded
 from ._op import run_keeping
 from ._operands import as_rows, check
 
@@ -49,7 +49,7 @@ def _backward(ctx, dy):
     if (
         layer is None
         or again
-        or not (is_plain_call(dy) and have_plain_types(saved))
+        or not is_plain_backward(dy, saved)
         or (x.stride(), gate.stride(), up.stride()) != ctx.strides
     ):
         g = u = None
