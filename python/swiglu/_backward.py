@@ -6,16 +6,18 @@ differentiated again and torch.func are torch's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _steps
-from ._ffn import ffn_op, ffn_saving_op, run_ffn, run_ffn_saving
+from ._ffn import ffn_op, ffn_saving_op
 from ._gate import gate_gradients, gate_op
-from ._library import define, is_batch, is_plain_call, is_transformed, may_overwrite_saved, register_gradients
-from ._op import forward_op, forward_saving_op, run, run_saving
-from ._operands import are_halves, as_rows, as_weights, is_dtensor
+from ._library import define, is_batch, is_plain_call, is_transformed, register_gradients
+from ._op import forward_op, forward_saving_op, run_saving
+from ._operands import as_rows, as_weights, is_dtensor, lay
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -26,35 +28,32 @@ def gradients(
     gate: Tensor,
     up: Tensor,
     down: Tensor | None,
-    biases: tuple[Tensor | None, Tensor | None],
-    saved: tuple[Tensor | None, Tensor | None],
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    g: Tensor | None,
+    u: Tensor | None,
     needs: tuple[bool, ...],
     in_place: bool = False,
 ) -> Gradients:
     """Of x, gate, up, down and both biases, where ``needs`` says so.
 
-    Without ``down``, ``dy`` is the gradient of z. ``saved`` are the pre-activations, whose gradients take their place if
+    Without ``down``, ``dy`` is the gradient of z. ``g`` and ``u`` are the pre-activations, whose gradients take their place if
     ``in_place``; where they are None, they are computed again, which takes the biases.
     """
-    operands = (dy, x, gate, up, down, *biases, *saved)
-    if not _by_steps(dy, x, gate, needs):
-        return _plain(*operands, needs)
-    plain = is_plain_call(*operands)
-    found = iter(_launched(*operands, needs, True, in_place) if plain else backward_op(*operands, needs))
-    return tuple(next(found) if need else None for need in needs)
+    operands = (dy, x, gate, up, down, gate_bias, up_bias, g, u)
+    if are_of_steps(needs) and _steps.is_supported(x) and not torch.is_grad_enabled():
+        if is_plain_call(*operands):
+            return _launched(*operands, needs, True, in_place)
+        if not (is_transformed() or is_batch(dy) or any(map(is_dtensor, (dy, x, gate)))):
+            found = iter(backward_op(*operands, needs))
+            return tuple(next(found) if need else None for need in needs)
+    return _plain(*operands, needs)
 
 
-def _by_steps(dy: Tensor, x: Tensor, gate: Tensor, needs: tuple[bool, ...]) -> bool:
+def are_of_steps(needs: Sequence[bool]) -> bool:
+    """Whether the steps serve these gradients: of x, of both weights of the gate or of all."""
     need_x, need_gate, need_up, *_ = needs
-    return (
-        _steps.is_supported(x)
-        and need_gate == need_up
-        and (need_x or need_gate)
-        and not torch.is_grad_enabled()
-        and not is_transformed()
-        and not is_batch(dy)
-        and not any(map(is_dtensor, (dy, x, gate)))
-    )
+    return need_gate == need_up and (need_x or need_gate)
 
 
 # ---- torch's operations ----
@@ -91,60 +90,64 @@ def _plain(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arrived=(None
 # ---- the runtime's steps ----
 
 
-def _outputs(x, gate, up, down, needs, together=False) -> list[Tensor | None]:
-    """The gradients' tensors; those of weights lie in memory as their weights do, if ``together`` also as halves of one."""
-    need_x, need_weights, _, need_down, *need_biases = needs
-    n = gate.shape[0]
-    *_, layout = as_weights(gate, up)
-    d_gate = d_up = None
-    if need_weights and together and (are_halves(gate, up) or are_halves(up, gate)):
-        both = _new(gate, layout, 2)
-        d_gate, d_up = (both[:n], both[n:]) if are_halves(gate, up) else (both[n:], both[:n])
-    elif need_weights:
-        d_gate, d_up = _new(gate, layout), _new(up, layout)
-    d_down = _new(down, as_weights(down, down)[-1]) if need_down else None
-    d_biases = [x.new_empty(n) if need else None for need in need_biases]
-    return [x.new_empty(x.shape) if need_x else None, d_gate, d_up, d_down, *d_biases]
-
-
-def _new(weight: Tensor, layout: str, count: int = 1) -> Tensor:
-    """For ``count`` matrices such as ``weight``, one below the other."""
-    rows, cols = weight.shape[0] * count, weight.shape[1]
-    return weight.new_empty((cols, rows)).t() if layout == "separate_kn" else weight.new_empty((rows, cols))
-
-
-def _launched(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, together=False, in_place=False):
-    """Those of :func:`_outputs` that are needed: three launches of the forward's, four of the block's, and one more where the
-    pre-activations are computed again."""
-    outputs = _outputs(x, gate, up, down, needs, together)
-    dx, d_gate, d_up, d_down, *d_biases = outputs
+def _launched(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, together=False, in_place=False) -> Gradients:
+    """Three launches of the forward's, four of the block's, and one more where the pre-activations are computed again."""
     if not _steps.serves(x, gate, dy):
-        for output, value in zip(outputs, _plain(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs)):
-            if output is not None:
-                output.copy_(value)
-        return [output for output in outputs if output is not None]
-    dy, x = as_rows(dy)[0], as_rows(x)[0]  # copied once, if at all
+        return _without_steps(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs)
+    # Each is copied once, if at all, and kept in a name until the last launch.
+    layer, rows, first, second = lay(x, gate, up)
+    dy, dy_stride = as_rows(dy)
+    n, z = layer.n, None
     if g is None:
-        z, g, u = run_saving(x, gate, up, gate_bias, up_bias)
-        z_again, in_place = None, True
-    else:
-        z = z_again = g.new_empty(g.shape) if d_down is not None else None
-    in_place = in_place and g.is_contiguous() and u.is_contiguous()  # a hook may have laid them otherwise
-    dg, du = (g, u) if in_place else (g.new_empty(g.shape), g.new_empty(g.shape))
-    if down is None:
-        _steps.gate_backward(dy, g, u, dg, du)
-    else:
-        _steps.dgated(dy, down, g, u, dg, du, z_again)
-    if dx is not None:
-        _steps.input_grad(dg, du, gate, up, dx)
-    if d_gate is not None:
-        _steps.weight_grad(dg, du, x, d_gate, d_up)
-    if d_down is not None:
-        _steps.down_weight_grad(dy, z, d_down)
-    for d_bias, d in zip(d_biases, (dg, du)):
-        if d_bias is not None:
-            torch.sum(d.view(-1, d.shape[-1]), 0, out=d_bias)
-    return [output for output in outputs if output is not None]
+        z, g, u = run_saving(rows, gate, up, gate_bias, up_bias)
+        in_place = True
+    g, u = g.contiguous(), u.contiguous()  # a hook may have laid them otherwise
+    dg, du = (g, u) if in_place else (torch.empty_like(g), torch.empty_like(u))
+    found = _steps.backward(
+        layer,
+        (dy.data_ptr(), dy_stride),
+        (rows.data_ptr(), layer.x_stride),
+        (first.data_ptr(), layer.gate_stride, second.data_ptr(), layer.up_stride),
+        (g.data_ptr(), n, u.data_ptr(), n),
+        (dg.data_ptr(), n, du.data_ptr(), n),
+        z,
+        (x, gate, up, down),
+        needs,
+        together,
+    )
+    need_gate_bias, need_up_bias = needs[4:]
+    d_gate_bias = dg.view(-1, n).sum(0) if need_gate_bias else None
+    d_up_bias = du.view(-1, n).sum(0) if need_up_bias else None
+    return *found, d_gate_bias, d_up_bias
+
+
+def _outputs(x, gate, up, down, needs) -> Gradients:
+    """What :func:`_launched` returns, not yet written."""
+    need_x, need_weights, _, need_down, need_gate_bias, need_up_bias = needs
+    n = gate.shape[0]
+    layout = as_weights(gate, up)[-1]
+    d_gate, d_up = _steps.new_pair(gate, up, layout, False) if need_weights else (None, None)
+    return (
+        _steps.new_rows(x) if need_x else None,
+        d_gate,
+        d_up,
+        _steps.new_like(down) if need_down else None,
+        x.new_empty(n) if need_gate_bias else None,
+        x.new_empty(n) if need_up_bias else None,
+    )
+
+
+def _without_steps(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs) -> Gradients:
+    """The same by torch's operations, of operands that are empty."""
+    outputs = _outputs(x, gate, up, down, needs)
+    for output, value in zip(outputs, _plain(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs)):
+        if output is not None:
+            output.copy_(value)
+    return outputs
+
+
+def _run(*operands_and_needs):
+    return [gradient for gradient in _launched(*operands_and_needs) if gradient is not None]
 
 
 def _fake(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs):
@@ -154,7 +157,7 @@ def _fake(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs):
 backward_op = define(
     "backward(Tensor dy, Tensor x, Tensor gate, Tensor up, Tensor? down, Tensor? gate_bias, Tensor? up_bias, Tensor? saved_gate, "
     "Tensor? saved_up, bool[] needs) -> Tensor[]",
-    _launched,
+    _run,
     _fake,
 )
 
@@ -173,12 +176,12 @@ def _setup_forward_saving(ctx, inputs, output):
 
 def _backward_forward(ctx, dz):
     x, gate, up, *biases = ctx.saved_tensors
-    return _without_down(gradients(dz, x, gate, up, None, biases, (None, None), _needs(ctx)))
+    return _without_down(gradients(dz, x, gate, up, None, *biases, None, None, _needs(ctx)))
 
 
 def _backward_forward_saving(ctx, dz, grad_g, grad_u):
     x, gate, up, *others = ctx.saved_tensors  # once: checkpointing refuses a second time
-    return _without_down(_of_saving(ctx, dz, x, gate, up, None, *others, _needs(ctx), (grad_g, grad_u)))
+    return _without_down(_of_saving(dz, x, gate, up, None, *others, _needs(ctx), (grad_g, grad_u)))
 
 
 def _needs(ctx) -> tuple[bool, ...]:
@@ -191,19 +194,14 @@ def _without_down(found: Gradients) -> Gradients:
     return *found[:3], *found[4:]
 
 
-def _of_saving(ctx, dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arrived) -> Gradients:
+def _of_saving(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arrived) -> Gradients:
     if dy is None:
         dy = g.new_zeros((*x.shape[:-1], (gate if down is None else down).shape[0]))
-    if torch.is_grad_enabled():  # hidden outputs have no gradients: from the operands again
+    if torch.is_grad_enabled():  # from the operands again, on which the pre-activations depend
         g = u = None
-    if getattr(ctx, "has_overwritten_saved", False):
-        raise RuntimeError(
-            "an earlier backward broke off after it had overwritten what was saved; run the forward again"
-        )
-    if arrived[0] is None and arrived[1] is None:
-        ctx.has_overwritten_saved = may_overwrite_saved(ctx)
-        return gradients(dy, x, gate, up, down, (gate_bias, up_bias), (g, u), needs, ctx.has_overwritten_saved)
-    return _plain(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arrived)
+    if arrived[0] is not None or arrived[1] is not None:
+        return _plain(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arrived)
+    return gradients(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs)
 
 
 def _setup_ffn(ctx, inputs, output):
@@ -218,23 +216,20 @@ def _setup_ffn_saving(ctx, inputs, output):
 def _backward_ffn(ctx, dy):
     x, gate, up, down, *biases = ctx.saved_tensors
     *needs, need_bias = ctx.needs_input_grad
-    return *gradients(dy, x, gate, up, down, biases, (None, None), needs), _down_bias(dy, need_bias)
+    return *gradients(dy, x, gate, up, down, *biases, None, None, needs), down_bias_gradient(dy, need_bias)
 
 
 def _backward_ffn_saving(ctx, dy, grad_g, grad_u):
     *needs, need_bias = ctx.needs_input_grad
-    return *_of_saving(ctx, dy, *ctx.saved_tensors, needs, (grad_g, grad_u)), _down_bias(dy, need_bias)
+    return *_of_saving(dy, *ctx.saved_tensors, needs, (grad_g, grad_u)), down_bias_gradient(dy, need_bias)
 
 
-def _down_bias(dy: Tensor | None, need: bool) -> Tensor | None:
+def down_bias_gradient(dy: Tensor | None, need: bool) -> Tensor | None:
+    """The sum over all tokens, where it is needed and anything arrived."""
     return dy.reshape(-1, dy.shape[-1]).sum(0) if need and dy is not None else None
 
 
-forward_recorded = register_gradients(forward_op, run, _setup_forward, _backward_forward)
-forward_saving_recorded = register_gradients(
-    forward_saving_op, run_saving, _setup_forward_saving, _backward_forward_saving, hidden=2
-)
-ffn_recorded = register_gradients(ffn_op, run_ffn, _setup_ffn, _backward_ffn)
-ffn_saving_recorded = register_gradients(
-    ffn_saving_op, run_ffn_saving, _setup_ffn_saving, _backward_ffn_saving, hidden=2
-)
+register_gradients(forward_op, _setup_forward, _backward_forward)
+register_gradients(forward_saving_op, _setup_forward_saving, _backward_forward_saving)
+register_gradients(ffn_op, _setup_ffn, _backward_ffn)
+register_gradients(ffn_saving_op, _setup_ffn_saving, _backward_ffn_saving)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _steps
 from ._library import autocast_dtype, define, register_autocast
-from ._op import run, run_saving
+from ._op import run_keeping, run_saving
 from ._operands import bad_type, bad_value, check, check_bias
 
 _NAMES = ("w_gate", "w_up", "b_gate", "b_up")
@@ -40,17 +40,18 @@ def check_ffn(
 def run_ffn(x, w_gate, w_up, w_down, b_gate, b_up, b_down):
     """The fused kernel and the down projection, of CPU and CUDA tensors; no gradients."""
     check_ffn(x, w_gate, w_up, w_down, b_gate, b_up, b_down)
-    return _project(run(x, w_gate, w_up, b_gate, b_up), w_down, b_down)
+    return project(run_keeping(x, w_gate, w_up, b_gate, b_up, False)[0], w_down, b_down)
 
 
 def run_ffn_saving(x, w_gate, w_up, w_down, b_gate, b_up, b_down):
     """As :func:`run_ffn`, with both pre-activations."""
     check_ffn(x, w_gate, w_up, w_down, b_gate, b_up, b_down)
     z, g, u = run_saving(x, w_gate, w_up, b_gate, b_up)
-    return _project(z, w_down, b_down), g, u
+    return project(z, w_down, b_down), g, u
 
 
-def _project(z, w_down, b_down):
+def project(z: Tensor, w_down: Tensor, b_down: Tensor | None) -> Tensor:
+    """The down projection; no gradients."""
     return _steps.down(z, w_down, b_down) if _steps.serves(z, w_down) else F.linear(z, w_down, b_down)
 
 

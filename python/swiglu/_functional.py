@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backward import ffn_recorded, ffn_saving_recorded, forward_recorded, forward_saving_recorded
 from ._ffn import check_ffn, ffn_op, ffn_saving_op, run_ffn
 from ._gate import (
     check_packed,
@@ -21,6 +20,7 @@ from ._gate import (
 from ._library import is_plain_call, is_recording, is_transformed
 from ._op import forward_op, forward_saving_op, reference, run
 from ._operands import GATE_ORDERS, LAYOUTS, SAVE, are_halves, bad_value, check, check_choice
+from ._recorded import recorded_call
 from ._sharding import prepare_for
 
 __all__ = ["forward", "split_packed", "swiglu_ffn", "swiglu_fused", "swiglu_torch"]
@@ -74,15 +74,14 @@ def forward(
         )
     check_choice("save", save, SAVE)
     operands = (x, gate, up, gate_bias, up_bias)
+    recording, keep = is_recording(*operands), save == "preactivations"
+    if is_plain_call(*operands):
+        return recorded_call(x, gate, up, None, gate_bias, up_bias, None, keep) if recording else run(*operands)
     if _is_transformed_eagerly():
         check(*operands)
         return reference(*operands)
-    direct, recording = _goes_direct(*operands), is_recording(*operands)
-    if recording and save == "preactivations":
-        return forward_saving_recorded(*operands) if direct else forward_saving_op(*operands)[0]
-    if not direct:
-        return forward_op(*operands)
-    return (forward_recorded if recording else run)(*operands)
+    _make_ready(*operands)
+    return forward_saving_op(*operands)[0] if recording and keep else forward_op(*operands)
 
 
 def swiglu_ffn(
@@ -123,15 +122,14 @@ def swiglu_ffn(
     """
     check_choice("save", save, SAVE)
     operands = (x, w_gate, w_up, w_down, b_gate, b_up, b_down)
+    recording, keep = is_recording(*operands), save == "preactivations"
+    if is_plain_call(*operands):
+        return recorded_call(*operands, keep) if recording else run_ffn(*operands)
     if _is_transformed_eagerly():
         check_ffn(*operands)
         return F.linear(reference(x, w_gate, w_up, b_gate, b_up), w_down, b_down)
-    direct, recording = _goes_direct(*operands), is_recording(*operands)
-    if recording and save == "preactivations":
-        return ffn_saving_recorded(*operands) if direct else ffn_saving_op(*operands)[0]
-    if not direct:
-        return ffn_op(*operands)
-    return (ffn_recorded if recording else run_ffn)(*operands)
+    _make_ready(*operands)
+    return ffn_saving_op(*operands)[0] if recording and keep else ffn_op(*operands)
 
 
 def split_packed(weight: Tensor, *, layout: str, gate_order: str = "gate_first") -> tuple[Tensor, Tensor]:
@@ -207,6 +205,11 @@ def swiglu_fused(gate: Tensor, up: Tensor | None = None, *, gate_order: str = "g
     True
     """
     check_choice("gate_order", gate_order, GATE_ORDERS)
+    if is_plain_call(gate, up):
+        recording = is_recording(gate, up)
+        if up is None:
+            return (gate_packed_recorded if recording else run_gate_packed)(gate, gate_order == "up_first")
+        return (gate_recorded if recording else run_gate)(gate, up)
     if _is_transformed_eagerly():
         if up is None:
             check_packed(gate)
@@ -214,24 +217,18 @@ def swiglu_fused(gate: Tensor, up: Tensor | None = None, *, gate_order: str = "g
             gate, up = (first, second) if gate_order == "gate_first" else (second, first)
         check_pair(gate, up)
         return swiglu_torch(gate, up)
-    direct, recording = _goes_direct(gate, up), is_recording(gate, up)
-    if up is None:
-        packed = gate_packed_op if not direct else gate_packed_recorded if recording else run_gate_packed
-        return packed(gate, gate_order == "up_first")
-    return (gate_op if not direct else gate_recorded if recording else run_gate)(gate, up)
+    _make_ready(gate, up)
+    return gate_packed_op(gate, gate_order == "up_first") if up is None else gate_op(gate, up)
 
 
 def _is_transformed_eagerly() -> bool:
     return not torch.compiler.is_compiling() and is_transformed()
 
 
-def _goes_direct(*tensors: Tensor | None) -> bool:
-    """Whether to step past torch's dispatcher; where not, it is made ready for DTensors."""
-    if is_plain_call(*tensors):
-        return True
+def _make_ready(*tensors: Tensor | None) -> None:
+    """What torch's dispatcher does with DTensors."""
     if not torch.compiler.is_compiling():
         prepare_for(tensors)
-    return False
 
 
 def _transposed(name: str, matrix: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _steps
-from ._library import define, is_plain_call, register_autocast, register_gradients
+from ._library import define, is_plain_call, recorded, register_autocast, register_gradients
 from ._operands import bad_type, bad_value, check_dtype
 
 
@@ -143,8 +143,14 @@ def _second_backward(ctx, grad_dgate, grad_dup):
     return _second_gradients(*ctx.saved_tensors, grad_dgate, grad_dup)
 
 
-gate_recorded = register_gradients(gate_op, run_gate, _save_inputs, _backward)
-register_gradients(gate_backward_op, _run_backward, _save_inputs, _second_backward)
+def _record(ctx, gate, up):
+    ctx.save_for_backward(gate, up)
+    return run_gate(gate, up)
+
+
+gate_recorded = recorded("gate_recorded", _record, _backward)
+register_gradients(gate_op, _save_inputs, _backward)
+register_gradients(gate_backward_op, _save_inputs, _second_backward)
 
 
 # ---- two halves of one ----
@@ -197,8 +203,15 @@ def _packed_second_backward(ctx, grad):
     return by_dz, torch.cat((by_up, by_gate) if ctx.up_first else (by_gate, by_up), -1), None
 
 
-gate_packed_recorded = register_gradients(gate_packed_op, run_gate_packed, _save_packed, _packed_backward)
-register_gradients(gate_packed_backward_op, _run_packed_backward, _save_packed, _packed_second_backward)
+def _record_packed(ctx, gate_up, up_first):
+    ctx.save_for_backward(gate_up)
+    ctx.up_first = up_first
+    return run_gate_packed(gate_up, up_first)
+
+
+gate_packed_recorded = recorded("gate_packed_recorded", _record_packed, _packed_backward)
+register_gradients(gate_packed_op, _save_packed, _packed_backward)
+register_gradients(gate_packed_backward_op, _save_packed, _packed_second_backward)
 
 
 def _promoted(_device_type: str, tensors: list[Tensor]) -> torch.dtype:

@@ -8,12 +8,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet
+from torch._C import (
+    DispatchKey,
+    DispatchKeySet,
+    _get_tracing_state,
+    _has_storage,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 lib = torch.library.Library("swiglu", "DEF")
 
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+
+_PLAIN_OR_NONE = PLAIN_TYPES | {type(None)}
 
 _AUTOCAST = {"cpu": DispatchKey.AutocastCPU, "cuda": DispatchKey.AutocastCUDA}
 _BOTH = DispatchKeySet(DispatchKey.AutocastCPU) | DispatchKeySet(DispatchKey.AutocastCUDA)
@@ -29,70 +41,72 @@ def define(schema: str, run: Callable, fake: Callable) -> torch._ops.OpOverload:
     return getattr(torch.ops.swiglu, name).default
 
 
-def register_gradients(
-    op: torch._ops.OpOverload, run: Callable, setup_context: Callable, backward: Callable, hidden: int = 0
-) -> Callable:
-    """Gives ``op``, computed by ``run``, its gradients; returns the same for plain tensors, without torch's dispatcher.
-
-    The last ``hidden`` outputs of what is returned stay between it and its backward, which alone holds them then.
-    """
+def register_gradients(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> None:
+    """Gives ``op`` its gradients."""
     torch.library.register_autograd(op._schema.name, backward, setup_context=setup_context, lib=lib)
 
-    def forward(ctx, *inputs):  # with a setup_context of its own torch would look up the signature in every call
-        output = run(*inputs)
-        setup_context(ctx, inputs, output)
-        ctx.hides = hidden > 0
-        return output[0] if hidden else output
 
-    def direct_backward(ctx, *gradients):
-        return backward(ctx, *gradients, *(None,) * hidden)
-
-    names = {"forward": staticmethod(forward), "backward": staticmethod(direct_backward)}
-    direct: Any = type(f"{op._opname}_direct", (torch.autograd.Function,), names)
-    return direct.apply
-
-
-def may_overwrite_saved(ctx: Any) -> bool:
-    """Whether a backward is the last that reads what ``ctx`` saved of hidden outputs."""
-    return getattr(ctx, "hides", False) and not torch._C._autograd._get_current_graph_task_keep_graph()
+def recorded(name: str, forward: Callable, backward: Callable) -> Callable:
+    """A call of plain tensors with gradients, without torch's dispatcher: ``forward(ctx, *inputs)`` saves what it needs."""
+    names = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(name, (torch.autograd.Function,), names)
+    # Function.apply asks for torch.func and its wrappers, which :func:`is_plain_call` has done, and then calls this.
+    return super(torch.autograd.Function, function).apply
 
 
 def is_recording(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for gradients of one of ``tensors``."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def is_transformed() -> bool:
     """Whether torch.func or forward gradients are at work: torch.library refuses the former and drops the latter."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 
 
 def is_batch(gradient: Tensor) -> bool:
     """Whether it stands for many, by ``is_grads_batched``, and has no memory of its own."""
-    return torch._C._functorch.is_legacy_batchedtensor(gradient)
+    return is_legacy_batchedtensor(gradient)
 
 
 def is_plain_call(*tensors: Tensor | None) -> bool:
     """Whether torch's dispatcher would only record gradients and pass the call on: that takes longer than the launch.
 
-    Everything else that may stand in between is asked for: compilation, subclasses, lazy negation, tensors without memory,
-    modes, autocast, tracing, torch.func.
+    Everything else that may stand in between is asked for: compilation, subclasses, lazy negation, tensors without memory of
+    their own (those of torch.func too, dead or alive), modes, autocast, tracing, torch.func.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in PLAIN_TYPES or tensor.is_neg() or is_batch(tensor):
+        if type(tensor) not in PLAIN_TYPES or tensor.is_neg() or not _has_storage(tensor):
             return False
-        if not (tensor.is_cpu or tensor.is_cuda):
+        if not (tensor.is_cuda or tensor.is_cpu):
             return False
     return (
-        not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and not torch._C._is_any_autocast_enabled()
-        and torch._C._get_tracing_state() is None
+        not _len_torch_dispatch_stack()
+        and not _len_torch_function_stack()
+        and not _is_any_autocast_enabled()
+        and _get_tracing_state() is None
         and not is_transformed()
+    )
+
+
+def is_plain_backward(gradient: Tensor, saved: tuple[Tensor | None, ...]) -> bool:
+    """The same of the backward of a plain call, which has less in between: autograd runs the backward of torch's operations
+    without autocast, too. Hooks may have put subclasses in place of what was saved."""
+    return (
+        type(gradient) in PLAIN_TYPES
+        and _PLAIN_OR_NONE.issuperset(map(type, saved))
+        and not _len_torch_dispatch_stack()
+        and forward_ad._current_level < 0
+        and _has_storage(gradient)
+        and not gradient.is_neg()
     )
 
 

@@ -1,6 +1,5 @@
 """The native half. Addresses and strides are integers, strides in elements; a bias address of 0 means none."""
 
-from collections.abc import Sequence
 from typing import final
 
 __version__: str
@@ -34,16 +33,16 @@ def prepare_step(device: int, dtype: str, op: str, major: str, n: int, k: int) -
 def step(
     device: int,
     dtype: str,
+    stream: int,
+    m: int,
     op: str,
     major: str,
     n: int,
     k: int,
-    stream: int,
-    m: int,
-    left: Sequence[tuple[int, int]],
-    right: Sequence[tuple[int, int]],
-    saved: Sequence[tuple[int, int]],
-    out: Sequence[tuple[int, int]],
+    left: tuple[int, ...],
+    right: tuple[int, ...],
+    saved: tuple[int, ...],
+    out: tuple[int, ...],
     bias: int,
 ) -> None: ...
 

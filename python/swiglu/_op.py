@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _native
 from ._library import autocast_dtype, define, register_autocast
-from ._operands import as_rows, as_weights, check, dtype_word, stream_of
+from ._operands import Layer, check, lay, stream_of
 from ._tuning import note_untuned
 
 
@@ -40,9 +40,7 @@ def reference(
 def run(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
     """The kernel behind the operation, of CPU and CUDA tensors; no gradients."""
     check(x, gate, up, gate_bias, up_bias)
-    if x.dtype is torch.float64:
-        return reference(x, gate, up, gate_bias, up_bias).contiguous()
-    return _launch(x, gate, up, gate_bias, up_bias, None)
+    return run_keeping(x, gate, up, gate_bias, up_bias, False)[0]
 
 
 def run_saving(
@@ -50,11 +48,38 @@ def run_saving(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`run`, with both pre-activations, from the same launch."""
     check(x, gate, up, gate_bias, up_bias)
-    if x.dtype is torch.float64 or x.shape[-1] == 0:
+    z = x.new_empty((*x.shape[:-1], gate.shape[0]))
+    if _is_torchs(x, z):
         g, u = F.linear(x, gate, gate_bias).contiguous(), F.linear(x, up, up_bias).contiguous()
         return F.silu(g) * u, g, u
-    g, u = (x.new_empty((*x.shape[:-1], gate.shape[0])) for _ in range(2))
-    return _launch(x, gate, up, gate_bias, up_bias, (g, u)), g, u
+    g, u = torch.empty_like(z), torch.empty_like(z)
+    _launch(x, gate, up, gate_bias, up_bias, z, g.data_ptr(), u.data_ptr())
+    return z, g, u
+
+
+def run_keeping(
+    x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor | None, Layer | None]:
+    """As :func:`run_saving` of checked operands: both pre-activations are in one tensor without a shape, if ``keep``.
+
+    Also how the operands lie; None where one was copied, or torch computed.
+    """
+    z = x.new_empty((*x.shape[:-1], gate.shape[0]))
+    if _is_torchs(x, z):
+        if not keep:
+            return reference(x, gate, up, gate_bias, up_bias).contiguous(), None, None
+        g, u = F.linear(x, gate, gate_bias), F.linear(x, up, up_bias)
+        return F.silu(g) * u, torch.stack((g, u)).view(-1), None
+    if not keep:
+        return z, None, _launch(x, gate, up, gate_bias, up_bias, z, 0, 0)
+    kept = x.new_empty(2 * z.numel())
+    g = kept.data_ptr()
+    return z, kept, _launch(x, gate, up, gate_bias, up_bias, z, g, g + z.nbytes)
+
+
+def _is_torchs(x: Tensor, z: Tensor) -> bool:
+    """float64, and what is empty: that has no address, nor does an empty sum."""
+    return x.dtype is torch.float64 or not z.numel() or not x.numel()
 
 
 def _launch(
@@ -63,22 +88,16 @@ def _launch(
     up: Tensor,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
-    saved: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    n, k = gate.shape
-    z = x.new_empty((*x.shape[:-1], n))
-    tokens = z.numel() // n if n else 0
-    if tokens == 0:
-        return z
-    if k == 0:  # an empty sum has no address
-        return reference(x, gate, up, gate_bias, up_bias)
-    device = x.get_device()
-    rows, x_stride = as_rows(x)
-    gate, gate_stride, up, up_stride, layout = as_weights(gate, up)
+    z: Tensor,
+    saved_gate: int,
+    saved_up: int,
+) -> Layer | None:
     # Kept in names until the launch: a copy must not be freed before.
+    layer, rows, first, second = lay(x, gate, up)
+    device, word, m, n, k, layout, x_stride, gate_stride, up_stride = layer
     gate_bias = None if gate_bias is None else gate_bias.contiguous()
     up_bias = None if up_bias is None else up_bias.contiguous()
-    word = dtype_word(x.dtype, device)
+    gate_address, up_address = first.data_ptr(), second.data_ptr()
     prepared_now = _native.forward(
         device,
         word,
@@ -86,25 +105,26 @@ def _launch(
         n,
         k,
         stream_of(device),
-        tokens,
+        m,
         rows.data_ptr(),
         x_stride,
-        gate.data_ptr(),
+        gate_address,
         gate_stride,
-        up.data_ptr(),
+        up_address,
         up_stride,
         0 if gate_bias is None else gate_bias.data_ptr(),
         0 if up_bias is None else up_bias.data_ptr(),
         z.data_ptr(),
         n,
-        0 if saved is None else saved[0].data_ptr(),
+        saved_gate,
         n,
-        0 if saved is None else saved[1].data_ptr(),
+        saved_up,
         n,
     )
     if prepared_now:
-        note_untuned(_native.prepare(device, word, layout, n, k, saved is not None), device, n, k, tokens)
-    return z
+        note_untuned(_native.prepare(device, word, layout, n, k, saved_gate != 0), device, n, k, m)
+    was_copied = rows is not x or gate_address != gate.data_ptr() or up_address != up.data_ptr()
+    return None if was_copied else layer
 
 
 def _fake(x, gate, up, gate_bias=None, up_bias=None):

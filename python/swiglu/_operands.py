@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -115,6 +115,30 @@ def as_weights(gate: Tensor, up: Tensor) -> tuple[Tensor, int, Tensor, int, str]
         if strides[0] is not None and strides[1] is not None:
             return first, strides[0], second, strides[1], layout
     return gate.contiguous(), gate.shape[1], up.contiguous(), up.shape[1], "separate_nk"
+
+
+class Layer(NamedTuple):
+    """How the operands of one layer lie: what native calls take beside addresses. Strides are of rows, in elements."""
+
+    device: int
+    dtype: str
+    m: int
+    n: int
+    k: int
+    layout: str
+    x_stride: int
+    gate_stride: int
+    up_stride: int
+
+
+def lay(x: Tensor, gate: Tensor, up: Tensor) -> tuple[Layer, Tensor, Tensor, Tensor]:
+    """The layer of operands that are not empty, and the three that lie so; copies only where none fits."""
+    n, k = gate.shape
+    device = x.get_device()
+    rows, x_stride = as_rows(x)
+    gate, gate_stride, up, up_stride, layout = as_weights(gate, up)
+    word = dtype_word(x.dtype, device)
+    return Layer(device, word, x.numel() // k, n, k, layout, x_stride, gate_stride, up_stride), rows, gate, up
 
 
 def are_halves(first: Tensor, second: Tensor) -> bool:

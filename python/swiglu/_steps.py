@@ -1,22 +1,22 @@
 """The steps of a feed-forward block beside the fused forward, on CUDA tensors: each is one launch on the current stream.
 
-Weights are as for ``nn.Linear``, in either memory order; weight gradients are written in the memory order of their tensor.
-What a kernel reads is copied only where no row stride describes it, what it writes lies as :func:`as_rows` wants it.
+Weights are as for ``nn.Linear``, in either memory order. What a kernel reads is copied only where no row stride describes it,
+what it writes lies as :func:`as_rows` wants it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from . import _native
-from ._operands import DTYPES, as_rows, as_weights, dtype_word, stream_of
+from ._operands import DTYPES, Layer, are_halves, as_rows, as_weights, dtype_word, stream_of
 
 _MAJOR = {"separate_nk": "k_major", "separate_kn": "n_major"}
 _ANY_MAJOR = "k_major"  # of a step without weights
-
-Matrix = tuple[Tensor, int]  # and its row stride; held until the launch, because a copy must not be freed before
 
 
 def is_supported(x: Tensor) -> bool:
@@ -26,11 +26,16 @@ def is_supported(x: Tensor) -> bool:
 
 def serves(x: Tensor, *others: Tensor) -> bool:
     """The same of the operands of one call, none of which may be empty: an empty one has no address."""
-    return is_supported(x) and all(tensor.numel() for tensor in (x, *others))
+    if not is_supported(x) or not x.numel():
+        return False
+    for tensor in others:
+        if not tensor.numel():
+            return False
+    return True
 
 
 def prepare(device: int, dtype: str, transposed: bool, n: int, k: int, training: bool) -> None:
-    """Compiles and loads what the functions below launch for these sizes and weights, those of a backward if ``training``."""
+    """Compiles and loads what is launched for these sizes and weights, that of a backward too if ``training``."""
     products = ("down", "dgated", "input_grad", "weight_grad", "down_weight_grad")
     for op in products if training else products[:1]:
         _native.prepare_step(device, dtype, op, "n_major" if transposed else "k_major", n, k)
@@ -39,104 +44,129 @@ def prepare(device: int, dtype: str, transposed: bool, n: int, k: int, training:
         _native.prepare_step(device, dtype, op, _ANY_MAJOR, n, n)
 
 
+def _launcher(like: Tensor, m: int) -> Callable[..., None]:
+    """What launches steps on ``m`` tokens, on the GPU and in the number format of ``like``.
+
+    It takes op, major, n, k, the groups left, right, saved and out as the runtime's ``RawStep`` has them, and the address of a
+    bias or 0. A group is the address and row stride of each of its matrices in turn: whoever launches keeps their tensors.
+    """
+    device = like.get_device()
+    return partial(_native.step, device, dtype_word(like.dtype, device), stream_of(device), m)
+
+
 def gate(g: Tensor, u: Tensor, z: Tensor) -> None:
     """``z = silu(g) * u``."""
     n = g.shape[-1]
-    _launch("gate", _ANY_MAJOR, n, n, g.numel() // n, saved=(as_rows(g), as_rows(u)), out=(as_rows(z),))
+    (g, g_stride), (u, u_stride), (z, z_stride) = as_rows(g), as_rows(u), as_rows(z)
+    saved = (g.data_ptr(), g_stride, u.data_ptr(), u_stride)
+    _launcher(z, z.numel() // n)("gate", _ANY_MAJOR, n, n, (), (), saved, (z.data_ptr(), z_stride), 0)
 
 
 def gate_backward(dz: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor) -> None:
     """The gradients of :func:`gate`; ``dg`` and ``du`` may be any of the inputs."""
     n = g.shape[-1]
-    saved, out = (as_rows(g), as_rows(u)), (as_rows(dg), as_rows(du))
-    _launch("gate_backward", _ANY_MAJOR, n, n, g.numel() // n, left=(as_rows(dz),), saved=saved, out=out)
+    (dz, dz_stride), (g, g_stride), (u, u_stride) = as_rows(dz), as_rows(g), as_rows(u)
+    (dg, dg_stride), (du, du_stride) = as_rows(dg), as_rows(du)
+    saved = (g.data_ptr(), g_stride, u.data_ptr(), u_stride)
+    out = (dg.data_ptr(), dg_stride, du.data_ptr(), du_stride)
+    launch = _launcher(dg, g.numel() // n)
+    launch("gate_backward", _ANY_MAJOR, n, n, (dz.data_ptr(), dz_stride), (), saved, out, 0)
 
 
 def down(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``z @ weight.T + bias``."""
     k, n = weight.shape
     y = z.new_empty((*z.shape[:-1], k))
-    matrix, major = _as_weight(weight)
+    rows, stride = as_rows(z)
+    matrix, matrix_stride, major = _as_weight(weight)
     bias = None if bias is None else bias.contiguous()
-    _launch("down", major, n, k, z.numel() // n, left=(as_rows(z),), right=(matrix,), out=((y, k),), bias=bias)
+    left, right = (rows.data_ptr(), stride), (matrix.data_ptr(), matrix_stride)
+    shift = 0 if bias is None else bias.data_ptr()
+    _launcher(y, z.numel() // n)("down", major, n, k, left, right, (), (y.data_ptr(), k), shift)
     return y
 
 
-def dgated(dy: Tensor, weight: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, z: Tensor | None) -> None:
-    """:func:`gate_backward` of ``dz = dy @ weight``; writes ``silu(g) * u`` to ``z`` if given."""
-    k, n = weight.shape
-    matrix, major = _as_weight(weight)
-    out = [as_rows(tensor) for tensor in (dg, du, z) if tensor is not None]
-    saved = (as_rows(g), as_rows(u))
-    _launch("dgated", major, n, k, g.numel() // n, (as_rows(dy),), (matrix,), saved, out=out)
+Group = tuple[int, ...]  # the address and row stride of each of its matrices in turn
+Four = tuple["Tensor | None", ...]  # of x, gate, up and down
 
 
-def input_grad(dg: Tensor, du: Tensor, w_gate: Tensor, w_up: Tensor, dx: Tensor) -> None:
-    """``dx = dg @ w_gate + du @ w_up``, one sum."""
-    n, k = w_gate.shape
-    first, first_stride, second, second_stride, layout = as_weights(w_gate, w_up)
-    left, right = (as_rows(dg), as_rows(du)), ((first, first_stride), (second, second_stride))
-    _launch("input_grad", _MAJOR[layout], n, k, dg.numel() // n, left, right, out=(as_rows(dx),))
+def backward(
+    layer: Layer,
+    of_dy: Group,
+    of_x: Group,
+    of_weights: Group,
+    of_saved: Group,
+    of_grads: Group,
+    z: Tensor | None,
+    operands: Four,
+    needs: Sequence[bool],
+    together: bool,
+) -> Four:
+    """The gradients of x, gate, up and down that are needed: by two launches of the forward's, three of the block's, or fewer.
+
+    The pre-activations are ``of_saved``, their gradients are written ``of_grads``, which may be the same. ``z`` is computed
+    again where it is missing and needed. Gradients of weights lie in memory as their weights do, if ``together`` also as halves
+    of one. What a launch writes is allocated just before it, because the GPU works meanwhile.
+    """
+    device, dtype, m, n, k, layout, *_ = layer
+    x, gate, up, down = operands
+    need_x, need_weights, _, need_down, *_ = needs
+    launch = partial(_native.step, device, dtype, stream_of(device), m)
+    dx, d_gate, d_up, d_down = None, None, None, None
+    if down is None:
+        launch("gate_backward", _ANY_MAJOR, n, n, of_dy, (), of_saved, of_grads, 0)
+    else:
+        out, width = of_grads, down.shape[0]
+        if need_down and z is None:
+            z = down.new_empty((m, n))
+            out = (*of_grads, z.data_ptr(), n)
+        matrix, stride, major = _as_weight(down)
+        launch("dgated", major, n, width, of_dy, (matrix.data_ptr(), stride), of_saved, out, 0)
+    if need_x:
+        dx = new_rows(x)
+        launch("input_grad", _MAJOR[layout], n, k, of_grads, of_weights, (), (dx.data_ptr(), k), 0)
+    if need_weights:
+        d_gate, d_up = new_pair(gate, up, layout, together)
+        first, first_stride, second, second_stride, layout = as_weights(d_gate, d_up)
+        left, right = (of_grads, of_x) if layout == "separate_nk" else (of_x, of_grads)
+        out = (first.data_ptr(), first_stride, second.data_ptr(), second_stride)
+        launch("weight_grad", _MAJOR[layout], n, k, left, right, (), out, 0)
+    if need_down:
+        d_down = new_like(down)
+        matrix, stride, major = _as_weight(d_down)
+        of_z = (z.data_ptr(), n)
+        left, right = (of_dy, of_z) if major == "k_major" else (of_z, of_dy)
+        launch("down_weight_grad", major, n, width, left, right, (), (matrix.data_ptr(), stride), 0)
+    return dx, d_gate, d_up, d_down
 
 
-def weight_grad(dg: Tensor, du: Tensor, x: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
-    """``d_gate = dg.T @ x`` and ``d_up = du.T @ x``."""
-    n, k = d_gate.shape
-    first, first_stride, second, second_stride, layout = as_weights(d_gate, d_up)
-    left, right = [as_rows(dg), as_rows(du)], [as_rows(x)]
-    if layout == "separate_kn":
-        left, right = right, left
-    out = ((first, first_stride), (second, second_stride))
-    _launch("weight_grad", _MAJOR[layout], n, k, dg.numel() // n, left, right, out=out)
+def new_rows(tensor: Tensor) -> Tensor:
+    """For a gradient of x: a row-major tensor of its shape."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def down_weight_grad(dy: Tensor, z: Tensor, d_down: Tensor) -> None:
-    """``d_down = dy.T @ z``."""
-    k, n = d_down.shape
-    matrix, major = _as_weight(d_down)
-    left, right = [as_rows(dy)], [as_rows(z)]
-    if major == "n_major":
-        left, right = right, left
-    _launch("down_weight_grad", major, n, k, z.numel() // n, left, right, out=(matrix,))
+def new_pair(gate: Tensor, up: Tensor, layout: str, together: bool) -> tuple[Tensor, Tensor]:
+    """For gradients of both weights of the gate."""
+    if together and gate._is_view() and (are_halves(gate, up) or are_halves(up, gate)):
+        first, second = _new(gate, layout, 2).chunk(2)
+        return (first, second) if are_halves(gate, up) else (second, first)
+    return _new(gate, layout), _new(up, layout)
 
 
-def _as_weight(weight: Tensor) -> tuple[Matrix, str]:
-    """As :func:`as_weights`, of one matrix."""
+def new_like(weight: Tensor) -> Tensor:
+    """For the gradient of one weight."""
+    return _new(weight, as_weights(weight, weight)[-1])
+
+
+def _new(weight: Tensor, layout: str, count: int = 1) -> Tensor:
+    """For ``count`` matrices such as ``weight``, one below the other."""
+    if count == 1 and layout == "separate_nk":
+        return new_rows(weight)
+    rows, cols = weight.shape[0] * count, weight.shape[1]
+    return weight.new_empty((cols, rows)).t() if layout == "separate_kn" else weight.new_empty((rows, cols))
+
+
+def _as_weight(weight: Tensor) -> tuple[Tensor, int, str]:
+    """As :func:`as_weights`, of one matrix: with its row stride and the step's word for its order."""
     matrix, stride, _, _, layout = as_weights(weight, weight)
-    return (matrix, stride), _MAJOR[layout]
-
-
-def _launch(
-    op: str,
-    major: str,
-    n: int,
-    k: int,
-    m: int,
-    left: Iterable[Matrix] = (),
-    right: Iterable[Matrix] = (),
-    saved: Iterable[Matrix] = (),
-    *,
-    out: Sequence[Matrix],
-    bias: Tensor | None = None,
-) -> None:
-    result = out[0][0]
-    device = result.get_device()
-    _native.step(
-        device,
-        dtype_word(result.dtype, device),
-        op,
-        major,
-        n,
-        k,
-        stream_of(device),
-        m,
-        _addresses(left),
-        _addresses(right),
-        _addresses(saved),
-        _addresses(out),
-        0 if bias is None else bias.data_ptr(),
-    )
-
-
-def _addresses(matrices: Iterable[Matrix]) -> list[tuple[int, int]]:
-    return [(tensor.data_ptr(), stride) for tensor, stride in matrices]
+    return matrix, stride, _MAJOR[layout]

@@ -18,9 +18,10 @@ def matrix(dtype, given, rows, cols):
     return torch.frombuffer(memory, dtype=dtype).as_strided((rows, cols), (stride, 1))
 
 
-def step(device, dtype, op, major, n, k, stream, m, left, right, saved, out, bias):
+def step(device, dtype, stream, m, op, major, n, k, left, right, saved, out, bias):
     """As ``RawStep`` in the runtime says, in float64, every output rounded once."""
     assert device == -1 and stream == 0 and m > 0 and n > 0 and k > 0
+    left, right, saved, out = (list(zip(group[::2], group[1::2], strict=True)) for group in (left, right, saved, out))
     dtype, k_major = DTYPES[dtype], {"k_major": True, "n_major": False}[major]
 
     def read(group, *shapes):

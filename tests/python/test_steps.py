@@ -29,7 +29,7 @@ def steps(monkeypatch, device):
     native = _steps._native.step if device == "cuda" else stand_in.step
 
     def step(*arguments):
-        launched.append(arguments[2])
+        launched.append(arguments[4])
         return native(*arguments)
 
     monkeypatch.setattr(_steps._native, "step", step, raising=False)
@@ -284,7 +284,7 @@ def test_a_backward_that_broke_off_is_not_taken_up_again(device, steps, monkeypa
     step = _steps._native.step
 
     def without_memory(*given):
-        if given[2] == "input_grad":
+        if given[4] == "input_grad":
             raise MemoryError
         return step(*given)
 
@@ -308,7 +308,7 @@ def test_saved_tensors_are_overwritten_only_by_the_last_backward(block, device, 
         y = call()
         del groups[:]
         gradients = torch.autograd.grad(y.sum(), inputs, retain_graph=retain_graph)
-        return gradients, groups[0][0] == groups[0][1][:2]
+        return gradients, groups[0][0] == groups[0][1][:4]
 
     function = swiglu.swiglu_ffn if block else swiglu.forward
     op = OPS.ffn_saving if block else OPS.forward_saving
@@ -479,19 +479,20 @@ def test_same_bits_in_every_run(save, device):
 
 
 def test_wrong_native_arguments_are_named():
-    good = [0, "bf16", "gate", "k_major", 8, 8, 0, 4, [], [], [(16, 8)] * 2, [(16, 8)], 0]
+    good = [0, "bf16", 0, 4, "gate", "k_major", 8, 8, (), (), (16, 8) * 2, (16, 8), 0]
     for place, wrong, argument in (
         (0, -1, "device"),
         (1, "bf17", "dtype"),
         (1, "e4m3", "dtype"),
-        (2, "gates", "op"),
-        (3, "k", "major"),
-        (4, 2**40, "n"),
-        (5, 2**40, "k"),
-        (7, 2**40, "x"),
-        (8, [(16, 8)] * 3, "left"),
-        (10, [(16, 8)] * 3, "saved"),
-        (11, [(16, 8)] * 4, "out"),
+        (3, 2**40, "x"),
+        (4, "gates", "op"),
+        (5, "k", "major"),
+        (6, 2**40, "n"),
+        (7, 2**40, "k"),
+        (8, (16, 8) * 3, "left"),
+        (10, (16, 8) * 3, "saved"),
+        (11, (16, 8) * 4, "out"),
+        (11, (16,), "out"),
     ):
         with pytest.raises(ValueError, match=f"argument `{argument}`: "):
             _steps._native.step(*good[:place], wrong, *good[place + 1 :])
@@ -508,8 +509,8 @@ def test_a_missing_gpu_is_a_sentence():
 @pytest.mark.gpu
 def test_wrong_steps_are_named_on_a_gpu():
     step = _steps._native.step
-    given = (0, "bf16", "gate", "k_major", 8, 8, torch.cuda.current_stream().cuda_stream, 4)
+    given = (0, "bf16", torch.cuda.current_stream().cuda_stream, 4, "gate", "k_major", 8, 8)
     with pytest.raises(ValueError, match="`saved`.*is 0"):
-        step(*given, [], [], [(0, 8)] * 2, [(16, 8)], 0)
+        step(*given, (), (), (0, 8) * 2, (16, 8), 0)
     with pytest.raises(ValueError, match="forward.*no step|no step"):
         _steps._native.prepare_step(0, "bf16", "forward", "k_major", 8, 8)

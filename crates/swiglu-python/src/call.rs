@@ -1,6 +1,8 @@
 //! The operands of one call, as Python passes them.
 
 use crate::error::Failure;
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 use swiglu_runtime::{ForwardSpec, RawForward, RawMatrix};
 
 /// Where and on what; both weights are separate matrices, a packed one is passed as its two halves.
@@ -61,14 +63,20 @@ pub(crate) fn tokens(m: u64) -> Result<u32, Failure> {
     Ok(i32::try_from(m).map_err(too_many)?.unsigned_abs())
 }
 
-/// The matrices of one group of a step's operands, each an address and a row stride; at most as many as the group has.
+/// The matrices of one group of a step's operands, an address and a row stride in turn; at most as many as the group has.
 pub(crate) fn matrices<const COUNT: usize>(
     argument: &'static str,
-    given: &[(u64, i64)],
-) -> Result<[RawMatrix; COUNT], Failure> {
-    if given.len() > COUNT {
-        return Err(Failure::argument(argument, format!("has {} matrices, at most {COUNT} are taken", given.len())));
+    given: &Bound<'_, PyTuple>,
+) -> PyResult<[RawMatrix; COUNT]> {
+    let len = given.len();
+    if len % 2 != 0 || len > 2 * COUNT {
+        let reason = format!("has {len} numbers, expected an address and a stride of each of at most {COUNT} matrices");
+        return Err(Failure::argument(argument, reason).into());
     }
-    let matrix = |&(address, stride): &(u64, i64)| RawMatrix { address, stride };
-    Ok(std::array::from_fn(|index| given.get(index).map_or_else(RawMatrix::default, matrix)))
+    let mut matrices = [RawMatrix::default(); COUNT];
+    for (index, matrix) in matrices.iter_mut().take(len / 2).enumerate() {
+        matrix.address = given.get_item(2 * index)?.extract()?;
+        matrix.stride = given.get_item(2 * index + 1)?.extract()?;
+    }
+    Ok(matrices)
 }

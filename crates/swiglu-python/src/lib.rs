@@ -12,6 +12,7 @@ use crate::call::{Call, matrices, tokens};
 use crate::error::{Failure, guarded};
 use crate::plans::{Device, Key, Plan, StepKey};
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 use std::fmt::Display;
 use std::path::PathBuf;
 use swiglu_kernels::{Op, Problem, WeightMajor};
@@ -102,32 +103,33 @@ fn prepare_step(py: Python<'_>, device: i32, dtype: &str, op: &str, major: &str,
 }
 
 /// Launches a step of the FFN on `m` tokens, through a plan that is kept as that of [`forward`] is. `left`, `right`, `saved`
-/// and `out` are what `RawStep` names so, an address and a row stride each; what the op has none of is left out.
+/// and `out` are what `RawStep` names so: of each matrix an address and a row stride in turn; what the op has none of is left
+/// out.
 #[pyfunction]
 #[allow(clippy::too_many_arguments, reason = "one flat call costs Python less than any structure")]
 fn step(
     py: Python<'_>,
     device: i32,
     dtype: &str,
+    stream: u64,
+    m: u64,
     op: &str,
     major: &str,
     n: u64,
     k: u64,
-    stream: u64,
-    m: u64,
-    left: Vec<(u64, i64)>,
-    right: Vec<(u64, i64)>,
-    saved: Vec<(u64, i64)>,
-    out: Vec<(u64, i64)>,
+    left: &Bound<'_, PyTuple>,
+    right: &Bound<'_, PyTuple>,
+    saved: &Bound<'_, PyTuple>,
+    out: &Bound<'_, PyTuple>,
     bias: u64,
 ) -> PyResult<()> {
     let key = step_key(device, dtype, op, major, n, k)?;
     let args = RawStep {
         m: tokens(m)?,
-        left: matrices("left", &left)?,
-        right: matrices("right", &right)?,
-        saved: matrices("saved", &saved)?,
-        out: matrices("out", &out)?,
+        left: matrices("left", left)?,
+        right: matrices("right", right)?,
+        saved: matrices("saved", saved)?,
+        out: matrices("out", out)?,
         bias,
     };
     let plan = match plans::get(&key) {

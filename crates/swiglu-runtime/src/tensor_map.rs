@@ -13,7 +13,7 @@ use swiglu_kernels::problem::{MAX_ACCESS_BYTES, OperandMajor, Product};
 use swiglu_kernels::{Format, Problem, WeightMajor};
 
 /// A row-major matrix and the box of it that one copy moves.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct BoxedMatrix {
     pub(crate) format: Format,
     pub(crate) address: u64,
@@ -161,15 +161,19 @@ impl InputBoxes {
     }
 }
 
-/// The maps of `matrices`, as the driver makes them.
+/// The maps of `matrices`, as the driver makes them; what stands for a missing operand is another's map again.
 pub(crate) fn encode<const COUNT: usize>(
     matrices: &[BoxedMatrix; COUNT],
 ) -> Result<[sys::CUtensorMap; COUNT], DriverError> {
     let mut maps = [MaybeUninit::<sys::CUtensorMap>::uninit(); COUNT];
-    for (matrix, map) in matrices.iter().zip(&mut maps) {
-        encode_one(matrix, map)?;
+    for (index, matrix) in matrices.iter().enumerate() {
+        // A call of the driver costs more than these comparisons.
+        match matrices[..index].iter().position(|known| known == matrix) {
+            Some(known) => maps[index] = maps[known],
+            None => encode_one(matrix, &mut maps[index])?,
+        }
     }
-    // SAFETY: every call has succeeded, so every map is written.
+    // SAFETY: every map is written: by a call that has succeeded, or from one before it that is.
     Ok(maps.map(|map| unsafe { map.assume_init() }))
 }
 
