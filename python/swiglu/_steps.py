@@ -144,7 +144,7 @@ def backward(
 
 def new_rows(tensor: Tensor) -> Tensor:
     """For a gradient of x: a row-major tensor of its shape."""
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    return torch.empty_like(tensor) if tensor.is_contiguous() else tensor.new_empty(tensor.shape)
 
 
 def new_pair(gate: Tensor, up: Tensor, layout: str, together: bool) -> tuple[Tensor, Tensor]:
