@@ -18,8 +18,7 @@ from ._gate import gate_gradients, gate_op
 from ._library import define, is_batch, is_plain_call, is_transformed, register_gradients
 from ._op import forward_op, forward_saving_op, run_saving
 from ._operands import as_rows, as_weights, is_dtensor, lay
-
-Gradients = tuple[Tensor | None, ...]
+from ._steps import Gradients
 
 
 def gradients(
@@ -110,8 +109,11 @@ def _launched(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, together=F
         (first.data_ptr(), layer.gate_stride, second.data_ptr(), layer.up_stride),
         (g.data_ptr(), n, u.data_ptr(), n),
         (dg.data_ptr(), n, du.data_ptr(), n),
+        x,
+        gate,
+        up,
+        down,
         z,
-        (x, gate, up, down),
         needs,
         together,
     )

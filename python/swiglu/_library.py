@@ -98,8 +98,8 @@ def is_plain_call(*tensors: Tensor | None) -> bool:
 
 
 def is_plain_backward(gradient: Tensor, saved: tuple[Tensor | None, ...]) -> bool:
-    """The same of the backward of a plain call, which has less in between: autograd runs the backward of torch's operations
-    without autocast, too. Hooks may have put subclasses in place of what was saved."""
+    """The same of the backward of a plain call. Autocast has no rule for it, and modes over functions see no backward of
+    torch's; but hooks may have put subclasses in place of what was saved."""
     return (
         type(gradient) in PLAIN_TYPES
         and _PLAIN_OR_NONE.issuperset(map(type, saved))

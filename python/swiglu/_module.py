@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., hidden_size]`` to ``[..., hidden_size]``; errors as :func:`swiglu.swiglu_ffn`."""
-        return mlp(x, self.w_gate, self.w_up, self.w_down, self.save)
+        parts: dict[str, Any] = self._modules  # a module's own lookup ends there too, a microsecond later
+        return mlp(x, parts["w_gate"], parts["w_up"], parts["w_down"], self.save)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}"
@@ -119,16 +120,18 @@ def _note_block() -> None:
 
 def mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module, save: str = "preactivations") -> Tensor:
     """``down(silu(gate(x)) * up(x))``, fused as far as the three are plain ``nn.Linear``."""
-    if _is_plain(gate) and _is_plain(up):
-        return _fused(x, gate.weight, up.weight, gate.bias, up.bias, down, save)
+    of_gate, of_up = _linear(gate), _linear(up)
+    if of_gate and of_up:
+        return _fused(x, of_gate[0], of_up[0], of_gate[1], of_up[1], down, save)
     return down(swiglu_fused(gate(x), up(x)))
 
 
 def packed_mlp(x: Tensor, gate_up: nn.Module, down: nn.Module, save: str = "preactivations") -> Tensor:
     """The same with gate and up in one projection, the gate first."""
-    if _is_plain(gate_up):
-        gate, up = split_packed(gate_up.weight, layout="packed_nk")
-        gate_bias, up_bias = (None, None) if gate_up.bias is None else gate_up.bias.chunk(2)
+    if found := _linear(gate_up):
+        weight, bias = found
+        gate, up = split_packed(weight, layout="packed_nk")
+        gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
         return _fused(x, gate, up, gate_bias, up_bias, down, save)
     return down(swiglu_fused(gate_up(x)))
 
@@ -142,17 +145,21 @@ def _fused(
     down: nn.Module,
     save: str,
 ) -> Tensor:
-    if _is_plain(down):
-        return swiglu_ffn(x, gate, up, down.weight, gate_bias, up_bias, down.bias, save=save)
+    if of_down := _linear(down):
+        return swiglu_ffn(x, gate, up, of_down[0], gate_bias, up_bias, of_down[1], save=save)
     return down(forward(x, gate, up, gate_bias, up_bias))
 
 
-def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether calling it is nothing but F.linear with its parameters."""
+def _linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias, if calling it is nothing but F.linear with them."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     if type(module) is not nn.Linear or hooks or "forward" in module.__dict__:
-        return False
-    return is_known(module.weight)
+        return None
+    own: dict[str, Any] = module._parameters
+    # Sharding may have put plain tensors in place of parameters.
+    weight = own["weight"] if "weight" in own else module.weight
+    bias = own["bias"] if "bias" in own else module.bias
+    return (weight, bias) if is_known(weight) else None
 
 
 def is_known(weight: Tensor) -> bool:

@@ -73,8 +73,8 @@ def run_keeping(
     if not keep:
         return z, None, _launch(x, gate, up, gate_bias, up_bias, z, 0, 0)
     kept = x.new_empty(2 * z.numel())
-    g = kept.data_ptr()
-    return z, kept, _launch(x, gate, up, gate_bias, up_bias, z, g, g + z.nbytes)
+    first = kept.data_ptr()
+    return z, kept, _launch(x, gate, up, gate_bias, up_bias, z, first, first + z.nbytes)
 
 
 def _is_torchs(x: Tensor, z: Tensor) -> bool:

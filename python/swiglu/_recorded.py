@@ -26,9 +26,9 @@ def _forward(ctx, x, gate, up, down, gate_bias, up_bias, down_bias, keep):
     z, kept, layer = run_keeping(x, gate, up, gate_bias, up_bias, keep)
     ctx.save_for_backward(x, gate, up, down, gate_bias, up_bias, kept)
     ctx.has_overwritten_kept = False
-    need_x, need_gate, need_up, need_down, need_gate_bias, need_up_bias, *_ = needs = ctx.needs_input_grad
+    needs = ctx.needs_input_grad
     has_steps = layer is not None and _steps.is_supported(x) and (down is None or down.numel())
-    if has_steps and are_of_steps(needs) and not (need_gate_bias or need_up_bias):
+    if has_steps and are_of_steps(needs) and not (needs[4] or needs[5]):  # biases beside the gate take views
         ctx.layer, ctx.strides = layer, (x.stride(), gate.stride(), up.stride())
     else:
         ctx.layer = None
@@ -73,8 +73,11 @@ def _backward(ctx, dy):
         (gate.data_ptr(), layer.gate_stride, up.data_ptr(), layer.up_stride),
         (g, n, g + half, n),
         (dg, n, dg + half, n),
+        x,
+        gate,
+        up,
+        down,
         z,
-        (x, gate, up, down),
         needs,
         True,
     )

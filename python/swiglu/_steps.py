@@ -87,7 +87,7 @@ def down(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 Group = tuple[int, ...]  # the address and row stride of each of its matrices in turn
-Four = tuple["Tensor | None", ...]  # of x, gate, up and down
+Gradients = tuple["Tensor | None", ...]
 
 
 def backward(
@@ -97,11 +97,14 @@ def backward(
     of_weights: Group,
     of_saved: Group,
     of_grads: Group,
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor | None,
     z: Tensor | None,
-    operands: Four,
     needs: Sequence[bool],
     together: bool,
-) -> Four:
+) -> Gradients:
     """The gradients of x, gate, up and down that are needed: by two launches of the forward's, three of the block's, or fewer.
 
     The pre-activations are ``of_saved``, their gradients are written ``of_grads``, which may be the same. ``z`` is computed
@@ -109,19 +112,18 @@ def backward(
     of one. What a launch writes is allocated just before it, because the GPU works meanwhile.
     """
     device, dtype, m, n, k, layout, *_ = layer
-    x, gate, up, down = operands
     need_x, need_weights, _, need_down, *_ = needs
     launch = partial(_native.step, device, dtype, stream_of(device), m)
     dx, d_gate, d_up, d_down = None, None, None, None
     if down is None:
         launch("gate_backward", _ANY_MAJOR, n, n, of_dy, (), of_saved, of_grads, 0)
     else:
-        out, width = of_grads, down.shape[0]
+        out = of_grads
         if need_down and z is None:
             z = down.new_empty((m, n))
             out = (*of_grads, z.data_ptr(), n)
         matrix, stride, major = _as_weight(down)
-        launch("dgated", major, n, width, of_dy, (matrix.data_ptr(), stride), of_saved, out, 0)
+        launch("dgated", major, n, down.shape[0], of_dy, (matrix.data_ptr(), stride), of_saved, out, 0)
     if need_x:
         dx = new_rows(x)
         launch("input_grad", _MAJOR[layout], n, k, of_grads, of_weights, (), (dx.data_ptr(), k), 0)
@@ -131,18 +133,18 @@ def backward(
         left, right = (of_grads, of_x) if layout == "separate_nk" else (of_x, of_grads)
         out = (first.data_ptr(), first_stride, second.data_ptr(), second_stride)
         launch("weight_grad", _MAJOR[layout], n, k, left, right, (), out, 0)
-    if need_down:
+    if need_down and down is not None and z is not None:
         d_down = new_like(down)
         matrix, stride, major = _as_weight(d_down)
         of_z = (z.data_ptr(), n)
         left, right = (of_dy, of_z) if major == "k_major" else (of_z, of_dy)
-        launch("down_weight_grad", major, n, width, left, right, (), (matrix.data_ptr(), stride), 0)
+        launch("down_weight_grad", major, n, down.shape[0], left, right, (), (matrix.data_ptr(), stride), 0)
     return dx, d_gate, d_up, d_down
 
 
 def new_rows(tensor: Tensor) -> Tensor:
     """For a gradient of x: a row-major tensor of its shape."""
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    return torch.empty_like(tensor) if tensor.is_contiguous() else tensor.new_empty(tensor.shape)
 
 
 def new_pair(gate: Tensor, up: Tensor, layout: str, together: bool) -> tuple[Tensor, Tensor]:

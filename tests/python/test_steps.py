@@ -11,7 +11,7 @@ from test_ffn import TOLERANCE, ffn_operands, float64
 from torch.utils.checkpoint import checkpoint
 
 import swiglu
-from swiglu import _steps
+from swiglu import _recorded, _steps
 
 OPS = torch.ops.swiglu
 SAVE = ["preactivations", "nothing"]
@@ -318,6 +318,107 @@ def test_saved_tensors_are_overwritten_only_by_the_last_backward(block, device, 
     other, is_other_in_place = train(lambda: op(*inputs, *[None] * (7 - len(inputs) if block else 2))[0])
     assert (is_kept_in_place, is_last_in_place, is_other_in_place) == (False, True, False)
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(kept, last, other))
+
+
+def _offload(lay):
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lay)
+
+
+@pytest.mark.parametrize("save", SAVE)
+@pytest.mark.parametrize("block", [False, True])
+def test_what_goes_by_address_and_what_leaves_it(block, save, device, steps, monkeypatch):
+    from torch.autograd import forward_ad
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class PassOn(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    inputs = [t.requires_grad_() for t in ffn_operands(6, 12, 8, device=device, bias=True, out=10)]
+    *operands, gate_bias, _, down_bias = inputs
+    leaves = operands if block else operands[:3]
+    dy = torch.randn(6, 10 if block else 12, device=device)
+    left, general = [], _recorded.gradients
+    monkeypatch.setattr(_recorded, "gradients", lambda *given: left.append(given) or general(*given))
+
+    def call(down_bias=None, gate_bias=None):
+        if block:
+            return swiglu.swiglu_ffn(*leaves, gate_bias, None, down_bias, save=save)
+        return swiglu.forward(*leaves, gate_bias, save=save)
+
+    def backward(y, wanted=leaves, dy=dy, **options):
+        del left[:], steps[:]
+        found = torch.autograd.grad(y, wanted, dy, **options)
+        return found, not left
+
+    expected, by_address = backward(call(), retain_graph=True)
+    assert by_address and "input_grad" in steps
+
+    def check(found, is_by_address=False):
+        assert found[1] == is_by_address
+        for a, b in zip(found[0], expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+    # By address too: views, biases without gradients, the bias of the down projection, hooks that give everything back as it lay.
+    check(backward(call(), dy=dy.t().contiguous().t()), True)
+    check(backward(call(gate_bias=torch.zeros(12, device=device))), True)
+    with _offload(lambda t: t.clone()):
+        y = call()
+    check(backward(y), True)
+    if block:
+        (*found, d_bias), by_address = backward(call(down_bias), [*leaves, down_bias])
+        assert by_address and torch.allclose(d_bias, dy.sum(0), atol=1e-5)
+        check((found, by_address), True)
+    # Not by address: other strides than the forward's, from a hook or under a leaf; lazy negation; modes; many vectors.
+    with _offload(lambda t: t.t().contiguous().t()):
+        y = call()
+    check(backward(y))
+    y, weight = call(), operands[1].data
+    operands[1].data = lay(weight, "kn")
+    check(backward(y))
+    operands[1].data = weight
+    check(backward(call(), dy=torch._neg_view(-dy)))
+    y = call()
+    with PassOn():
+        check(backward(y))
+    batched, by_address = backward(call(), dy=dy.expand(2, 6, -1), is_grads_batched=True)
+    check(([gradient[1] for gradient in batched], by_address))
+    # Nor gradients to be differentiated again, of biases beside the gate, or of one of its weights.
+    check(backward(call(), create_graph=True))
+    (*found, _), by_address = backward(call(gate_bias=gate_bias), [*leaves, gate_bias], retain_graph=True)
+    assert not by_address
+    operands[2].requires_grad_(False)
+    check(([*backward(call(), leaves[:2])[0], *expected[2:]], not left))
+    operands[2].requires_grad_()
+    monkeypatch.setattr(_recorded, "gradients", lambda *given: left.append(given) or (None,) * 6)
+    y = call()
+    with forward_ad.dual_level():
+        assert not backward(y, dy=forward_ad.make_dual(dy, dy), allow_unused=True)[1]
+
+
+def test_a_subclass_from_a_hook_leaves_the_addresses(device, steps, monkeypatch):
+    class Wrapped(torch.Tensor):
+        pass
+
+    inputs = [t.requires_grad_() for t in ffn_operands(6, 12, 8, device=device)[:4]]
+    expected = torch.autograd.grad(swiglu.swiglu_ffn(*inputs).sum(), inputs)
+    left, general = [], _recorded.gradients
+    monkeypatch.setattr(_recorded, "gradients", lambda *given: left.append(given) or general(*given))
+    with _offload(lambda t: t.as_subclass(Wrapped)):
+        y = swiglu.swiglu_ffn(*inputs)
+    for a, b in zip(torch.autograd.grad(y.sum(), inputs), expected):
+        torch.testing.assert_close(a.as_subclass(torch.Tensor), b)
+    assert left
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vectors_of_torch_func_through_a_recorded_graph(device, steps):
+    x, gate, up, _, _ = operands(3, 6, 4, device=device)
+    z = swiglu.forward(x.requires_grad_(), gate, up)
+    vectors = torch.randn(5, 3, 6, device=device)
+    batched = torch.func.vmap(lambda v: torch.autograd.grad(z, x, v, retain_graph=True)[0])(vectors)
+    one_by_one = torch.stack([torch.autograd.grad(z, x, v, retain_graph=True)[0] for v in vectors])
+    torch.testing.assert_close(batched, one_by_one)
 
 
 def test_what_is_differentiated_again_is_torchs(device, steps):
