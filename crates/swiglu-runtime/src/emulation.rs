@@ -297,6 +297,11 @@ impl Case {
                 let saved = tensor_map::of_preactivations(config, problem, &args).into_iter().filter(|_| saves);
                 tensor_map::of_wgmma_tma(config, problem, &args).into_iter().chain(saved).collect()
             }
+            Config::WeightOnlyTma(config) => {
+                let scales = tensor_map::of_int4_scales(config, problem, &args).into_iter();
+                let scales = scales.filter(|_| problem.dtype.weights() == Format::Int4);
+                tensor_map::of_weight_only_tma(config, problem, &args).into_iter().chain(scales).collect()
+            }
             Config::MmaSync(config) if config.staging == Staging::Tma => {
                 tensor_map::of_mma_sync(config, problem, &args).to_vec()
             }
@@ -306,8 +311,10 @@ impl Case {
         .map(Map::new)
         .collect();
         let params = KernelParams::new(problem, shape.raster, shape.raster_group, &args).unwrap();
-        // Both saved maps are one argument, an array.
-        let mut arguments: Vec<*const c_void> = maps.iter().take(5).map(|map| std::ptr::from_ref(map).cast()).collect();
+        // What comes in pairs behind the operands' own maps, of what is saved or of scales, is one argument, an array.
+        let single = if matches!(config, Config::WgmmaTma(_)) { 4 } else { 3 };
+        let mut arguments: Vec<*const c_void> =
+            maps.iter().take(single + 1).map(|map| std::ptr::from_ref(map).cast()).collect();
         arguments.push((&raw const params).cast());
         let tiles = problem.m.div_ceil(shape.block_m) * problem.n.div_ceil(shape.block_n);
         // Fewer than there are tiles, so that persistent kernels walk.
@@ -356,6 +363,7 @@ fn way(config: &Config) -> (Family, Option<Staging>, Option<Schedule>, u32) {
         Config::WgmmaTma(tma) => (Family::WgmmaTma, None, Some(tma.schedule), cluster(tma)),
         Config::WgmmaGemm(gemm) => (Family::WgmmaGemm, None, Some(gemm.schedule), gemm.cluster_m + 2 * gemm.cluster_n),
         Config::MmaDirect(direct) => (Family::MmaDirect, None, None, direct.loads.min(5)),
+        Config::WeightOnlyTma(tma) => (Family::WeightOnlyTma, None, None, tma.warps_k),
         _ => (config.family(), None, None, 1),
     }
 }
@@ -388,6 +396,26 @@ fn every_way_through_every_template_matches_the_oracle() {
         }
     }
     assert!(cases.len() > 20, "{} cases", cases.len());
+    let wrong: Vec<String> =
+        cases.par_iter().filter_map(|(problem, config)| check(*problem, config, arch).err()).collect();
+    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
+}
+
+/// A tile that is hardly begun, columns and tokens beyond the last, a last tile and a last group of a few numbers.
+#[test]
+fn weights_in_few_bits_by_tma_match_the_oracle_at_every_edge() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    let mut rng = SmallRng::seed_from_u64(12);
+    let mut cases: Vec<(Problem, Config)> = Vec::new();
+    let formats = [(DType::Bf16E4m3, WeightMajor::K), (DType::F16Int4, WeightMajor::N)];
+    for ((dtype, major), (m, n, k)) in
+        formats.into_iter().flat_map(|format| [(1, 8, 16), (9, 72, 144), (37, 232, 1040)].map(|size| (format, size)))
+    {
+        let problem = Problem::forward(dtype, major, m, n, k);
+        let all = candidates(&problem, Target::Gpu(arch)).into_iter();
+        let of_family: Vec<Config> = all.filter(|config| config.family() == Family::WeightOnlyTma).collect();
+        cases.extend(of_family.sample(&mut rng, 3).map(|&config| (problem, config)));
+    }
     let wrong: Vec<String> =
         cases.par_iter().filter_map(|(problem, config)| check(*problem, config, arch).err()).collect();
     assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));

@@ -8,8 +8,8 @@ use crate::launch::RawForward;
 use crate::step::{RawMatrix, RawStep};
 use cudarc::driver::{DriverError, sys};
 use std::mem::MaybeUninit;
-use swiglu_kernels::families::{MmaSyncConfig, WgmmaGemmConfig, WgmmaTmaConfig};
-use swiglu_kernels::problem::{MAX_ACCESS_BYTES, OperandMajor};
+use swiglu_kernels::families::{MmaSyncConfig, WeightOnlyTmaConfig, WgmmaGemmConfig, WgmmaTmaConfig};
+use swiglu_kernels::problem::{INT4_GROUP, MAX_ACCESS_BYTES, OperandMajor};
 use swiglu_kernels::{Format, Problem, WeightMajor};
 
 /// A row-major matrix and the box of it that one copy moves.
@@ -76,6 +76,49 @@ pub(crate) fn of_mma_sync(config: &MmaSyncConfig, problem: &Problem, args: &RawF
         weight_cols: config.weight_cols(problem.dtype),
     };
     tile.of(problem, args)
+}
+
+/// x, gate and up for `templates/weight_only_tma/kernel.cu.tera`: every row of a box is a swizzle row of 128 bytes.
+pub(crate) fn of_weight_only_tma(
+    config: &WeightOnlyTmaConfig,
+    problem: &Problem,
+    args: &RawForward,
+) -> [BoxedMatrix; 3] {
+    const ROW_BYTES: u32 = 128;
+    let format = problem.dtype.weights();
+    let (rows, cols, box_rows) = match problem.weight_major {
+        WeightMajor::K => (problem.n, problem.k, config.block_n),
+        WeightMajor::N => {
+            (problem.k.div_ceil(format.numbers()), problem.n, WeightOnlyTmaConfig::BLOCK_K / format.numbers())
+        }
+    };
+    let swizzled = |format: Format, address, (rows, cols), row_stride, box_rows| BoxedMatrix {
+        format,
+        address,
+        rows,
+        cols,
+        row_stride,
+        box_rows,
+        box_cols: ROW_BYTES / format.bytes(),
+        swizzled: true,
+    };
+    let weights = |address, row_stride| swizzled(format, address, (rows, cols), row_stride, box_rows);
+    let x = swizzled(problem.dtype.x(), args.x, (args.m, problem.k), args.x_stride, config.block_m);
+    [x, weights(args.gate, args.gate_stride), weights(args.up, args.up_stride)]
+}
+
+/// The scales of int4 gate and up for the same template: those of one group for a block's columns.
+pub(crate) fn of_int4_scales(config: &WeightOnlyTmaConfig, problem: &Problem, args: &RawForward) -> [BoxedMatrix; 2] {
+    [args.scales.gate, args.scales.up].map(|address| BoxedMatrix {
+        format: problem.dtype.output(),
+        address,
+        rows: problem.k.div_ceil(INT4_GROUP),
+        cols: problem.n,
+        row_stride: args.scales.stride,
+        box_rows: 1,
+        box_cols: config.block_n,
+        swizzled: false,
+    })
 }
 
 /// `StepMaps` of `templates/wgmma_gemm/kernel.cu.tera`: two left, two right, three out, two saved. What the step has not

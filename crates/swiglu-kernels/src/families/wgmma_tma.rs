@@ -139,7 +139,7 @@ pub(super) const ORDERS: [(Raster, u32); 4] =
     [(Raster::AlongM, 8), (Raster::AlongN, 8), (Raster::AlongM, 4), (Raster::AlongN, 4)];
 
 /// Shared memory that the driver takes for every block.
-const RESERVED_BYTES: u32 = 1024;
+pub(super) const RESERVED_BYTES: u32 = 1024;
 
 /// Bytes of an element of z.
 const OUTPUT_BYTES: u32 = 2;
