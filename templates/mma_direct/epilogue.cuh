@@ -1,5 +1,7 @@
-// From the warps' sums to the outputs. The including template defines the tile, `Element`, `kSumSets`, `kPartials`, `column_of`
+// From the warps' sums to the outputs. The including template defines the tile, `Element`, `kSumSets`, `kSumStride`, `column_of`
 // and `token_of`.
+
+constexpr int kPartials = 2 * kBlockM * kSumStride;  // one set of sums, from row to row kSumStride apart
 
 // They meet in shared memory: [set][gate, up][token][column]. `partials` is this warp's set, at its first column.
 __device__ __forceinline__ void share_sums(const float (&acc)[kFragments][kTokenGroups][4], float* partials, int quad, int row) {
@@ -10,7 +12,7 @@ __device__ __forceinline__ void share_sums(const float (&acc)[kFragments][kToken
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int token = t * 8 + token_of(quad * 2 + e % 2);
-                partials[(e / 2 * kBlockM + token) * kBlockN + column_of(f, row)] = acc[f][t][e];
+                partials[(e / 2 * kBlockM + token) * kSumStride + column_of(f, row)] = acc[f][t][e];
             }
         }
     }
@@ -24,12 +26,13 @@ __device__ __forceinline__ void store_outputs(const Params& p, const float* part
     };
     for (int i = threadIdx.x; i < kBlockM * kBlockN; i += kThreads) {
         const int m = m0 + i / kBlockN, n = n0 + i % kBlockN;
+        const float* sums = partials + i / kBlockN * kSumStride + i % kBlockN;
         if (m >= p.m || n >= p.n) continue;
         float gate = 0.0f, up = 0.0f;
 #pragma unroll
         for (int set = 0; set < kSumSets; ++set) {
-            gate += partials[set * kPartials + i];
-            up += partials[set * kPartials + kBlockM * kBlockN + i];
+            gate += sums[set * kPartials];
+            up += sums[set * kPartials + kBlockM * kSumStride];
         }
         gate = scaled(false, n, gate) + bias(p.gate_bias, n);
         up = scaled(true, n, up) + bias(p.up_bias, n);
