@@ -411,9 +411,11 @@ pub(crate) fn check_block(shape: &LaunchShape, problem: &Problem, arch: &ArchSpe
 
 /// The families that know nothing of scales.
 pub(crate) fn check_unscaled(problem: &Problem) -> Result<(), Rejected> {
-    ensure(!problem.dtype.is_scaled(), "scaled formats run in wgmma_tma (e4m3) and mma_direct (weights only)", || {
-        format!("{} asked for", problem.dtype)
-    })
+    ensure(
+        !problem.dtype.is_scaled(),
+        "scaled formats run in wgmma_tma (e4m3), mma_direct and weight_only_tma (weights only)",
+        || format!("{} asked for", problem.dtype),
+    )
 }
 
 /// `tanh.approx` is off by up to |gate| * 2^-12, less than half a unit of bf16 where gate and result are alike in size.

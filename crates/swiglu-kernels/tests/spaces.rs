@@ -103,7 +103,9 @@ fn the_library_multiplies_what_it_can_and_is_never_the_default() {
             let expected = match dtype {
                 _ if op.is_elementwise() || op.is_column_sum() => Some("the family computes this op"),
                 _ if dtype.is_scaled() && !op.is_forward() => Some("scaled formats are the forward's"),
-                _ if dtype.is_scaled() => Some("scaled formats run in wgmma_tma (e4m3) and mma_direct (weights only)"),
+                _ if dtype.is_scaled() => {
+                    Some("scaled formats run in wgmma_tma (e4m3), mma_direct and weight_only_tma (weights only)")
+                }
                 DType::F16 | DType::Bf16 if op.is_forward() || op == Op::Dgated => {
                     Some("what lies between two launches is fp32")
                 }

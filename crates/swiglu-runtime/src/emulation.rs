@@ -407,14 +407,14 @@ fn weights_in_few_bits_by_tma_match_the_oracle_at_every_edge() {
     let arch = arch::by_name("sm_90a").unwrap();
     let mut rng = SmallRng::seed_from_u64(12);
     let mut cases: Vec<(Problem, Config)> = Vec::new();
-    let formats = [(DType::Bf16E4m3, WeightMajor::K), (DType::F16Int4, WeightMajor::N)];
+    let formats = [(DType::Bf16E4m3, WeightMajor::K), (DType::Bf16Int4, WeightMajor::N)];
     for ((dtype, major), (m, n, k)) in
-        formats.into_iter().flat_map(|format| [(1, 8, 16), (9, 72, 144), (37, 232, 1040)].map(|size| (format, size)))
+        formats.into_iter().flat_map(|format| [(1, 8, 16), (9, 232, 400), (37, 72, 144)].map(|size| (format, size)))
     {
         let problem = Problem::forward(dtype, major, m, n, k);
         let all = candidates(&problem, Target::Gpu(arch)).into_iter();
         let of_family: Vec<Config> = all.filter(|config| config.family() == Family::WeightOnlyTma).collect();
-        cases.extend(of_family.sample(&mut rng, 3).map(|&config| (problem, config)));
+        cases.extend(of_family.sample(&mut rng, 2).map(|&config| (problem, config)));
     }
     let wrong: Vec<String> =
         cases.par_iter().filter_map(|(problem, config)| check(*problem, config, arch).err()).collect();
