@@ -194,7 +194,13 @@ pub(super) fn defaults(problem: &Problem) -> [WeightOnlyTmaConfig; 2] {
     const MULTIPROCESSORS: u32 = 132;
     let one_wave = [64, 128, 192].into_iter().find(|&block_n| problem.n.div_ceil(block_n) <= MULTIPROCESSORS);
     let block_n = one_wave.unwrap_or(224);
-    [tile(problem, block_n, block_n / 32, (256 / block_n).max(1), 1), tile(problem, 64, 2, 4, 1)]
+    // Columns that all warps hold: what registers and stages allow.
+    let columns = match problem.dtype.weights() {
+        Format::Int4 if block_m(problem) == 32 => 224,
+        Format::Int4 => 448,
+        _ => 256,
+    };
+    [block_n, 64].map(|block_n| tile(problem, block_n, block_n / 32, columns / block_n, 1))
 }
 
 impl fmt::Display for WeightOnlyTmaConfig {
