@@ -363,7 +363,7 @@ fn way(config: &Config) -> (Family, Option<Staging>, Option<Schedule>, u32) {
         Config::WgmmaTma(tma) => (Family::WgmmaTma, None, Some(tma.schedule), cluster(tma)),
         Config::WgmmaGemm(gemm) => (Family::WgmmaGemm, None, Some(gemm.schedule), gemm.cluster_m + 2 * gemm.cluster_n),
         Config::MmaDirect(direct) => (Family::MmaDirect, None, None, direct.loads.min(5)),
-        Config::WeightOnlyTma(tma) => (Family::WeightOnlyTma, None, None, tma.warps_k),
+        Config::WeightOnlyTma(tma) => (Family::WeightOnlyTma, None, None, tma.warps_k.min(2)),
         _ => (config.family(), None, None, 1),
     }
 }
