@@ -9,6 +9,7 @@ template <bool kBf16, bool kInt4> struct Expand;
 // of two makes up for the exponents' biases, for the numbers below the normal ones too. NaN codes read as +-480.
 template <bool kBf16> struct Expand<kBf16, false> {
     static constexpr int kPairs = 2;
+    static constexpr float kUnit = 1.0f;  // what 1 in a pair stands for
 
     __device__ __forceinline__ static u32 pair(u32 word) {  // of its upper bytes
         const u32 bits = (word & 0x80008000u) | (kBf16 ? word >> 4 & 0x07f007f0u : word >> 1 & 0x3f803f80u);
@@ -21,20 +22,23 @@ template <bool kBf16> struct Expand<kBf16, false> {
     }
 };
 
-// A word of eight int4, stored plus 8, to (i, i + 4) for i from 0 to 3. Put into the last bits of a power of two they are numbers
-// already; that power and the 8 go in one step.
+// A word of eight int4, stored plus 8, to (i, i + 4) for i from 0 to 3, in units of kUnit. As bf16 the last eight bits are a number
+// without more, below the normal ones or just above; in fp16 they are put into the last bits of 1024.
 template <bool kBf16> struct Expand<kBf16, true> {
     static constexpr int kPairs = 4;
+    static constexpr float kUnit = kBf16 ? 0x1p9f : 1.0f;
 
     __device__ __forceinline__ static void apply(u32 word, u32 (&pairs)[kPairs]) {
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
-            if constexpr (kBf16) {  // 128 + v
-                pairs[i] = fma_pair<true>(and_or<0x000f000fu, 0x43004300u>(word >> 4 * i), 0x3f803f80u, 0xc308c308u);
+            const u32 low = word >> i / 2 * 8;
+            if constexpr (kBf16) {  // times 2^124 or, 16 times as large, 2^120; the 8 in the unit is 2^-6
+                if (i % 2 == 0) pairs[i] = fma_pair<true>(low & 0x000f000fu, 0x7d807d80u, 0xbc80bc80u);
+                else pairs[i] = fma_pair<true>(low & 0x00f000f0u, 0x7b807b80u, 0xbc80bc80u);
             } else if (i % 2 == 0) {  // 1024 + v
-                pairs[i] = fma_pair<false>(and_or<0x000f000fu, 0x64006400u>(word >> 4 * i), 0x3c003c00u, 0xe408e408u);
+                pairs[i] = fma_pair<false>(and_or<0x000f000fu, 0x64006400u>(low), 0x3c003c00u, 0xe408e408u);
             } else {  // 1024 + 16 v, to be divided by 16
-                pairs[i] = fma_pair<false>(and_or<0x00f000f0u, 0x64006400u>(word >> 4 * (i - 1)), 0x2c002c00u, 0xd480d480u);
+                pairs[i] = fma_pair<false>(and_or<0x00f000f0u, 0x64006400u>(low), 0x2c002c00u, 0xd480d480u);
             }
         }
     }

@@ -11,6 +11,7 @@ pub mod mma_gemm;
 pub mod mma_sync;
 pub mod simt;
 pub mod simt_gemm;
+pub mod weight_only_tma;
 pub mod wgmma_gemm;
 pub mod wgmma_tma;
 
@@ -29,6 +30,7 @@ pub use mma_gemm::MmaGemmConfig;
 pub use mma_sync::{MmaSyncConfig, Staging};
 pub use simt::SimtConfig;
 pub use simt_gemm::SimtGemmConfig;
+pub use weight_only_tma::WeightOnlyTmaConfig;
 pub use wgmma_gemm::WgmmaGemmConfig;
 pub use wgmma_tma::{Schedule, WgmmaTmaConfig};
 
@@ -52,6 +54,8 @@ pub enum Family {
     Simt,
     /// `mma.sync` on weights that go straight from memory into registers, compute capability 8.0 and later.
     MmaDirect,
+    /// TMA + `mma.sync` for weights in 8 or 4 bits, compute capability 9.0 and later.
+    WeightOnlyTma,
     /// `ldmatrix` + `mma.sync` tensor cores, compute capability 8.0 and later.
     MmaSync,
     /// TMA + warp-specialised `wgmma`, compute capability 9.0.
@@ -72,7 +76,8 @@ pub enum Family {
     Cpu,
 }
 
-names!(Family, "family", Family::Simt => "simt", Family::MmaDirect => "mma_direct", Family::MmaSync => "mma_sync",
+names!(Family, "family", Family::Simt => "simt", Family::MmaDirect => "mma_direct",
+    Family::WeightOnlyTma => "weight_only_tma", Family::MmaSync => "mma_sync",
     Family::WgmmaTma => "wgmma_tma", Family::Elementwise => "elementwise",
     Family::ColumnSum => "column_sum", Family::SimtGemm => "simt_gemm",
     Family::MmaGemm => "mma_gemm", Family::WgmmaGemm => "wgmma_gemm",
@@ -80,9 +85,10 @@ names!(Family, "family", Family::Simt => "simt", Family::MmaDirect => "mma_direc
 
 impl Family {
     /// Families that are CUDA source.
-    pub const GPU: [Self; 9] = [
+    pub const GPU: [Self; 10] = [
         Self::Simt,
         Self::MmaDirect,
+        Self::WeightOnlyTma,
         Self::MmaSync,
         Self::WgmmaTma,
         Self::Elementwise,
@@ -95,7 +101,9 @@ impl Family {
     /// Whether it has kernels for `op`.
     pub const fn computes(self, op: Op) -> bool {
         match self {
-            Self::Simt | Self::MmaDirect | Self::MmaSync | Self::WgmmaTma | Self::Cpu => op.is_forward(),
+            Self::Simt | Self::MmaDirect | Self::WeightOnlyTma | Self::MmaSync | Self::WgmmaTma | Self::Cpu => {
+                op.is_forward()
+            }
             Self::Elementwise => op.is_elementwise(),
             Self::ColumnSum => op.is_column_sum(),
             Self::SimtGemm | Self::MmaGemm | Self::WgmmaGemm => {
@@ -119,6 +127,8 @@ pub enum Config {
     Simt(SimtConfig),
     /// See [`mma_direct`].
     MmaDirect(MmaDirectConfig),
+    /// See [`weight_only_tma`].
+    WeightOnlyTma(WeightOnlyTmaConfig),
     /// See [`mma_sync`].
     MmaSync(MmaSyncConfig),
     /// See [`wgmma_tma`].
@@ -207,6 +217,7 @@ impl Config {
         match self {
             Self::Simt(_) => Family::Simt,
             Self::MmaDirect(_) => Family::MmaDirect,
+            Self::WeightOnlyTma(_) => Family::WeightOnlyTma,
             Self::MmaSync(_) => Family::MmaSync,
             Self::WgmmaTma(_) => Family::WgmmaTma,
             Self::Elementwise(_) => Family::Elementwise,
@@ -232,6 +243,7 @@ impl Config {
         match (self, target) {
             (Self::Simt(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::MmaDirect(config), Target::Gpu(arch)) => config.check(problem, arch),
+            (Self::WeightOnlyTma(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::MmaSync(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::WgmmaTma(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::Elementwise(config), Target::Gpu(arch)) => config.check(problem, arch),
@@ -255,6 +267,7 @@ impl Config {
         match self {
             Self::Simt(config) => Some(config.launch_shape(problem.dtype)),
             Self::MmaDirect(config) => Some(config.launch_shape()),
+            Self::WeightOnlyTma(config) => Some(config.launch_shape(problem)),
             Self::MmaSync(config) => Some(config.launch_shape(problem.dtype)),
             Self::WgmmaTma(config) => Some(config.launch_shape(problem.dtype)),
             Self::Elementwise(config) => Some(config.launch_shape(problem)),
@@ -272,6 +285,7 @@ impl fmt::Display for Config {
         match self {
             Self::Simt(config) => config.fmt(f),
             Self::MmaDirect(config) => config.fmt(f),
+            Self::WeightOnlyTma(config) => config.fmt(f),
             Self::MmaSync(config) => config.fmt(f),
             Self::WgmmaTma(config) => config.fmt(f),
             Self::Elementwise(config) => config.fmt(f),
@@ -300,9 +314,10 @@ pub fn space(problem: &Problem, target: Target) -> Vec<Config> {
         Target::Gpu(_) => {
             let simt = simt::space(problem).map(Config::Simt);
             let mma_direct = mma_direct::space(problem).map(Config::MmaDirect);
+            let weight_only_tma = weight_only_tma::space(problem).map(Config::WeightOnlyTma);
             let mma_sync = mma_sync::space(problem).map(Config::MmaSync);
             let wgmma_tma = wgmma_tma::space(problem).map(Config::WgmmaTma);
-            simt.chain(mma_direct).chain(mma_sync).chain(wgmma_tma).chain(cublaslt()).collect()
+            simt.chain(mma_direct).chain(weight_only_tma).chain(mma_sync).chain(wgmma_tma).chain(cublaslt()).collect()
         }
         Target::Cpu { threads } => cpu::space(threads).map(Config::Cpu).collect(),
     }
@@ -351,6 +366,7 @@ pub fn default_of(family: Family, problem: &Problem, arch: &'static ArchSpec) ->
     let preferred: Vec<Config> = match family {
         Family::Simt => simt::defaults(problem).map(Config::Simt).to_vec(),
         Family::MmaDirect => mma_direct::defaults(problem).map(Config::MmaDirect).to_vec(),
+        Family::WeightOnlyTma => weight_only_tma::defaults(problem).map(Config::WeightOnlyTma).to_vec(),
         Family::MmaSync => mma_sync::defaults(problem).into_iter().map(Config::MmaSync).collect(),
         Family::WgmmaTma => wgmma_tma::defaults(problem).map(Config::WgmmaTma).to_vec(),
         Family::Elementwise => vec![Config::Elementwise(elementwise::default(problem))],
@@ -397,9 +413,11 @@ pub(crate) fn check_block(shape: &LaunchShape, problem: &Problem, arch: &ArchSpe
 
 /// The families that know nothing of scales.
 pub(crate) fn check_unscaled(problem: &Problem) -> Result<(), Rejected> {
-    ensure(!problem.dtype.is_scaled(), "scaled formats run in wgmma_tma (e4m3) and mma_direct (weights only)", || {
-        format!("{} asked for", problem.dtype)
-    })
+    ensure(
+        !problem.dtype.is_scaled(),
+        "scaled formats run in wgmma_tma (e4m3), mma_direct and weight_only_tma (weights only)",
+        || format!("{} asked for", problem.dtype),
+    )
 }
 
 /// `tanh.approx` is off by up to |gate| * 2^-12, less than half a unit of bf16 where gate and result are alike in size.

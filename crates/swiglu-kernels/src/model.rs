@@ -4,7 +4,7 @@
 use crate::arch::{self, ArchSpec};
 use crate::families::wgmma_tma::is_split;
 use crate::families::{self, Config, Family, LaunchShape, Raster, Schedule, Staging, Target};
-use crate::problem::{DType, Format, Problem};
+use crate::problem::{DType, Format, INT4_GROUP, Problem};
 
 /// What decides speed, as far as a device's class tells it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -206,6 +206,8 @@ fn efficiency(config: &Config) -> f64 {
             let served = serves(config.block_m, 2 * config.block_n);
             0.5 * served / (served + 20.0)
         }
+        // Widening the weights takes as long whatever the tokens.
+        Config::WeightOnlyTma(config) => 0.6 * f64::from(config.block_m) / f64::from(config.block_m + 12),
         Config::Simt(config) => {
             let served = serves(config.thread_m, 2 * config.thread_n);
             served / (served + 1.5)
@@ -229,6 +231,7 @@ fn in_flight(config: &Config, element: f64) -> f64 {
             f64::from(config.stages.saturating_sub(1)) * stage(config.block_m, config.block_n, config.block_k)
         }
         Config::MmaDirect(config) => f64::from(config.warps * config.loads) * stage(config.block_m, config.block_n, 16),
+        Config::WeightOnlyTma(config) => f64::from(config.stages) * stage(0, config.block_n, INT4_GROUP),
         Config::Simt(config) => stage(config.block_m, config.block_n, config.block_k),
         Config::Elementwise(_)
         | Config::ColumnSum(_)

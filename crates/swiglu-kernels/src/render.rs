@@ -68,10 +68,11 @@ macro_rules! template {
     };
 }
 
-const TEMPLATES: [(&str, &str); 12] = [
+const TEMPLATES: [(&str, &str); 13] = [
     template!("simt/kernel.cu.tera"),
     template!("mma_direct/kernel.cu.tera"),
     template!("mma_direct/weight_only.cu.tera"),
+    template!("weight_only_tma/kernel.cu.tera"),
     template!("mma_sync/cp_async.cu.tera"),
     template!("mma_sync/tma.cu.tera"),
     template!("wgmma_tma/kernel.cu.tera"),
@@ -221,6 +222,7 @@ fn template_of(problem: &Problem, config: &Config) -> Result<&'static str, Rende
         Config::Simt(_) => Ok("simt/kernel.cu.tera"),
         Config::MmaDirect(_) if problem.dtype.is_scaled() => Ok("mma_direct/weight_only.cu.tera"),
         Config::MmaDirect(_) => Ok("mma_direct/kernel.cu.tera"),
+        Config::WeightOnlyTma(_) => Ok("weight_only_tma/kernel.cu.tera"),
         Config::MmaSync(config) => match config.staging {
             Staging::CpAsync => Ok("mma_sync/cp_async.cu.tera"),
             Staging::Tma => Ok("mma_sync/tma.cu.tera"),
@@ -257,6 +259,7 @@ fn context(problem: &Problem, config: &Config, template: &'static str) -> Result
     let fields = match config {
         Config::Simt(config) => Context::from_serialize(config),
         Config::MmaDirect(config) => Context::from_serialize(config),
+        Config::WeightOnlyTma(config) => Context::from_serialize(config),
         Config::MmaSync(config) => Context::from_serialize(config),
         Config::WgmmaTma(config) => Context::from_serialize(config),
         Config::Elementwise(config) => Context::from_serialize(config),

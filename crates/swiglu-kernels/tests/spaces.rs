@@ -5,7 +5,8 @@ use proptest::prelude::*;
 use swiglu_kernels::arch::{self, ARCHES};
 use swiglu_kernels::families::{
     self, ColumnSumConfig, CublasltConfig, ElementwiseConfig, Family, MmaDirectConfig, MmaGemmConfig, MmaSyncConfig,
-    Raster, Schedule, SimtConfig, SimtGemmConfig, Staging, Target, WgmmaGemmConfig, WgmmaTmaConfig,
+    Raster, Schedule, SimtConfig, SimtGemmConfig, Staging, Target, WeightOnlyTmaConfig, WgmmaGemmConfig,
+    WgmmaTmaConfig,
 };
 use swiglu_kernels::{Config, DType, Format, Op, Problem, WeightMajor, render};
 
@@ -113,7 +114,9 @@ fn the_library_multiplies_what_it_can_and_is_never_the_default() {
             let expected = match dtype {
                 _ if op.is_elementwise() || op.is_column_sum() => Some("the family computes this op"),
                 _ if dtype.is_scaled() && !op.is_forward() => Some("scaled formats are the forward's"),
-                _ if dtype.is_scaled() => Some("scaled formats run in wgmma_tma (e4m3) and mma_direct (weights only)"),
+                _ if dtype.is_scaled() => {
+                    Some("scaled formats run in wgmma_tma (e4m3), mma_direct and weight_only_tma (weights only)")
+                }
                 DType::F16 | DType::Bf16 if op.is_forward() || op == Op::Dgated => {
                     Some("what lies between two launches is fp32")
                 }
@@ -179,6 +182,7 @@ proptest! {
         let configs = [
             Config::MmaSync(MmaSyncConfig { staging, block_m: a, block_n: b, block_k: c, stages: d, warps_m: e, warps_n: f, access_bytes: g, fast_silu: tma, raster: Raster::AlongM, raster_group: h }),
             Config::MmaDirect(MmaDirectConfig { block_m: a, block_n: b, warps: c, loads: d, fast_silu: tma }),
+            Config::WeightOnlyTma(WeightOnlyTmaConfig { block_m: a, block_n: b, warps_n: c, warps_k: d, stages: e, blocks_per_sm: f, prefetch: g, fast_silu: tma }),
             Config::WgmmaTma(WgmmaTmaConfig { block_m: a, block_n: b, block_k: c, stages: d, consumers: e, schedule: if tma { Schedule::Pingpong } else { Schedule::Cooperative }, cluster_m: f, cluster_n: g, cluster_k: 1 + f % 2, store_cols: h, store_buffers: e, blocks_per_sm: 1 + b % 2, fill: 1 + c % 2, prefetch: a, fast_silu: tma, raster: Raster::AlongM, raster_group: d }),
             Config::Simt(SimtConfig { block_m: a, block_n: b, block_k: c, thread_m: d, thread_n: e, stages: f, access_bytes: g, raster: Raster::AlongN, raster_group: h }),
             Config::Elementwise(ElementwiseConfig { threads: a, rows: b, access_bytes: c }),

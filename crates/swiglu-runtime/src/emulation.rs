@@ -324,6 +324,11 @@ impl Case {
                 let saved = tensor_map::of_preactivations(config, problem, &args).into_iter().filter(|_| saves);
                 tensor_map::of_wgmma_tma(config, &of_maps, &operands).into_iter().chain(saved).collect()
             }
+            Config::WeightOnlyTma(config) => {
+                let scales = tensor_map::of_int4_scales(config, problem, &args).into_iter();
+                let scales = scales.filter(|_| problem.dtype.weights() == Format::Int4);
+                tensor_map::of_weight_only_tma(config, problem, &args).into_iter().chain(scales).collect()
+            }
             Config::MmaSync(config) if config.staging == Staging::Tma => {
                 tensor_map::of_mma_sync(config, problem, &args).to_vec()
             }
@@ -332,8 +337,10 @@ impl Case {
         .iter()
         .map(Map::new)
         .collect();
-        // Both saved maps are one argument, an array.
-        let mut arguments: Vec<*const c_void> = maps.iter().take(5).map(|map| std::ptr::from_ref(map).cast()).collect();
+        // What comes in pairs behind the operands' own maps, of what is saved or of scales, is one argument, an array.
+        let single = if matches!(config, Config::WgmmaTma(_)) { 4 } else { 3 };
+        let mut arguments: Vec<*const c_void> =
+            maps.iter().take(single + 1).map(|map| std::ptr::from_ref(map).cast()).collect();
         arguments.push((&raw const params).cast());
         let tiles = problem.m.div_ceil(shape.block_m) * problem.n.div_ceil(shape.block_n);
         // Fewer than there are tiles, so that persistent kernels walk.
@@ -400,6 +407,7 @@ fn way(config: &Config) -> (Family, Option<Staging>, Option<Schedule>, u32) {
             cluster([gemm.cluster_m, gemm.cluster_n, gemm.cluster_k], gemm.blocks_per_sm),
         ),
         Config::MmaDirect(direct) => (Family::MmaDirect, None, None, direct.loads.min(5)),
+        Config::WeightOnlyTma(tma) => (Family::WeightOnlyTma, None, None, tma.warps_k.min(2)),
         _ => (config.family(), None, None, 1),
     }
 }
@@ -464,6 +472,26 @@ fn fp32_in_parts_keeps_its_range_and_what_is_not_finite() {
         case.weights[1].put(place(39, 0), f32::NAN);
         case.check(config, arch, problem.dtype.tolerance()).unwrap();
     }
+}
+
+/// A tile that is hardly begun, columns and tokens beyond the last, a last tile and a last group of a few numbers.
+#[test]
+fn weights_in_few_bits_by_tma_match_the_oracle_at_every_edge() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    let mut rng = SmallRng::seed_from_u64(12);
+    let mut cases: Vec<(Problem, Config)> = Vec::new();
+    let formats = [(DType::Bf16E4m3, WeightMajor::K), (DType::Bf16Int4, WeightMajor::N)];
+    for ((dtype, major), (m, n, k)) in
+        formats.into_iter().flat_map(|format| [(1, 8, 16), (9, 232, 400), (37, 72, 144)].map(|size| (format, size)))
+    {
+        let problem = Problem::forward(dtype, major, m, n, k);
+        let all = candidates(&problem, Target::Gpu(arch)).into_iter();
+        let of_family: Vec<Config> = all.filter(|config| config.family() == Family::WeightOnlyTma).collect();
+        cases.extend(of_family.sample(&mut rng, 2).map(|&config| (problem, config)));
+    }
+    let wrong: Vec<String> =
+        cases.par_iter().filter_map(|(problem, config)| check(*problem, config, arch).err()).collect();
+    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
 }
 
 /// Positive numbers add up to a sum against which each product is small: what is cut off of it is lost, unless fp32 takes

@@ -229,6 +229,20 @@ unsafe fn forward_function(
             // SAFETY: by this function's own contract.
             unsafe { wgmma_tma(config, problem, function, stream, args, &maps, params) }
         }
+        Config::WeightOnlyTma(config) => {
+            let mut maps = tensor_map::encode(&tensor_map::of_weight_only_tma(config, problem, args))?;
+            let [x, gate, up] = maps.each_mut().map(pointer);
+            if problem.dtype.weights() == Format::Int4 {
+                let mut scales = tensor_map::encode(&tensor_map::of_int4_scales(config, problem, args))?;
+                let scales = scales.as_mut_ptr().cast::<c_void>();
+                // SAFETY: the kernel takes three tensor maps, an array of two and a `Params` by value, all alive here;
+                // addresses by contract.
+                unsafe { launch(problem, function, stream, args.m, &mut [x, gate, up, scales, params]) }
+            } else {
+                // SAFETY: the kernel takes three tensor maps and a `Params` by value, all alive here; addresses by contract.
+                unsafe { launch(problem, function, stream, args.m, &mut [x, gate, up, params]) }
+            }
+        }
         Config::MmaSync(config) if config.staging == Staging::Tma => {
             let mut maps = tensor_map::encode(&tensor_map::of_mma_sync(config, problem, args))?;
             let [x, gate, up] = maps.each_mut().map(pointer);
@@ -362,6 +376,7 @@ unsafe fn step_function(
         }
         Config::Simt(_)
         | Config::MmaDirect(_)
+        | Config::WeightOnlyTma(_)
         | Config::MmaSync(_)
         | Config::WgmmaTma(_)
         | Config::Cublaslt(_)

@@ -433,6 +433,7 @@ impl CpuRuntime {
                 Config::Cpu(config) => Some((anchor, config)),
                 Config::Simt(_)
                 | Config::MmaDirect(_)
+                | Config::WeightOnlyTma(_)
                 | Config::MmaSync(_)
                 | Config::WgmmaTma(_)
                 | Config::Elementwise(_)

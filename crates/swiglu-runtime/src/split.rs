@@ -1,4 +1,4 @@
-//! fp32 operands cut in two: where the parts lie, and the launch that writes them. Design: `docs/decisions/0014-fp32-in-parts.md`.
+//! fp32 operands cut in two: where the parts lie, and the launch that writes them. Design: `docs/decisions/0015-fp32-in-parts.md`.
 //!
 //! Contract: `SplitParams` and `SplitScales` mirror the templates'.
 #![allow(unsafe_code, reason = "hands raw device pointers to the driver")]

@@ -8,8 +8,8 @@ use crate::launch::RawForward;
 use crate::step::{RawMatrix, RawStep};
 use cudarc::driver::{DriverError, sys};
 use std::mem::MaybeUninit;
-use swiglu_kernels::families::{MmaSyncConfig, WgmmaGemmConfig, WgmmaTmaConfig};
-use swiglu_kernels::problem::{MAX_ACCESS_BYTES, OperandMajor, Product};
+use swiglu_kernels::families::{MmaSyncConfig, WeightOnlyTmaConfig, WgmmaGemmConfig, WgmmaTmaConfig};
+use swiglu_kernels::problem::{INT4_GROUP, MAX_ACCESS_BYTES, OperandMajor, Product};
 use swiglu_kernels::{Format, Problem, WeightMajor};
 
 /// A row-major matrix and the box of it that one copy moves.
@@ -22,13 +22,14 @@ pub(crate) struct BoxedMatrix {
     pub(crate) row_stride: i64,
     pub(crate) box_rows: u32,
     pub(crate) box_cols: u32,
+    pub(crate) swizzled: bool,
 }
 
 impl BoxedMatrix {
     /// Bytes of the swizzle: a swizzled box is as wide as that.
     pub(crate) fn swizzle_bytes(&self) -> u32 {
         match self.box_cols * self.format.bytes() {
-            width @ (32 | 64 | 128) => width,
+            width @ (32 | 64 | 128) if self.swizzled => width,
             _ => 0,
         }
     }
@@ -62,6 +63,7 @@ fn output(config: &WgmmaTmaConfig, problem: &Problem, m: u32, address: u64, row_
         row_stride,
         box_rows: 16,
         box_cols: config.store_cols,
+        swizzled: true,
     }
 }
 
@@ -74,6 +76,49 @@ pub(crate) fn of_mma_sync(config: &MmaSyncConfig, problem: &Problem, args: &RawF
         weight_cols: config.weight_cols(problem.dtype),
     };
     tile.of(problem, args)
+}
+
+/// x, gate and up for `templates/weight_only_tma/kernel.cu.tera`: every row of a box is a swizzle row of 128 bytes.
+pub(crate) fn of_weight_only_tma(
+    config: &WeightOnlyTmaConfig,
+    problem: &Problem,
+    args: &RawForward,
+) -> [BoxedMatrix; 3] {
+    const ROW_BYTES: u32 = 128;
+    let format = problem.dtype.weights();
+    let (rows, cols, box_rows) = match problem.weight_major {
+        WeightMajor::K => (problem.n, problem.k, config.block_n),
+        WeightMajor::N => {
+            (problem.k.div_ceil(format.numbers()), problem.n, WeightOnlyTmaConfig::BLOCK_K / format.numbers())
+        }
+    };
+    let swizzled = |format: Format, address, (rows, cols), row_stride, box_rows| BoxedMatrix {
+        format,
+        address,
+        rows,
+        cols,
+        row_stride,
+        box_rows,
+        box_cols: ROW_BYTES / format.bytes(),
+        swizzled: true,
+    };
+    let weights = |address, row_stride| swizzled(format, address, (rows, cols), row_stride, box_rows);
+    let x = swizzled(problem.dtype.x(), args.x, (args.m, problem.k), args.x_stride, config.block_m);
+    [x, weights(args.gate, args.gate_stride), weights(args.up, args.up_stride)]
+}
+
+/// The scales of int4 gate and up for the same template: those of one group for a block's columns.
+pub(crate) fn of_int4_scales(config: &WeightOnlyTmaConfig, problem: &Problem, args: &RawForward) -> [BoxedMatrix; 2] {
+    [args.scales.gate, args.scales.up].map(|address| BoxedMatrix {
+        format: problem.dtype.output(),
+        address,
+        rows: problem.k.div_ceil(INT4_GROUP),
+        cols: problem.n,
+        row_stride: args.scales.stride,
+        box_rows: 1,
+        box_cols: config.block_n,
+        swizzled: false,
+    })
 }
 
 /// `StepMaps` of `templates/wgmma_gemm/kernel.cu.tera`: two left, two right, three out, two saved. What the step has not
@@ -98,6 +143,7 @@ pub(crate) fn of_wgmma_gemm(
             row_stride: matrix.stride,
             box_rows,
             box_cols,
+            swizzled: true,
         }
     };
     let (rows, cols) = ([config.block_m, 64], [config.block_n, config.right_cols()]);
@@ -112,6 +158,7 @@ pub(crate) fn of_wgmma_gemm(
             row_stride: matrix.stride,
             box_rows: 16,
             box_cols: config.store_cols,
+            swizzled: true,
         }
     };
     let present = |matrix: RawMatrix, first: RawMatrix| if matrix.address == 0 { first } else { matrix };
@@ -147,6 +194,7 @@ impl InputBoxes {
             row_stride,
             box_rows,
             box_cols,
+            swizzled: true,
         };
         let x = BoxedMatrix {
             format: dtype.x(),
@@ -156,6 +204,7 @@ impl InputBoxes {
             row_stride: args.x_stride,
             box_rows: self.x_rows,
             box_cols: self.block_k,
+            swizzled: true,
         };
         [x, weights(args.gate, args.gate_stride), weights(args.up, args.up_stride)]
     }

@@ -141,7 +141,7 @@ pub(super) const ORDERS: [(Raster, u32); 4] =
     [(Raster::AlongM, 8), (Raster::AlongN, 8), (Raster::AlongM, 4), (Raster::AlongN, 4)];
 
 /// Shared memory that the driver takes for every block.
-const RESERVED_BYTES: u32 = 1024;
+pub(super) const RESERVED_BYTES: u32 = 1024;
 
 /// Whether fp32 takes over what the tensor cores have summed: e4m3, whose sums keep too few bits, and fp32 in parts of fp16.
 const fn is_promoted(dtype: DType) -> bool {

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use rand::{SeedableRng, rngs::SmallRng};
 use rand_distr::{Distribution, StandardNormal};
 use std::sync::Arc;
-use swiglu_kernels::families::{Config, Target, candidates};
+use swiglu_kernels::families::{Config, Family, Target, candidates, default_of};
 use swiglu_kernels::{Activation, Format, oracle, quant};
 use swiglu_runtime::cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
 use swiglu_runtime::{
@@ -252,6 +252,41 @@ fn every_config_of_the_scaled_formats_matches_the_oracle() {
         for config in configs {
             let plan = gpu.runtime.prepare_config(&spec, config).unwrap();
             case.check(&gpu, &plan, &config.to_string());
+        }
+    });
+}
+
+/// Their tiles depend on M; 37 tokens are above.
+#[test]
+#[ignore = "needs an NVIDIA GPU of compute capability 9.0"]
+fn every_tile_of_the_ring_for_few_tokens_matches_the_oracle() {
+    let gpu = gpu();
+    let arch = gpu.runtime.gpu().arch;
+    for dtype in [DType::Bf16E4m3, DType::Bf16Int4] {
+        for (m, n, k) in [(1, 200, 1552), (13, 712, 400)] {
+            let spec = ForwardSpec { save_preactivations: m == 13, ..spec(dtype, layouts(dtype)[0], n, k) };
+            let case = Case::<bf16>::new(spec, m, m == 13, 23);
+            let all = candidates(&spec.problem(m as u32), Target::Gpu(arch)).into_iter();
+            for config in all.filter(|config| config.family() == Family::WeightOnlyTma) {
+                let plan = gpu.runtime.prepare_config(&spec, config).unwrap();
+                case.check(&gpu, &plan, &config.to_string());
+            }
+        }
+    }
+}
+
+/// What decodes in practice, through the defaults of the family: several waves of blocks, groups of K without end.
+#[test]
+#[ignore = "needs an NVIDIA GPU of compute capability 9.0"]
+fn the_rings_defaults_match_the_oracle_where_sums_are_long() {
+    let gpu = gpu();
+    let arch = gpu.runtime.gpu().arch;
+    for_scaled!(|dtype, O| {
+        for (m, n, k) in [(1, 1000, 8192), (8, 28672, 512), (16, 264, 4096), (32, 264, 4096)] {
+            let spec = spec(dtype, layouts(dtype)[1], n, k);
+            let Ok(config) = default_of(Family::WeightOnlyTma, &spec.problem(m as u32), arch) else { continue };
+            let plan = gpu.runtime.prepare_config(&spec, config).unwrap();
+            Case::<O>::new(spec, m, true, 29).check(&gpu, &plan, &config.to_string());
         }
     });
 }
