@@ -50,6 +50,7 @@ def _backward(ctx, dy):
         layer is None
         or again
         or not is_plain_backward(dy, saved)
+        or not _steps.is_supported(x)
         or (x.stride(), gate.stride(), up.stride()) != ctx.strides
     ):
         g = u = None
