@@ -320,7 +320,7 @@ fn columns_in_boxes_of_32_match_the_oracle() {
     let arch = arch::by_name("sm_90a").unwrap();
     let mut rng = SmallRng::seed_from_u64(16);
     let mut cases: Vec<(Problem, Config)> = Vec::new();
-    for op in [Op::Dgated, Op::InputGrad, Op::WeightGradAdd, Op::DownWeightGrad] {
+    for op in [Op::Dgated, Op::WeightGradAdd] {
         let problem = Problem::forward(DType::Bf16, WeightMajor::K, 150, 200, 136).with_op(op);
         for cluster_m in [1, 2] {
             let mut all = candidates(&problem, Target::Gpu(arch));
@@ -331,7 +331,7 @@ fn columns_in_boxes_of_32_match_the_oracle() {
             cases.extend(all.sample(&mut rng, 1).map(|config| (problem, *config)));
         }
     }
-    assert_eq!(cases.len(), 8);
+    assert_eq!(cases.len(), 4);
     check_all(&cases, arch);
 }
 
