@@ -30,7 +30,7 @@ const ORDERS: usize = 2;
 
 /// The candidates of `problem` to measure, the most promising first: `wanted` and the library's, of which the model knows
 /// nothing, in any case, then the winners of `seeds` near it, then by the model's order. All of them where there is no model, as
-/// of the steps, or they are few.
+/// of the steps, where it errs, as of weights in few bits, or they are few.
 pub(crate) fn pick(
     chip: Option<&Chip>,
     problem: &Problem,
@@ -38,7 +38,8 @@ pub(crate) fn pick(
     wanted: &[Config],
     seeds: &[Record],
 ) -> Vec<Config> {
-    let Some(chip) = chip.filter(|_| problem.op.is_forward() && candidates.len() >= WORTH) else {
+    let is_modelled = problem.op.is_forward() && problem.dtype.x() == problem.dtype.weights();
+    let Some(chip) = chip.filter(|_| is_modelled && candidates.len() >= WORTH) else {
         return candidates.keys().copied().collect();
     };
     let most = (SHARE * candidates.len() as f64) as usize;
