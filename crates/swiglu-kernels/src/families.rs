@@ -339,7 +339,9 @@ pub fn default_config(problem: &Problem, arch: &'static ArchSpec) -> Result<Conf
         DType::F32 if !problem.op.is_forward() && problem.m <= 256 => &[Family::SimtGemm, Family::WgmmaGemm],
         _ if !problem.op.is_forward() => &[Family::WgmmaGemm, Family::MmaGemm, Family::SimtGemm],
         DType::E4m3 => &[Family::WgmmaTma],
-        DType::Bf16E4m3 | DType::F16E4m3 | DType::Bf16Int4 | DType::F16Int4 => &[Family::WeightOnlyTma, Family::MmaDirect],
+        DType::Bf16E4m3 | DType::F16E4m3 | DType::Bf16Int4 | DType::F16Int4 => {
+            &[Family::WeightOnlyTma, Family::MmaDirect]
+        }
         // Three products of tensor cores for one of fp32, and cutting the operands before, do not pay everywhere.
         DType::F32 if problem.m > 256 => &[Family::WgmmaTma, Family::Simt, Family::MmaSync],
         DType::F32 => &[Family::Simt, Family::MmaSync, Family::WgmmaTma],
