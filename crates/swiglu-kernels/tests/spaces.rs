@@ -23,6 +23,16 @@ fn problems() -> impl Iterator<Item = Problem> {
     })
 }
 
+/// The tuner asks for the space of a shape once, for all M.
+#[test]
+fn spaces_do_not_depend_on_m() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    for problem in problems() {
+        let [here, at_one] = [problem, problem.with_m(1)].map(|problem| families::space(&problem, Target::Gpu(arch)));
+        assert_eq!(here, at_one, "{problem:?}");
+    }
+}
+
 #[test]
 fn every_architecture_has_a_legal_default_for_every_problem_it_supports() {
     for arch in &ARCHES {

@@ -163,11 +163,10 @@ fn run_split(library: &libloading::Library, split: Split) -> (Split, Vec<u8>) {
     let memory = vec![0xa5_u8; split.bytes as usize + 256];
     let split = split.at((memory.as_ptr() as u64).next_multiple_of(256));
     let arguments = [(&raw const split.params).cast::<c_void>()];
-    // SAFETY: `translate` gives every library with a prologue this function; its argument is alive.
-    let done = unsafe {
-        let run = library.get::<Run>(b"run_prologue").unwrap();
-        run(arguments.as_ptr(), split.blocks, split::THREADS, 1, 0)
-    };
+    // SAFETY: `translate` gives every library with a prologue this function.
+    let run = unsafe { library.get::<Run>(b"run_prologue") }.unwrap();
+    // SAFETY: the argument is the kernel's and alive; the parts have their memory.
+    let done = unsafe { run(arguments.as_ptr(), split.blocks, split::THREADS, 1, 0) };
     assert!(done, "the prologue's threads wait for each other for ever");
     (split, memory)
 }

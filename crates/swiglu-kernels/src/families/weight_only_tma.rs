@@ -6,7 +6,7 @@
 use super::wgmma_tma::{RESERVED_BYTES, SMEM_BYTES, stages_that_fit};
 use super::{LaunchShape, Raster, Rejected, check_block, check_fast_silu, check_registers, check_sizes, ensure};
 use crate::arch::ArchSpec;
-use crate::problem::{Format, INT4_GROUP, MAX_ACCESS_BYTES, Problem, WeightMajor};
+use crate::problem::{DType, Format, INT4_GROUP, MAX_ACCESS_BYTES, Problem, WeightMajor};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -155,17 +155,23 @@ const fn block_m(problem: &Problem) -> u32 {
 }
 
 /// A tile with the most stages that fit.
-fn tile(problem: &Problem, block_n: u32, warps_n: u32, warps_k: u32, blocks_per_sm: u32) -> WeightOnlyTmaConfig {
-    let weights = problem.dtype.weights();
+fn tile(
+    dtype: DType,
+    [block_m, block_n]: [u32; 2],
+    warps_n: u32,
+    warps_k: u32,
+    blocks_per_sm: u32,
+) -> WeightOnlyTmaConfig {
+    let weights = dtype.weights();
     let none = WeightOnlyTmaConfig {
-        block_m: block_m(problem),
+        block_m,
         block_n,
         warps_n,
         warps_k,
         stages: 0,
         blocks_per_sm,
         prefetch: 0,
-        fast_silu: problem.dtype.output() == Format::Bf16,
+        fast_silu: dtype.output() == Format::Bf16,
     };
     let budget = (SMEM_BYTES + RESERVED_BYTES) / blocks_per_sm - RESERVED_BYTES;
     let stages = stages_that_fit(budget, 0, none.stage_bytes(weights) + 16, 16);
@@ -179,13 +185,16 @@ fn tile(problem: &Problem, block_n: u32, warps_n: u32, warps_k: u32, blocks_per_
 }
 
 pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WeightOnlyTmaConfig> + use<> {
-    let problem = *problem;
-    TILES.into_iter().flat_map(move |(block_n, columns)| {
+    let dtype = problem.dtype;
+    let tiles = [8, 16, 32].into_iter().flat_map(|block_m| TILES.map(|(block_n, columns)| (block_m, block_n, columns)));
+    tiles.flat_map(move |(block_m, block_n, columns)| {
         let warps =
             [1, 2, 3, 4, 8].into_iter().flat_map(|warps_k| [1, 2].map(|blocks_per_sm| (warps_k, blocks_per_sm)));
         let enough =
             warps.filter(move |(warps_k, blocks)| WARPS_PER_SM.contains(&(block_n / columns * warps_k * blocks)));
-        enough.map(move |(warps_k, blocks_per_sm)| tile(&problem, block_n, block_n / columns, warps_k, blocks_per_sm))
+        enough.map(move |(warps_k, blocks_per_sm)| {
+            tile(dtype, [block_m, block_n], block_n / columns, warps_k, blocks_per_sm)
+        })
     })
 }
 
@@ -200,7 +209,8 @@ pub(super) fn defaults(problem: &Problem) -> [WeightOnlyTmaConfig; 2] {
         Format::Int4 => 448,
         _ => 256,
     };
-    [block_n, 64].map(|block_n| tile(problem, block_n, block_n / 32, columns / block_n, 1))
+    let block_m = block_m(problem);
+    [block_n, 64].map(|block_n| tile(problem.dtype, [block_m, block_n], block_n / 32, columns / block_n, 1))
 }
 
 impl fmt::Display for WeightOnlyTmaConfig {
