@@ -143,7 +143,10 @@ const TILES: [(u32, u32); 10] =
     [(32, 32), (64, 32), (96, 32), (128, 32), (160, 32), (192, 32), (224, 32), (256, 32), (56, 56), (112, 16)];
 
 /// Warps of a multiprocessor that multiply: enough to hide what each waits for, and registers for all.
-const WARPS_PER_SM: std::ops::RangeInclusive<u32> = 6..=16;
+const WARPS_PER_SM: std::ops::RangeInclusive<u32> = 4..=16;
+
+/// Groups of warps that take the K tiles in turn.
+const WARPS_K: [u32; 5] = [1, 2, 3, 4, 8];
 
 /// Tokens of a block: all of them, up to 32.
 const fn block_m(problem: &Problem) -> u32 {
@@ -188,8 +191,7 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WeightOnlyTmaConf
     let dtype = problem.dtype;
     let tiles = [8, 16, 32].into_iter().flat_map(|block_m| TILES.map(|(block_n, columns)| (block_m, block_n, columns)));
     tiles.flat_map(move |(block_m, block_n, columns)| {
-        let warps =
-            [1, 2, 3, 4, 8].into_iter().flat_map(|warps_k| [1, 2].map(|blocks_per_sm| (warps_k, blocks_per_sm)));
+        let warps = WARPS_K.into_iter().flat_map(|warps_k| [1, 2].map(|blocks_per_sm| (warps_k, blocks_per_sm)));
         let enough =
             warps.filter(move |(warps_k, blocks)| WARPS_PER_SM.contains(&(block_n / columns * warps_k * blocks)));
         enough.map(move |(warps_k, blocks_per_sm)| {
@@ -210,7 +212,10 @@ pub(super) fn defaults(problem: &Problem) -> [WeightOnlyTmaConfig; 2] {
         _ => 256,
     };
     let block_m = block_m(problem);
-    [block_n, 64].map(|block_n| tile(problem.dtype, [block_m, block_n], block_n / 32, columns / block_n, 1))
+    [block_n, 64].map(|block_n| {
+        let most = WARPS_K.into_iter().rev().find(|warps_k| warps_k * block_n <= columns);
+        tile(problem.dtype, [block_m, block_n], block_n / 32, most.unwrap_or(1), 1)
+    })
 }
 
 impl fmt::Display for WeightOnlyTmaConfig {
