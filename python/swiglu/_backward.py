@@ -40,7 +40,8 @@ def gradients(
     ``in_place``; where they are None, they are computed again, which takes the biases.
     """
     operands = (dy, x, gate, up, down, gate_bias, up_bias, g, u)
-    if are_of_steps(needs) and _steps.is_supported(x) and not torch.is_grad_enabled():
+    alike = all(t is None or (t.dtype is x.dtype and t.device == x.device) for t in operands)  # torch says what is wrong
+    if alike and are_of_steps(needs) and _steps.is_supported(x) and not torch.is_grad_enabled():
         if is_plain_call(*operands):
             return _launched(*operands, needs, True, in_place)
         if not (is_transformed() or is_batch(dy) or any(map(is_dtensor, (dy, x, gate)))):

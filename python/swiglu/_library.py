@@ -25,8 +25,6 @@ lib = torch.library.Library("swiglu", "DEF")
 
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
-_PLAIN_OR_NONE = PLAIN_TYPES | {type(None)}
-
 _AUTOCAST = {"cpu": DispatchKey.AutocastCPU, "cuda": DispatchKey.AutocastCUDA}
 _BOTH = DispatchKeySet(DispatchKey.AutocastCPU) | DispatchKeySet(DispatchKey.AutocastCUDA)
 
@@ -100,14 +98,12 @@ def is_plain_call(*tensors: Tensor | None) -> bool:
 def is_plain_backward(gradient: Tensor, saved: tuple[Tensor | None, ...]) -> bool:
     """The same of the backward of a plain call. Autocast has no rule for it, and modes over functions see no backward of
     torch's; but hooks may have put subclasses in place of what was saved."""
-    return (
-        type(gradient) in PLAIN_TYPES
-        and _PLAIN_OR_NONE.issuperset(map(type, saved))
-        and not _len_torch_dispatch_stack()
-        and forward_ad._current_level < 0
-        and _has_storage(gradient)
-        and not gradient.is_neg()
-    )
+    for tensor in (gradient, *saved):
+        if tensor is None:
+            continue
+        if type(tensor) not in PLAIN_TYPES or tensor.is_neg() or not _has_storage(tensor):
+            return False
+    return not _len_torch_dispatch_stack() and forward_ad._current_level < 0
 
 
 def register_autocast(op: torch._ops.OpOverload, dtype_of: Callable[[str, list[Tensor]], torch.dtype]) -> None:

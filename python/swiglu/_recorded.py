@@ -29,10 +29,15 @@ def _forward(ctx, x, gate, up, down, gate_bias, up_bias, down_bias, keep):
     needs = ctx.needs_input_grad
     has_steps = layer is not None and _steps.is_supported(x) and (down is None or down.numel())
     if has_steps and are_of_steps(needs) and not (needs[4] or needs[5]):  # biases beside the gate take views
-        ctx.layer, ctx.strides = layer, (x.stride(), gate.stride(), up.stride())
+        ctx.layer, ctx.lie = layer, _lie(x, gate, up, down, kept)
     else:
         ctx.layer = None
     return z if down is None else project(z, down, down_bias)
+
+
+def _lie(*tensors):
+    """What launches by address rely on: whoever swaps a tensor's memory, or unpacks another, may change any of it."""
+    return [t if t is None else (t.shape, t.stride(), t.dtype, t.get_device()) for t in tensors]
 
 
 def _backward(ctx, dy):
@@ -50,8 +55,7 @@ def _backward(ctx, dy):
         layer is None
         or again
         or not is_plain_backward(dy, saved)
-        or not _steps.is_supported(x)
-        or (x.stride(), gate.stride(), up.stride()) != ctx.strides
+        or _lie(x, gate, up, down, kept) != ctx.lie
     ):
         g = u = None
         if kept is not None and not again:  # it has no gradients of its own: from the operands again
@@ -62,8 +66,6 @@ def _backward(ctx, dy):
     if kept is None:
         z, kept, _ = run_keeping(x, gate, up, gate_bias, up_bias, True)
         in_place = True
-    elif not kept.is_contiguous():
-        kept = kept.contiguous()
     grads = kept if in_place else torch.empty_like(kept)
     dy, dy_stride = as_rows(dy)
     n, half, g, dg = layer.n, kept.nbytes // 2, kept.data_ptr(), grads.data_ptr()

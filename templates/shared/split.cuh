@@ -1,6 +1,6 @@
-// fp32 numbers for the tensor cores of fp16: each is high + low, two numbers of 11 bits. Design: docs/kernels/wgmma_tma.md.
+// fp32 numbers for the tensor cores of fp16: each is high + low, two numbers of 11 bits. Design: docs/decisions/0015-fp32-in-parts.md.
 // Ahead of the product the operands are cut in two: 32 neighbours along K become 32 high parts and 32 low ones, in as many
-// bytes. So that they fit, every row of x and every column of the weights is brought near 2^14 by a power of two.
+// bytes. So that they fit, every line along K (row of the left operand, column of the right) is brought near 2^14 by a power of two.
 
 constexpr int kSplitThreads = 256;
 constexpr int kSplitRun = 8;       // numbers of one thread, neighbours along K

@@ -55,7 +55,7 @@ __device__ __forceinline__ void sum_anew(const StepParams& p, const TileScales& 
         if (!is_marked(scales.left[r]) && !is_marked(scales.right[c])) continue;
         float sum = 0.0f;
 #pragma unroll 1
-        for (int d = 0; d < (kPaired == Paired::depth ? 2 : 1) * p.depth; ++d) {
+        for (int d = 0; d < (kPaired == Paired::depth ? 2 : 1) * p.depth && sum == sum; ++d) {
             const int second = d >= p.depth, at = d - second * p.depth;
             const float left = number_of<kLeft == OperandMajor::outer>(p.left[kPaired == Paired::rows ? half : second], r, at);
             const float right = number_of<kRight == OperandMajor::outer>(p.right[kPaired == Paired::columns ? half : second], c, at);

@@ -1,13 +1,13 @@
 // The forward in fp32: what has no parts.
 
-// One element in plain fp32.
+// One element in plain fp32; what is NaN stays so.
 __device__ __forceinline__ float plain_sum(const Params& p, const void* weight, i64 stride, const void* bias, int row, int column) {
     constexpr bool kContiguous = kWeightMajor == WeightMajor::k_major;
     const auto* x = static_cast<const float*>(p.x) + row * p.x_stride;
     const auto* w = static_cast<const float*>(weight) + (kContiguous ? column * stride : column);
     float sum = 0.0f;
 #pragma unroll 1
-    for (int k = 0; k < p.k; ++k) sum = fmaf(x[k], w[k * (kContiguous ? 1 : stride)], sum);
+    for (int k = 0; k < p.k && sum == sum; ++k) sum = fmaf(x[k], w[k * (kContiguous ? 1 : stride)], sum);
     return bias != nullptr ? sum + static_cast<const float*>(bias)[column] : sum;
 }
 

@@ -376,7 +376,14 @@ def test_what_goes_by_address_and_what_leaves_it(block, save, device, steps, mon
     y, weight = call(), operands[1].data
     operands[1].data = lay(weight, "kn")
     check(backward(y))
+    y = call()
+    operands[1].data = weight.double()
+    with pytest.raises(RuntimeError):
+        backward(y)
     operands[1].data = weight
+    with _offload(lambda t: torch._neg_view(-t)):
+        y = call()
+    check(backward(y))
     check(backward(call(), dy=torch._neg_view(-dy)))
     y = call()
     with PassOn():

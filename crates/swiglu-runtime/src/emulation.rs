@@ -488,6 +488,7 @@ fn weights_in_few_bits_by_tma_match_the_oracle_at_every_edge() {
         let of_family: Vec<Config> = all.filter(|config| config.family() == Family::WeightOnlyTma).collect();
         cases.extend(of_family.sample(&mut rng, 2).map(|&config| (problem, config)));
     }
+    assert_eq!(cases.len(), 12);
     let wrong: Vec<String> =
         cases.par_iter().filter_map(|(problem, config)| check(*problem, config, arch).err()).collect();
     assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));

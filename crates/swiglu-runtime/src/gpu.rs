@@ -270,11 +270,6 @@ impl Kernel {
             Code::Library(_) => self.problem.alignment,
         }
     }
-
-    /// Whether a launch of ours takes device memory of its own, which may not be there.
-    pub(crate) fn takes_memory(&self) -> bool {
-        matches!(&self.code, Code::Function(function) if function.prologue.is_some())
-    }
 }
 
 /// What a launch runs.

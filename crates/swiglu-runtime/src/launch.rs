@@ -176,11 +176,11 @@ pub enum Refusal {
     /// The driver's report.
     #[error("the CUDA driver refused the launch: {0}")]
     Driver(#[from] DriverError),
-    /// The library does not take these operands, or has no memory. Nothing was launched; a kernel of ours can be.
+    /// The library does not take these operands. Nothing was launched; a kernel of ours can be.
     #[error(transparent)]
     Declined(CublasLtError),
     /// There is no memory for what lies between its launches. Nothing was launched; a kernel that needs none can be.
-    #[error("no device memory for a launch in parts: {0}")]
+    #[error("no device memory for what lies between two launches: {0}")]
     NoMemory(DriverError),
     /// The library failed.
     #[error(transparent)]

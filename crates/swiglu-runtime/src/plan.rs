@@ -8,6 +8,7 @@ use crate::launch::{self, RawForward, RawScales, Refusal};
 use crate::operands::{ArgumentError, Element, Forward, ForwardSpec, MAX_ROWS, Preactivations, Weights};
 use crate::step::RawStep;
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, DriverError, sys};
+use std::sync::Once;
 use swiglu_db::{Match, Record};
 use swiglu_kernels::{Config, Problem};
 
@@ -78,12 +79,15 @@ impl Choice {
     }
 }
 
+/// Said once in a process.
+static NO_MEMORY: Once = Once::new();
+
 /// What serves from one anchor to the next.
 #[derive(Debug)]
 pub(crate) struct Serving {
     pub(crate) choice: Choice,
     pub(crate) kernel: Kernel,
-    /// For operands that a library declines, and where there is no memory for what a launch needs of its own.
+    /// Before the fallback, for operands that a library declines.
     pub(crate) instead: Option<Kernel>,
 }
 
@@ -119,11 +123,21 @@ impl Selection {
         alignment: u32,
         launch: impl Fn(&Kernel) -> Result<(), Refusal>,
     ) -> Option<Result<(), LaunchError>> {
-        let serving = self.select(m, alignment)?;
-        let (kernel, launched) = match (launch(serving), &self.serving(m).instead) {
-            (Err(Refusal::Declined(_) | Refusal::NoMemory(_)), Some(instead)) => (instead, launch(instead)),
-            (launched, _) => (serving, launched),
-        };
+        let mut kernel = self.select(m, alignment)?;
+        let mut launched = launch(kernel);
+        for other in [&self.serving(m).instead, &self.fallback].into_iter().flatten() {
+            match &launched {
+                Err(Refusal::NoMemory(error)) => {
+                    let config = kernel.config;
+                    NO_MEMORY
+                        .call_once(|| tracing::warn!(%config, %error, "slower kernels serve where memory is short"));
+                }
+                Err(Refusal::Declined(_)) => {}
+                Ok(()) | Err(Refusal::Driver(_) | Refusal::Library(_)) => break,
+            }
+            kernel = other;
+            launched = launch(kernel);
+        }
         Some(launched.map_err(|refusal| LaunchError::of(kernel.config, refusal)))
     }
 }

@@ -181,8 +181,7 @@ impl Runtime {
         });
         for serving in selection.anchors.iter_mut().filter(|serving| of_library(&serving.choice)) {
             let stand_in = wanted.iter().find(|choice| choice.anchor == serving.choice.anchor);
-            let kernel = stand_in.and_then(|choice| kernels.get(&choice.config));
-            serving.instead = kernel.or(selection.fallback.as_ref()).cloned();
+            serving.instead = stand_in.and_then(|choice| kernels.get(&choice.config)).cloned();
         }
     }
 
@@ -266,10 +265,7 @@ impl Runtime {
             Err(_) => None,
         };
         let usable = |choice: Choice| kernels.get(&choice.config).map(|kernel| (choice, kernel.clone()));
-        let serving = |(choice, kernel): (Choice, Kernel)| {
-            let instead = fallback.clone().filter(|_| kernel.takes_memory());
-            Serving { choice, kernel, instead }
-        };
+        let serving = |(choice, kernel)| Serving { choice, kernel, instead: None };
         let mut anchors: Vec<Serving> = choices.into_iter().filter_map(usable).map(serving).collect();
         if let (true, Some(kernel)) = (anchors.is_empty(), &fallback) {
             anchors.push(serving((Choice::untuned(1, kernel.config, Match::Untuned), kernel.clone())));

@@ -143,7 +143,7 @@ impl Split {
     pub(crate) fn at(mut self, base: u64) -> Self {
         for operand in &mut self.params.operands {
             operand.scales += base;
-            for matrix in &mut operand.matrices {
+            for matrix in operand.matrices.iter_mut().take(operand.count as usize) {
                 matrix.parts += base;
             }
         }
@@ -249,15 +249,17 @@ mod tests {
         let problem = Problem::forward(DType::F32, WeightMajor::K, 5, 64, 96);
         let scales = |op| {
             let product = problem.with_op(op).product().unwrap();
-            let split = Split::of_step(&product, &RawStep { m: 5, ..RawStep::default() });
+            let split = Split::of_step(&product, &RawStep { m: 5, ..RawStep::default() }).at(1 << 20);
             let lines = split.params.operands.map(|operand| (operand.count, operand.lines));
             (lines, split.step(&product, &RawStep::default()).1)
         };
         let (lines, parts) = scales(Op::InputGrad);
         assert_eq!(lines, [(2, 5), (2, 0), (2, 96), (2, 0)]);
-        assert_eq!(parts.left[1].address, 5 * 256);
+        assert_eq!(parts.left[1].address, (1 << 20) + 5 * 256);
         let (lines, parts) = scales(Op::WeightGrad);
         assert_eq!(lines.map(|(count, _)| count), [1; 4]);
         assert!(lines[1].1 + lines[3].1 > 0 && parts.left != parts.right);
+        let (_, parts) = scales(Op::Down);
+        assert!(parts.left[0].address > 0 && [parts.left[1].address, parts.right[1].address] == [0; 2]);
     }
 }

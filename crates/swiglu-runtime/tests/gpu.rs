@@ -455,12 +455,21 @@ fn launches_are_captured_replayed_and_equal_bit_for_bit() {
     let gpu = gpu();
     // SAFETY: this test uses one stream, which orders all its work; tracked events cannot be waited for in a capture.
     unsafe { gpu.stream.context().disable_event_tracking() };
-    let spec = spec(DType::Bf16, WeightLayout::SeparateNk, 512, 768);
-    let plan = gpu.runtime.prepare(&spec).unwrap();
-    let case = Case::<bf16>::new(spec, 100, 0, false, 6);
-    let first = case.run(&gpu, &plan).unwrap();
-    let again = case.run(&gpu, &plan).unwrap();
-    let bits = |values: &[bf16]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+    let sizes = |dtype| spec(dtype, WeightLayout::SeparateNk, 512, 768);
+    captured::<bf16>(&gpu, sizes(DType::Bf16), &gpu.runtime.prepare(&sizes(DType::Bf16)).unwrap());
+    // In two launches with memory of their own between them, on Hopper.
+    let spec = sizes(DType::F32);
+    if let Ok(config) = default_of(Family::WgmmaTma, &spec.problem(100), gpu.runtime.gpu().arch) {
+        captured::<f32>(&gpu, spec, &gpu.runtime.prepare_config(&spec, config).unwrap());
+    }
+}
+
+/// 100 tokens of 768 numbers to 512: launched twice, captured and replayed twice.
+fn captured<T: Element + DeviceRepr>(gpu: &Gpu, spec: ForwardSpec, plan: &Plan) {
+    let case = Case::<T>::new(spec, 100, 0, false, 6);
+    let first = case.run(gpu, plan).unwrap();
+    let again = case.run(gpu, plan).unwrap();
+    let bits = |values: &[T]| values.iter().map(|value| value.to_f32().to_bits()).collect::<Vec<_>>();
     assert_eq!(bits(&first), bits(&again));
 
     use swiglu_runtime::cudarc::driver::{DevicePtr, DevicePtrMut};
@@ -469,7 +478,7 @@ fn launches_are_captured_replayed_and_equal_bit_for_bit() {
         gpu.stream.clone_htod(&case.weights[0].data).unwrap(),
         gpu.stream.clone_htod(&case.weights[1].data).unwrap(),
     );
-    let mut z = gpu.stream.clone_htod(&vec![bf16::NAN; 100 * 512]).unwrap();
+    let mut z = gpu.stream.clone_htod(&vec![T::from_f32(f32::NAN); 100 * 512]).unwrap();
     let raw = RawForward {
         m: 100,
         x: x.device_ptr(&gpu.stream).0,
@@ -495,7 +504,9 @@ fn launches_are_captured_replayed_and_equal_bit_for_bit() {
     unsafe { plan.launch_raw(gpu.stream.cu_stream(), &raw) }.unwrap();
     let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
     let graph = gpu.stream.end_capture(flags).unwrap().unwrap();
-    assert!(gpu.stream.clone_dtoh(&z).unwrap().iter().all(|value| value.is_nan()), "a capture must not run");
-    graph.launch().unwrap();
-    assert_eq!(bits(&gpu.stream.clone_dtoh(&z).unwrap()), bits(&first));
+    assert!(gpu.stream.clone_dtoh(&z).unwrap().iter().all(|value| value.to_f32().is_nan()), "a capture must not run");
+    for _ in 0..2 {
+        graph.launch().unwrap();
+        assert_eq!(bits(&gpu.stream.clone_dtoh(&z).unwrap()), bits(&first));
+    }
 }

@@ -3,7 +3,7 @@
 //!
 //! Design: `docs/kernels/weight_only_tma.md`. Template: `templates/weight_only_tma/kernel.cu.tera`.
 
-use super::wgmma_tma::{RESERVED_BYTES, SMEM_BYTES, stages_that_fit};
+use super::wgmma_tma::{RESERVED_BYTES, smem_budget, stages_that_fit};
 use super::{LaunchShape, Raster, Rejected, check_block, check_fast_silu, check_registers, check_sizes, ensure};
 use crate::arch::ArchSpec;
 use crate::problem::{DType, Format, INT4_GROUP, MAX_ACCESS_BYTES, Problem, WeightMajor};
@@ -176,8 +176,7 @@ fn tile(
         prefetch: 0,
         fast_silu: dtype.output() == Format::Bf16,
     };
-    let budget = (SMEM_BYTES + RESERVED_BYTES) / blocks_per_sm - RESERVED_BYTES;
-    let stages = stages_that_fit(budget, 0, none.stage_bytes(weights) + 16, 16);
+    let stages = stages_that_fit(smem_budget(blocks_per_sm), 0, none.stage_bytes(weights) + 16, 16);
     // What wgmma_tma found best: 100 KiB a multiprocessor; 140 where the launch ahead has to end first.
     let ahead = if blocks_per_sm == 2 { 50 << 10 } else { 140 << 10 };
     WeightOnlyTmaConfig {

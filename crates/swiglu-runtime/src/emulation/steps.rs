@@ -12,6 +12,7 @@ use rand_distr::{Distribution, StandardNormal};
 use rayon::prelude::*;
 use std::ffi::c_void;
 use swiglu_kernels::families::{Config, Family, Target, candidates};
+use swiglu_kernels::problem::OperandMajor;
 use swiglu_kernels::{ArchSpec, DType, Op, Problem, WeightMajor, arch, oracle, render};
 
 /// A matrix whose rows have gaps, so that strides count.
@@ -269,6 +270,42 @@ fn fp32_steps_in_parts_match_the_oracle() {
     }
     assert_eq!(cases.len(), 2 * (Op::PRODUCTS.len() - 1), "all but dgated");
     check_all(&cases, arch);
+}
+
+/// Lines of magnitudes far from 1, infinities and NaN, in every pairing, stored and added.
+#[test]
+fn fp32_steps_in_parts_keep_their_range_and_what_is_not_finite() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    for op in [Op::Down, Op::InputGrad, Op::WeightGrad, Op::WeightGradAdd] {
+        for major in WeightMajor::ALL {
+            let problem = Problem::forward(DType::F32, major, 52, 72, 40).with_op(op);
+            let product = problem.product().unwrap();
+            let all = candidates(&problem, Target::Gpu(arch));
+            let config = all.iter().find(|config| config.family() == Family::WgmmaGemm).unwrap();
+            let mut case = StepCase::<f32>::new(problem, 6);
+            // Number `depth` of line `line` of one matrix.
+            let place = |major: OperandMajor, cols: usize, line: usize, depth: usize| match major {
+                OperandMajor::Depth => line * (cols + GAP) + depth,
+                OperandMajor::Outer => depth * (cols + GAP) + line,
+            };
+            for (number, line) in [(f32::INFINITY, 3), (f32::NAN, 30)] {
+                for matrix in &mut case.left {
+                    let at = place(product.left, matrix.cols, line, 7);
+                    matrix.data[at] = number;
+                }
+            }
+            let last = case.right.last_mut().unwrap();
+            let at = place(product.right, last.cols, 5, 20);
+            last.data[at] = f32::NEG_INFINITY;
+            for depth in 0..product.depth as usize {
+                for matrix in &mut case.left {
+                    let at = place(product.left, matrix.cols, 11, depth);
+                    matrix.data[at] *= 2.0_f32.powi(-60);
+                }
+            }
+            case.check(config, arch).unwrap_or_else(|why| panic!("{problem:?}: {why}"));
+        }
+    }
 }
 
 #[test]

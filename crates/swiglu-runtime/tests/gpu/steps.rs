@@ -321,6 +321,7 @@ fn down_projections_of_few_tokens_wait_for_each_other() {
 fn few_token_tiles(problem: &Problem, arch: &'static ArchSpec) -> Vec<Config> {
     let mut all = candidates(problem, Target::Gpu(arch));
     all.retain(|config| matches!(config, Config::WgmmaGemm(gemm) if gemm.consumers == 1));
+    assert!(!arch.has_wgmma || all.len() > 20, "{} tiles", all.len());
     all
 }
 
