@@ -30,7 +30,7 @@ fn every_rung_of_the_ladder_is_explained() {
     assert!(serving(&exact).contains("exact") && serving(&exact).contains("shipped"), "{exact}");
     assert!(exact.contains("next on the ladder: ") && exact.contains("in a prepared plan: "), "{exact}");
     let near = why(&home, ["300", "14336", "4096"], &on_h200);
-    assert!(serving(&near).contains("nearest M") && near.contains("its anchor M 384"), "{near}");
+    assert!(serving(&near).contains("nearest M") && near.contains("the kernel of its anchor M "), "{near}");
     let shape = why(&home, ["2048", "14000", "4096"], &on_h200);
     assert!(serving(&shape).contains("nearest shape"), "{shape}");
     let class = why(&home, ["2048", "14336", "4096"], &["--device", "sm_90a-sm114"]);
