@@ -54,7 +54,7 @@ pub enum Family {
     Simt,
     /// `mma.sync` on weights that go straight from memory into registers, compute capability 8.0 and later.
     MmaDirect,
-    /// TMA + `mma.sync` for weights in 8 or 4 bits, compute capability 9.0 and later.
+    /// TMA + `mma.sync` for weights in 8 or 4 bits, compute capability 9.0 to 10.3.
     WeightOnlyTma,
     /// `ldmatrix` + `mma.sync` tensor cores, compute capability 8.0 and later.
     MmaSync,

@@ -1,8 +1,9 @@
 //! Which anchor serves which M. Exact up to 8, then four buckets an octave: a table index, no search.
 //!
 //! Between anchors the nearest one's kernel may be a bad choice: at M = 9 a kernel for 8 tokens reads the weights twice, and at
-//! M = 258 that of 256 multiplies nearly empty tiles, while that of 192 has few of them. So of the anchors around that one serves whose kernel should take
-//! least: what was measured at its anchor, times what the model says here over what it says there ([`Chip::at_other_m`]).
+//! M = 258 that of 256 multiplies nearly empty tiles, while that of 192 has few of them. So of the anchors around that one
+//! serves whose kernel should take least: what was measured at its anchor, times what the model says here over what it says
+//! there ([`Chip::at_other_m`]).
 
 use crate::plan::Choice;
 use swiglu_kernels::Problem;

@@ -389,8 +389,24 @@ fn cluster([m, n, k]: [u32; 3], blocks_per_sm: u32) -> u32 {
     m + 4 * n + 16 * k + 128 * blocks_per_sm
 }
 
-/// Whether two configs take different ways through their template.
-fn way(config: &Config) -> (Family, Option<Staging>, Option<Schedule>, u32) {
+/// Different where two configs take different ways through their template.
+type Way = (Family, Option<Staging>, Option<Schedule>, u32);
+
+/// The ways that some configs take, each once.
+fn ways(all: &[Config]) -> Vec<Way> {
+    let mut ways: Vec<_> = all.iter().map(way).collect();
+    ways.sort_unstable();
+    ways.dedup();
+    ways
+}
+
+/// One at random of those that go `this` way.
+fn one_of(all: &[Config], this: Way, rng: &mut SmallRng) -> Option<Config> {
+    let of_this: Vec<&Config> = all.iter().filter(|config| way(config) == this).collect();
+    of_this.choose(rng).map(|config| **config)
+}
+
+fn way(config: &Config) -> Way {
     match config {
         Config::MmaSync(sync) => (Family::MmaSync, Some(sync.staging), None, 1),
         Config::WgmmaTma(tma) => (
@@ -429,12 +445,8 @@ fn every_way_through_every_template_matches_the_oracle() {
             let problem = problem.with_op(op);
             let mut all = candidates(&problem, Target::Gpu(arch));
             all.retain(|config| config.family().has_source());
-            let mut ways: Vec<_> = all.iter().map(way).collect();
-            ways.sort_unstable();
-            ways.dedup();
-            for this in ways {
-                let of_this: Vec<&Config> = all.iter().filter(|config| way(config) == this).collect();
-                cases.extend(of_this.choose(&mut rng).map(|config| (problem, **config)));
+            for this in ways(&all) {
+                cases.extend(one_of(&all, this, &mut rng).map(|config| (problem, config)));
             }
         }
     }

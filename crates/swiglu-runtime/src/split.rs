@@ -107,11 +107,10 @@ impl Split {
         ]
         .map(|(matrices, lines, major, is_paired)| {
             let count = if product.paired == Paired::Depth { 2 } else { 1 };
-            let one = |[first, second]: [RawMatrix; 2]| Operand { matrices: [first, second], count, lines, major };
-            let [first, second] = matrices;
+            let first = Operand { matrices, count, lines, major };
             // Of the second half there are no lines where nothing is paired.
-            let other = Operand { lines: if is_paired { lines } else { 0 }, ..one([second, RawMatrix::default()]) };
-            [one([first, second]), other]
+            let second = [matrices[1], RawMatrix::default()];
+            [first, Operand { matrices: second, lines: if is_paired { lines } else { 0 }, ..first }]
         });
         Self::new(&[left[0], left[1], right[0], right[1]], product.depth)
     }

@@ -1,5 +1,5 @@
 //! `weight_only_tma`: for few tokens and weights in 8 or 4 bits. A TMA ring feeds warps that widen the weights in registers and
-//! multiply by `mma.sync`; compute capability 9.0 and later.
+//! multiply by `mma.sync`; compute capability 9.0 to 10.3, whose shared memory it fills.
 //!
 //! Design: `docs/kernels/weight_only_tma.md`. Template: `templates/weight_only_tma/kernel.cu.tera`.
 

@@ -2,7 +2,7 @@
 //!
 //! Design: `docs/kernels/wgmma_gemm.md`. Template: `templates/wgmma_gemm/kernel.cu.tera`.
 
-use super::wgmma_tma::{ORDERS, check_blocks_per_sm, is_split, one, smem_budget, stages_that_fit};
+use super::wgmma_tma::{ORDERS, box_cols, check_blocks_per_sm, is_split, one, smem_budget, stages_that_fit};
 use super::{LaunchShape, Raster, Rejected, Schedule, check_block, check_sizes, ensure};
 use crate::arch::ArchSpec;
 use crate::problem::{DType, Op, OperandMajor, Problem};
@@ -103,7 +103,7 @@ impl WgmmaGemmConfig {
 
     /// Columns of one box of a right operand whose columns are contiguous: a 128-byte or a 64-byte swizzle row.
     pub const fn right_cols(&self) -> u32 {
-        if self.block_n.is_multiple_of(64) { 64 } else { 32 }
+        box_cols(self.block_n)
     }
 
     pub(super) fn launch_shape(&self, problem: &Problem) -> LaunchShape {

@@ -178,6 +178,11 @@ pub(super) fn check_blocks_per_sm(
     )
 }
 
+/// Columns of one box of a tile's contiguous columns in 16 bits: a 128-byte or a 64-byte swizzle row.
+pub(super) const fn box_cols(block_n: u32) -> u32 {
+    if block_n.is_multiple_of(64) { 64 } else { 32 }
+}
+
 impl WgmmaTmaConfig {
     /// Threads per CTA.
     pub const fn threads(&self) -> u32 {
@@ -200,7 +205,7 @@ impl WgmmaTmaConfig {
 
     /// Columns of one box of N-major weights: a 128-byte or a 64-byte swizzle row.
     pub const fn weight_cols(&self) -> u32 {
-        if self.block_n.is_multiple_of(64) { 64 } else { 32 }
+        box_cols(self.block_n)
     }
 
     pub(super) fn launch_shape(&self, dtype: DType) -> LaunchShape {

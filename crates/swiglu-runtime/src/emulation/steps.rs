@@ -1,6 +1,6 @@
 //! The steps beside the fused forward, emulated.
 
-use super::{GAP, Map, Run, compile, run_split, way};
+use super::{GAP, Map, Run, compile, one_of, run_split, ways};
 use crate::operands::Element;
 use crate::split::Split;
 use crate::step::{RawMatrix, RawStep, StepParams};
@@ -217,13 +217,9 @@ fn every_way_through_every_step_matches_the_oracle() {
                 for problem in [problem, Problem { alignment: dtype.bytes(), ..problem }] {
                     let mut all = candidates(&problem, Target::Gpu(arch));
                     all.retain(|config| config.family().has_source());
-                    let mut ways: Vec<_> = all.iter().map(way).collect();
-                    ways.sort_unstable();
-                    ways.dedup();
                     // Every op takes the same ways through the main loop: a few of them each.
-                    for this in ways.sample(&mut rng, 3) {
-                        let of_this: Vec<&Config> = all.iter().filter(|config| way(config) == *this).collect();
-                        cases.extend(of_this.choose(&mut rng).map(|config| (problem, **config)));
+                    for this in ways(&all).sample(&mut rng, 3) {
+                        cases.extend(one_of(&all, *this, &mut rng).map(|config| (problem, config)));
                     }
                 }
             }
@@ -338,12 +334,8 @@ fn the_down_projection_of_few_tokens_matches_the_oracle() {
             let problem = Problem::forward(dtype, major, m, n, 264).with_op(Op::Down);
             let mut all = candidates(&problem, Target::Gpu(arch));
             all.retain(|config| matches!(config, Config::WgmmaGemm(gemm) if gemm.consumers == 1));
-            let mut ways: Vec<_> = all.iter().map(way).collect();
-            ways.sort_unstable();
-            ways.dedup();
-            for this in ways {
-                let of_this: Vec<&Config> = all.iter().filter(|config| way(config) == this).collect();
-                cases.extend(of_this.choose(&mut rng).map(|config| (problem, **config)));
+            for this in ways(&all) {
+                cases.extend(one_of(&all, this, &mut rng).map(|config| (problem, config)));
             }
         }
     }
