@@ -35,6 +35,7 @@ fn compare(criterion: &mut Criterion) {
         n: N as u32,
         k: K as u32,
         save_preactivations: false,
+        static_weights: false,
     };
     let plan = CpuPlan::new(spec, &[]).unwrap();
     group.bench_function("fused", |bencher| {

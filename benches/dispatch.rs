@@ -66,6 +66,7 @@ fn costs(criterion: &mut Criterion) {
         n: 64,
         k: 64,
         save_preactivations: false,
+        static_weights: false,
     };
     let plan = CpuPlan::new(spec, &[]).unwrap();
     criterion.bench_function("choose a config for an M", |bencher| bencher.iter(|| plan.config_for(black_box(777))));

@@ -15,8 +15,8 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
+use swiglu_kernels::Problem;
 use swiglu_kernels::families::Target;
-use swiglu_kernels::{Op, Problem};
 
 /// How near a record is to the problem asked, best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -231,12 +231,14 @@ impl TuningTable {
         });
         match nearest {
             Some((record, matched)) => Lookup { record: Some(record), matched },
-            None if problem.op.saves_preactivations() => {
-                let plain = self.lookup(device_class, &problem.with_op(Op::Forward), target);
-                let matched = if plain.record.is_some() { Match::OtherOp } else { Match::Untuned };
-                Lookup { matched, ..plain }
-            }
-            None => Lookup { record: None, matched: Match::Untuned },
+            None => match problem.op.stand_in() {
+                Some(op) => {
+                    let plain = self.lookup(device_class, &problem.with_op(op), target);
+                    let matched = if plain.record.is_some() { Match::OtherOp } else { Match::Untuned };
+                    Lookup { matched, ..plain }
+                }
+                None => Lookup { record: None, matched: Match::Untuned },
+            },
         }
     }
 
@@ -256,8 +258,8 @@ impl TuningTable {
             Some(Answer { matched: entry.rank.matched, layer: entry.layer, record })
         });
         let mut answers: Vec<Answer> = answers.take(2).collect();
-        if problem.op.saves_preactivations() {
-            let plain = self.explain(device_class, &problem.with_op(Op::Forward), target);
+        if let Some(op) = problem.op.stand_in() {
+            let plain = self.explain(device_class, &problem.with_op(op), target);
             rungs.extend(self.layers.iter().map(|(layer, _)| other_op(*layer, &plain.rungs)));
             let answer = |answer| Answer { matched: Match::OtherOp, ..answer };
             answers.extend(plain.serving.into_iter().chain(plain.second).map(answer));
@@ -269,8 +271,7 @@ impl TuningTable {
 
     /// The tuned M of the (N, K) of `problem`, ascending; without any, those of the nearest (N, K) that
     /// has legal configs. Each config is legal for `problem` at that M. The M of `problem` is not used.
-    /// What is saved beside z hardly matters: the plain forward's answers serve at the M where the op itself was not tuned for the
-    /// (N, K).
+    /// The answers of [`Op::stand_in`] serve at the M where the op itself was not tuned for the (N, K).
     pub fn anchors(&self, device_class: &str, problem: &Problem, target: Target) -> Vec<(u32, Record, Match)> {
         let asked = TuningKey { device_class: device_class.into(), problem: *problem };
         let prefixes = [asked.kind_prefix(), arch_of(device_class).into()];
@@ -282,10 +283,8 @@ impl TuningTable {
         let of_shape = |anchors: &[(u32, Record, Match)]| {
             anchors.iter().any(|(_, _, matched)| matches!(matched, Match::Exact | Match::NearestM | Match::OtherOp))
         };
-        if !problem.op.saves_preactivations() {
-            return own;
-        }
-        let plain = self.anchors(device_class, &problem.with_op(Op::Forward), target);
+        let Some(op) = problem.op.stand_in() else { return own };
+        let plain = self.anchors(device_class, &problem.with_op(op), target);
         if !own.is_empty() && !of_shape(&plain) {
             return own;
         }

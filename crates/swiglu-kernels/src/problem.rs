@@ -12,12 +12,17 @@ pub enum Op {
     Forward,
     /// [`Op::Forward`] that also stores the pre-activations `[x·Wg + bg | x·Wu + bu]`, `[M, 2N]`, for a backward pass.
     ForwardSave,
+    /// [`Op::Forward`] of weights that no launch writes which may still run when this one starts, as in inference: they are read
+    /// before the launch ahead has ended.
+    ForwardStatic,
     /// `z = act(gate) ⊙ up` of stored pre-activations.
     Gate,
     /// `dgate = dz ⊙ up ⊙ act'(gate)` and `dup = dz ⊙ act(gate)`; z again where it is asked for.
     GateBackward,
     /// The down projection `y[M,K] = z[M,N]·Wd + bd`.
     Down,
+    /// [`Op::Down`] of weights as those of [`Op::ForwardStatic`].
+    DownStatic,
     /// Its input gradient `dz[M,N] = dy[M,K]·Wdᵀ`.
     DownInputGrad,
     /// [`Op::DownInputGrad`] and [`Op::GateBackward`] in one launch: dz never reaches memory.
@@ -44,12 +49,14 @@ pub enum Op {
 
 impl Op {
     /// Every operation.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 18] = [
         Self::Forward,
         Self::ForwardSave,
+        Self::ForwardStatic,
         Self::Gate,
         Self::GateBackward,
         Self::Down,
+        Self::DownStatic,
         Self::DownInputGrad,
         Self::Dgated,
         Self::InputGrad,
@@ -67,8 +74,9 @@ impl Op {
     pub const ELEMENTWISE: [Self; 2] = [Self::Gate, Self::GateBackward];
 
     /// The operations that are one GEMM, perhaps with the gate's backward behind it.
-    pub const PRODUCTS: [Self; 8] = [
+    pub const PRODUCTS: [Self; 9] = [
         Self::Down,
+        Self::DownStatic,
         Self::DownInputGrad,
         Self::Dgated,
         Self::InputGrad,
@@ -80,7 +88,7 @@ impl Op {
 
     /// Whether it is x through both weights: one of the kernels that compute z from x.
     pub const fn is_forward(self) -> bool {
-        matches!(self, Self::Forward | Self::ForwardSave)
+        matches!(self, Self::Forward | Self::ForwardSave | Self::ForwardStatic)
     }
 
     /// Whether it sums columns: a product whose left operand is all ones and is not read.
@@ -103,6 +111,26 @@ impl Op {
         matches!(self, Self::ForwardSave)
     }
 
+    /// The operation whose winners serve where this one was not tuned: it does the same, but for what is stored beside z or
+    /// when weights are read.
+    pub const fn stand_in(self) -> Option<Self> {
+        match self {
+            Self::ForwardSave | Self::ForwardStatic => Some(Self::Forward),
+            Self::DownStatic => Some(Self::Down),
+            _ => None,
+        }
+    }
+
+    /// Whether weights are read before the launch ahead has ended.
+    pub const fn has_static_weights(self) -> bool {
+        matches!(self, Self::ForwardStatic | Self::DownStatic)
+    }
+
+    /// Whether it is the down projection.
+    pub const fn is_down(self) -> bool {
+        matches!(self, Self::Down | Self::DownStatic)
+    }
+
     /// How many matrices of the size [`Problem::output`] a launch stores.
     pub const fn outputs(self) -> u32 {
         match self {
@@ -110,8 +138,10 @@ impl Op {
             Self::ForwardSave | Self::GateBackward | Self::Dgated => 3,
             Self::WeightGrad | Self::WeightGradAdd | Self::BiasGrad | Self::BiasGradAdd => 2,
             Self::Forward
+            | Self::ForwardStatic
             | Self::Gate
             | Self::Down
+            | Self::DownStatic
             | Self::DownInputGrad
             | Self::InputGrad
             | Self::DownWeightGrad
@@ -415,8 +445,8 @@ impl Problem {
         let (forwards, backwards) = if k_major { (Depth, Outer) } else { (Outer, Depth) };
         let of = |rows, cols, depth, left, right, paired| Some(Product { rows, cols, depth, left, right, paired });
         match self.op {
-            Op::Forward | Op::ForwardSave | Op::Gate | Op::GateBackward => None,
-            Op::Down => of(m, k, n, Depth, forwards, Paired::Nothing),
+            Op::Forward | Op::ForwardSave | Op::ForwardStatic | Op::Gate | Op::GateBackward => None,
+            Op::Down | Op::DownStatic => of(m, k, n, Depth, forwards, Paired::Nothing),
             Op::DownInputGrad | Op::Dgated => of(m, n, k, Depth, backwards, Paired::Nothing),
             Op::InputGrad => of(m, k, n, Depth, backwards, Paired::Depth),
             Op::WeightGrad | Op::WeightGradAdd if k_major => of(n, k, m, Outer, Outer, Paired::Rows),
@@ -454,8 +484,10 @@ impl Problem {
         let weights = match self.op {
             Op::Gate | Op::GateBackward => 0.0,
             Op::BiasGrad | Op::BiasGradAdd | Op::DownBiasGrad | Op::DownBiasGradAdd => 0.0,
-            Op::Forward | Op::ForwardSave | Op::InputGrad | Op::WeightGrad | Op::WeightGradAdd => 2.0,
-            Op::Down | Op::DownInputGrad | Op::Dgated | Op::DownWeightGrad | Op::DownWeightGradAdd => 1.0,
+            Op::Forward | Op::ForwardSave | Op::ForwardStatic => 2.0,
+            Op::InputGrad | Op::WeightGrad | Op::WeightGradAdd => 2.0,
+            Op::Down | Op::DownStatic | Op::DownInputGrad | Op::Dgated => 1.0,
+            Op::DownWeightGrad | Op::DownWeightGradAdd => 1.0,
         };
         2.0 * weights * f64::from(self.m) * f64::from(self.n) * f64::from(self.k)
     }
@@ -469,14 +501,14 @@ impl Problem {
         let Self { op, dtype, .. } = self;
         let outputs = f64::from(op.outputs());
         let elements = match op {
-            Op::Forward | Op::ForwardSave => {
+            Op::Forward | Op::ForwardSave | Op::ForwardStatic => {
                 let groups = if dtype.weights() == Format::Int4 { 2.0 * n * self.int4_groups() } else { 0.0 };
                 let inputs = mk * bytes(dtype.x()) + 2.0 * nk * bytes(dtype.weights());
                 return inputs + (outputs * mn + groups) * bytes(dtype.output());
             }
             Op::Gate => 2.0 * mn + outputs * mn,
             Op::GateBackward => 3.0 * mn + outputs * mn,
-            Op::Down | Op::DownInputGrad => mk + mn + nk,
+            Op::Down | Op::DownStatic | Op::DownInputGrad => mk + mn + nk,
             Op::Dgated => mk + nk + 2.0 * mn + outputs * mn,
             Op::InputGrad => mk + 2.0 * (mn + nk),
             Op::WeightGrad => mk + 2.0 * (mn + nk),
@@ -543,9 +575,9 @@ pub struct UnknownName {
     pub known: &'static [&'static str],
 }
 
-names!(Op, "op", Op::Forward => "forward", Op::ForwardSave => "forward_save",
+names!(Op, "op", Op::Forward => "forward", Op::ForwardSave => "forward_save", Op::ForwardStatic => "forward_static",
     Op::Gate => "gate", Op::GateBackward => "gate_backward",
-    Op::Down => "down", Op::DownInputGrad => "down_input_grad", Op::Dgated => "dgated",
+    Op::Down => "down", Op::DownStatic => "down_static", Op::DownInputGrad => "down_input_grad", Op::Dgated => "dgated",
     Op::InputGrad => "input_grad", Op::WeightGrad => "weight_grad", Op::WeightGradAdd => "weight_grad_add",
     Op::DownWeightGrad => "down_weight_grad", Op::DownWeightGradAdd => "down_weight_grad_add",
     Op::BiasGrad => "bias_grad", Op::BiasGradAdd => "bias_grad_add",

@@ -239,8 +239,9 @@ fn template_of(problem: &Problem, config: &Config) -> Result<&'static str, Rende
 
 /// The problem's names for the templates: of a GEMM the orders of its operands, of the forward the weights' order.
 fn problem_names(problem: &Problem) -> Vec<(&'static str, &'static str)> {
-    let mut names =
-        vec![("op", problem.op.name()), ("dtype", problem.dtype.name()), ("activation", problem.activation.name())];
+    // When weights are read is the matter of two families, which are told of it beside.
+    let op = problem.op.stand_in().filter(|_| problem.op.has_static_weights()).unwrap_or(problem.op);
+    let mut names = vec![("op", op.name()), ("dtype", problem.dtype.name()), ("activation", problem.activation.name())];
     if problem.op.is_forward() {
         names.push(("weight_major", problem.weight_major.name()));
     }
@@ -278,6 +279,9 @@ fn context(problem: &Problem, config: &Config, template: &'static str) -> Result
     }
     if let Some(shape) = config.launch_shape(problem).filter(|shape| shape.smem_bytes > 0) {
         context.insert("smem_bytes", &shape.smem_bytes);
+    }
+    if let Config::WgmmaTma(_) | Config::WgmmaGemm(_) = config {
+        context.insert("static_weights", &problem.op.has_static_weights());
     }
     Ok(context)
 }

@@ -232,6 +232,7 @@ fn key(device: i32, dtype: &str, layout: &str, n: u64, k: u64, save_preactivatio
         n: size("n", n)?,
         k: size("k", k)?,
         save_preactivations,
+        static_weights: false,
     };
     Ok(Key { device, spec })
 }

@@ -23,6 +23,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         n: n as u32,
         k: k as u32,
         save_preactivations: false,
+        static_weights: false,
     };
     let plan = runtime.prepare(&spec)?;
     println!(

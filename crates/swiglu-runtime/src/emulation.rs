@@ -456,6 +456,26 @@ fn every_way_through_every_template_matches_the_oracle() {
     assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
 }
 
+/// Fewer K tiles than stages, more, and several output tiles a CTA: what comes before the wait is counted once.
+#[test]
+fn static_weights_come_before_x() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    let mut rng = SmallRng::seed_from_u64(12);
+    let mut cases: Vec<(Problem, Config)> = Vec::new();
+    for (major, k) in WeightMajor::ALL.into_iter().flat_map(|major| [(major, 200), (major, 1616)]) {
+        let problem = Problem::forward(DType::Bf16, major, 20, 264, k).with_op(Op::ForwardStatic);
+        let mut all = candidates(&problem, Target::Gpu(arch));
+        all.retain(|config| matches!(config, Config::WgmmaTma(tma) if tma.consumers == 1));
+        for this in ways(&all) {
+            cases.extend(one_of(&all, this, &mut rng).map(|config| (problem, config)));
+        }
+    }
+    assert!(cases.len() >= 12, "{} cases", cases.len());
+    let wrong: Vec<String> =
+        cases.par_iter().filter_map(|(problem, config)| check(*problem, config, arch).err()).collect();
+    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
+}
+
 /// Rows and columns of magnitudes far from 1, zeros, infinities and NaN: all as the formula says.
 #[test]
 fn fp32_in_parts_keeps_its_range_and_what_is_not_finite() {

@@ -63,7 +63,15 @@ impl FfnSpec {
             WeightMajor::N => WeightLayout::SeparateKn,
         };
         let &Self { dtype, n, k, .. } = self;
-        ForwardSpec { dtype, layout, gate_order: GateOrder::GateFirst, n, k, save_preactivations }
+        ForwardSpec {
+            dtype,
+            layout,
+            gate_order: GateOrder::GateFirst,
+            n,
+            k,
+            save_preactivations,
+            static_weights: false,
+        }
     }
 
     /// Bytes of one `[M, N]` matrix, rounded up so that what follows it is well aligned.

@@ -282,7 +282,7 @@ mod tests {
                     let left = memory.pair(product.left_shape(), along(product.left), lie);
                     let right = memory.pair(product.right_shape(), along(product.right), lie);
                     let out = memory.pair((product.rows, product.cols), product.paired == Paired::Columns, lie);
-                    let bias = if op == Op::Down { 64 } else { 0 };
+                    let bias = if op.is_down() { 64 } else { 0 };
                     let args = RawStep {
                         m,
                         left,

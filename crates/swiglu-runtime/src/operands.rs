@@ -18,12 +18,21 @@ pub struct ForwardSpec {
     pub k: u32,
     /// Whether launches also store the pre-activations, for a backward pass.
     pub save_preactivations: bool,
+    /// Whether the weights are written by no launch that may still run when one of the plan's starts, as in inference. Where
+    /// kernels may start before their predecessor ends (sm_90 on), those for few tokens then read weights before it has, and
+    /// wait for x alone; what a launch reads whose weights are written meanwhile is not defined. Without effect where
+    /// pre-activations are saved.
+    pub static_weights: bool,
 }
 
 impl ForwardSpec {
     /// The problem for `m` tokens on contiguous operands.
     pub fn problem(&self, m: u32) -> Problem {
-        let op = if self.save_preactivations { Op::ForwardSave } else { Op::Forward };
+        let op = match self {
+            Self { save_preactivations: true, .. } => Op::ForwardSave,
+            Self { static_weights: true, .. } => Op::ForwardStatic,
+            _ => Op::Forward,
+        };
         Problem::forward(self.dtype, self.layout.major(), m, self.n, self.k).with_op(op)
     }
 }

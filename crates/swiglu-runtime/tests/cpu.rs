@@ -134,7 +134,15 @@ impl<T: Element> Case<T> {
 }
 
 fn spec(dtype: DType, layout: WeightLayout, n: u32, k: u32) -> ForwardSpec {
-    ForwardSpec { dtype, layout, gate_order: GateOrder::GateFirst, n, k, save_preactivations: false }
+    ForwardSpec {
+        dtype,
+        layout,
+        gate_order: GateOrder::GateFirst,
+        n,
+        k,
+        save_preactivations: false,
+        static_weights: false,
+    }
 }
 
 fn small_blocks(threads: u32) -> [(u32, CpuConfig); 1] {

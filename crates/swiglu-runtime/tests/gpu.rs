@@ -20,6 +20,8 @@ mod ffn;
 mod library;
 #[path = "gpu/scaled.rs"]
 mod scaled;
+#[path = "gpu/static_weights.rs"]
+mod static_weights;
 #[path = "gpu/steps.rs"]
 mod steps;
 
@@ -210,7 +212,15 @@ impl<T: Element + DeviceRepr> Case<T> {
 }
 
 fn spec(dtype: DType, layout: WeightLayout, n: u32, k: u32) -> ForwardSpec {
-    ForwardSpec { dtype, layout, gate_order: GateOrder::GateFirst, n, k, save_preactivations: false }
+    ForwardSpec {
+        dtype,
+        layout,
+        gate_order: GateOrder::GateFirst,
+        n,
+        k,
+        save_preactivations: false,
+        static_weights: false,
+    }
 }
 
 /// Runs `body` with the element type of every number format.

@@ -59,11 +59,11 @@ impl Layout {
         let (tokens_k, tokens_n, both) = (of(m * k, 1.0), of(m * n, 1.0), of(2 * m * n, 1.0));
         let weight = |length| of(n * k, sigma(length));
         let (inputs, outputs) = match problem.op {
-            Op::Forward => (Self::forward(problem), vec![m * n]),
+            Op::Forward | Op::ForwardStatic => (Self::forward(problem), vec![m * n]),
             Op::ForwardSave => (Self::forward(problem), vec![m * n, 2 * m * n]),
             Op::Gate => (vec![both], vec![m * n]),
             Op::GateBackward => (vec![both, tokens_n], vec![2 * m * n, m * n]),
-            Op::Down => (vec![tokens_n, weight(n)], vec![m * k]),
+            Op::Down | Op::DownStatic => (vec![tokens_n, weight(n)], vec![m * k]),
             Op::DownInputGrad => (vec![tokens_k, weight(k)], vec![m * n]),
             Op::Dgated => (vec![tokens_k, weight(k), both], vec![2 * m * n, m * n]),
             Op::InputGrad => (vec![both, of(2 * n * k, sigma(2 * n))], vec![m * k]),
@@ -225,10 +225,12 @@ impl Arena {
         let pair = |[first, second]: [RawMatrix; 2]| [first, second, none];
         let step = RawStep { m, ..RawStep::default() };
         match op {
-            Op::Forward | Op::ForwardSave => step,
+            Op::Forward | Op::ForwardSave | Op::ForwardStatic => step,
             Op::Gate => RawStep { saved: self.beside(input(0)), out: pair(by_n(output(0))), ..step },
             Op::GateBackward => RawStep { saved: self.beside(input(0)), left: by_n(input(1)), out: gated(), ..step },
-            Op::Down => RawStep { left: by_n(input(0)), right: down(input(1)), out: pair(by_k(output(0))), ..step },
+            Op::Down | Op::DownStatic => {
+                RawStep { left: by_n(input(0)), right: down(input(1)), out: pair(by_k(output(0))), ..step }
+            }
             Op::DownInputGrad => {
                 RawStep { left: by_k(input(0)), right: down(input(1)), out: pair(by_n(output(0))), ..step }
             }

@@ -25,11 +25,12 @@ const TRIED: u32 = 5;
 /// The launch of ours behind the library's GEMMs, if the op has one.
 pub const fn behind(op: Op) -> Option<Op> {
     match op {
-        Op::Forward | Op::ForwardSave => Some(Op::Gate),
+        Op::Forward | Op::ForwardSave | Op::ForwardStatic => Some(Op::Gate),
         Op::Dgated => Some(Op::GateBackward),
         Op::Gate
         | Op::GateBackward
         | Op::Down
+        | Op::DownStatic
         | Op::DownInputGrad
         | Op::InputGrad
         | Op::WeightGrad

@@ -2,7 +2,9 @@
 //!
 //! Design: `docs/kernels/wgmma_gemm.md`. Template: `templates/wgmma_gemm/kernel.cu.tera`.
 
-use super::wgmma_tma::{ORDERS, box_cols, check_blocks_per_sm, is_split, one, smem_budget, stages_that_fit};
+use super::wgmma_tma::{
+    ORDERS, STATIC_PREFETCH_KIB, box_cols, check_blocks_per_sm, is_split, one, smem_budget, stages_that_fit,
+};
 use super::{LaunchShape, Raster, Rejected, Schedule, check_block, check_sizes, ensure};
 use crate::arch::ArchSpec;
 use crate::problem::{DType, Op, OperandMajor, Problem};
@@ -201,7 +203,7 @@ impl WgmmaGemmConfig {
             "a pair shares an operand, not more",
             || format!("{cluster_m}x{cluster_n} with block_m {block_m}"),
         )?;
-        ensure(consumers > 1 || problem.op == Op::Down, "tiles of few tokens are for the down projection", || {
+        ensure(consumers > 1 || problem.op.is_down(), "tiles of few tokens are for the down projection", || {
             format!("1 consumer in {}", problem.op)
         })?;
         ensure(
@@ -264,7 +266,7 @@ fn tile(
 
 /// Whether the right operand is a weight, which no launch ahead has written.
 const fn has_weight(op: Op) -> bool {
-    matches!(op, Op::Down | Op::DownInputGrad | Op::Dgated | Op::InputGrad)
+    matches!(op, Op::Down | Op::DownStatic | Op::DownInputGrad | Op::Dgated | Op::InputGrad)
 }
 
 impl WgmmaGemmConfig {
@@ -306,7 +308,7 @@ fn stream_tile(block_m: u32, block_n: u32, (cluster_n, cluster_k): (u32, u32), b
 /// Bytes on their way in a multiprocessor that memory's rate takes (docs/kernels/wgmma_tma.md).
 const IN_FLIGHT_BYTES: u32 = 64 << 10;
 
-fn stream_tiles() -> impl Iterator<Item = WgmmaGemmConfig> {
+fn stream_tiles(is_static: bool) -> impl Iterator<Item = WgmmaGemmConfig> {
     let shapes = STREAM_CLUSTERS.into_iter().flat_map(|(block_m, clusters)| {
         STREAM_COLUMNS
             .into_iter()
@@ -318,7 +320,15 @@ fn stream_tiles() -> impl Iterator<Item = WgmmaGemmConfig> {
             ..stream_tile(block_m, block_n, cluster, blocks_per_sm)
         })
     });
-    tiles.filter(|tile| tile.fill * tile.stages * tile.step_bytes() >= IN_FLIGHT_BYTES)
+    let tiles = tiles.filter(|tile| tile.fill * tile.stages * tile.step_bytes() >= IN_FLIGHT_BYTES);
+    tiles.flat_map(move |tile| {
+        let prefetches = if is_static {
+            STATIC_PREFETCH_KIB.map(|kib| kib * 1024 / tile.step_bytes()).to_vec()
+        } else {
+            vec![tile.prefetch]
+        };
+        prefetches.into_iter().map(move |prefetch| WgmmaGemmConfig { prefetch, ..tile })
+    })
 }
 
 /// The numbers of store buffers worth a try: those that leave different numbers of stages, the larger of two equal ones.
@@ -346,7 +356,8 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaGemmConfig> 
             })
         })
     });
-    tiles.chain(stream_tiles().filter(move |_| op == Op::Down && !is_split(dtype)))
+    let streams = stream_tiles(op.has_static_weights());
+    tiles.chain(streams.filter(move |_| op.is_down() && !is_split(dtype)))
 }
 
 /// Preferred configs when nothing was tuned, best first.
@@ -366,7 +377,7 @@ pub(super) fn defaults(problem: &Problem) -> Vec<WgmmaGemmConfig> {
         17..=64 => Some(64),
         _ => None,
     };
-    let stream = few.filter(|_| op == Op::Down && !is_split(dtype)).map(|block_m| stream_tile(block_m, 64, (1, 2), 1));
+    let stream = few.filter(|_| op.is_down() && !is_split(dtype)).map(|block_m| stream_tile(block_m, 64, (1, 2), 1));
     stream.into_iter().chain(shapes.into_iter().filter_map(pair)).collect()
 }
 

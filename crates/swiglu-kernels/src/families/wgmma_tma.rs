@@ -53,7 +53,8 @@ pub struct WgmmaTmaConfig {
     /// CTAs launched per multiprocessor, a launch parameter: fewer than fit leave room for the next launch to begin.
     #[serde(default = "one")]
     pub fill: u32,
-    /// K tiles of the weights that a CTA asks into L2 before the launch ahead of it has ended.
+    /// K tiles of the weights that a CTA asks into L2 before the launch ahead of it has ended; of static weights beyond those
+    /// that are in its stages by then.
     #[serde(default)]
     pub prefetch: u32,
     /// silu by one `tanh.approx` instead of `ex2` and `rcp`; accurate enough for bf16 only.
@@ -434,6 +435,16 @@ fn stream_tiles(dtype: DType) -> impl Iterator<Item = WgmmaTmaConfig> {
     halves.chain(wholes).filter(|config| config.stages >= 4)
 }
 
+/// KiB that a tile of static weights asks into L2 beyond its stages.
+pub(super) const STATIC_PREFETCH_KIB: [u32; 3] = [0, 48, 96];
+
+fn static_stream_tiles(dtype: DType) -> impl Iterator<Item = WgmmaTmaConfig> {
+    stream_tiles(dtype).flat_map(move |tile| {
+        let k_tile_bytes = 2 * tile.block_n * tile.block_k * dtype.bytes();
+        STATIC_PREFETCH_KIB.map(|kib| WgmmaTmaConfig { prefetch: kib * 1024 / k_tile_bytes, ..tile })
+    })
+}
+
 pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaTmaConfig> + use<> {
     let dtype = problem.dtype;
     let tiles: &'static [(Schedule, u32, u32, u32)] = if is_promoted(dtype) { &PROMOTED_TILES } else { &TILES };
@@ -448,8 +459,10 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaTmaConfig> +
             })
         })
     });
-    let streams = stream_tiles(dtype).filter(move |_| !is_promoted(dtype));
-    tiles.chain(streams)
+    let is_static = problem.op.has_static_weights();
+    let (streams, statics) = (stream_tiles(dtype), static_stream_tiles(dtype));
+    let streams = streams.filter(move |_| !is_static).chain(statics.filter(move |_| is_static));
+    tiles.chain(streams.filter(move |_| !is_promoted(dtype)))
 }
 
 /// Preferred configs when nothing was tuned, best first.

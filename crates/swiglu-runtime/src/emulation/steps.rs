@@ -76,7 +76,7 @@ impl<T: Element> StepCase<T> {
             None => (several(1, (rows, cols), 1.0), Vec::new()),
         };
         let saved = several(2, (rows, cols), 1.5);
-        let bias = (problem.op == Op::Down).then(|| (0..cols).map(|_| T::from_f32(normal(1.0))).collect());
+        let bias = problem.op.is_down().then(|| (0..cols).map(|_| T::from_f32(normal(1.0))).collect());
         Self { problem, left, right, saved, bias, with_z: seed.is_multiple_of(2) }
     }
 
@@ -330,8 +330,9 @@ fn the_down_projection_of_few_tokens_matches_the_oracle() {
     let mut rng = SmallRng::seed_from_u64(15);
     let mut cases: Vec<(Problem, Config)> = Vec::new();
     for (dtype, major) in [(DType::Bf16, WeightMajor::K), (DType::F16, WeightMajor::N)] {
-        for (m, n) in [(5, 328), (70, 136)] {
-            let problem = Problem::forward(dtype, major, m, n, 264).with_op(Op::Down);
+        // Of static weights also more steps than stages.
+        for (op, m, n) in [(Op::Down, 5, 328), (Op::Down, 70, 136), (Op::DownStatic, 5, 1672), (Op::DownStatic, 70, 136)] {
+            let problem = Problem::forward(dtype, major, m, n, 264).with_op(op);
             let mut all = candidates(&problem, Target::Gpu(arch));
             all.retain(|config| matches!(config, Config::WgmmaGemm(gemm) if gemm.consumers == 1));
             for this in ways(&all) {

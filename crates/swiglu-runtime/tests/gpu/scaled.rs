@@ -284,6 +284,9 @@ fn the_rings_defaults_match_the_oracle_where_sums_are_long() {
     let gpu = gpu();
     let arch = gpu.runtime.gpu().arch;
     for_scaled!(|dtype, O| {
+        if dtype == DType::E4m3 {
+            continue; // x in few bits too: not this family's
+        }
         for (m, n, k) in [(1, 1000, 8192), (8, 28672, 512), (16, 264, 4096), (32, 264, 4096)] {
             let spec = spec(dtype, layouts(dtype)[1], n, k);
             let config = default_of(Family::WeightOnlyTma, &spec.problem(m as u32), arch).unwrap();

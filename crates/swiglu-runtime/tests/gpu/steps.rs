@@ -40,7 +40,7 @@ impl<T: Element + DeviceRepr> Case<T> {
             None => (several(1, (rows, cols), 1.0), Vec::new()),
         };
         let saved = several(2, (rows, cols), 1.5);
-        let bias = (problem.op == Op::Down && seed.is_multiple_of(2))
+        let bias = (problem.op.is_down() && seed.is_multiple_of(2))
             .then(|| (0..cols).map(|_| T::from_f32(StandardNormal.sample(&mut rng))).collect());
         Self { problem, gap, left, right, saved, bias, with_z: !seed.is_multiple_of(3) }
     }
@@ -286,12 +286,16 @@ fn down_projections_of_few_tokens_wait_for_each_other() {
     let stream = &gpu.stream;
     let mut rng = SmallRng::seed_from_u64(20);
     let (m, n) = (4, 4096);
-    let problem = Problem::forward(DType::Bf16, WeightMajor::K, m, n, n).with_op(Op::Down);
+    let problem = Problem::forward(DType::Bf16, WeightMajor::K, m, n, n);
     let [tokens, weights] = [(m, 1.0), (n, 1.0 / (n as f32).sqrt())]
         .map(|(rows, scale)| Host::<bf16>::normal(rows as usize, n as usize, 0, scale, &mut rng).data);
     let weights = stream.clone_htod(&weights).unwrap();
-    for config in few_token_tiles(&problem, gpu.runtime.gpu().arch).sample(&mut rng, 16) {
-        let plan = gpu.runtime.prepare_step_config(&problem, *config).unwrap();
+    stream.synchronize().unwrap(); // static from here on
+    let of_op = |op| few_token_tiles(&problem.with_op(op), gpu.runtime.gpu().arch).sample(&mut rng, 16).copied().collect();
+    let [plain, fixed]: [Vec<Config>; 2] = [Op::Down, Op::DownStatic].map(of_op);
+    let all = plain.iter().map(|config| (Op::Down, config)).chain(fixed.iter().map(|config| (Op::DownStatic, config)));
+    for (op, config) in all {
+        let plan = gpu.runtime.prepare_step_config(&problem.with_op(op), *config).unwrap();
         let chain = |apart: bool| {
             let buffers = [stream.clone_htod(&tokens).unwrap(), stream.clone_htod(&tokens).unwrap()];
             let raw = |data: &CudaSlice<bf16>| RawMatrix { address: data.device_ptr(stream).0, stride: i64::from(n) };
