@@ -19,6 +19,7 @@ from ._library import define, is_batch, is_plain_call, is_transformed, register_
 from ._op import forward_op, forward_saving_op, run_saving
 from ._operands import as_rows, as_weights, is_dtensor, lay
 from ._steps import Gradients
+from ._straight import empty
 
 
 def gradients(
@@ -102,12 +103,14 @@ def _launched(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, together=F
         z, g, u = run_saving(rows, gate, up, gate_bias, up_bias)
         in_place = True
     g, u = g.contiguous(), u.contiguous()  # a hook may have laid them otherwise
-    dg, du = (g, u) if in_place else (torch.empty_like(g), torch.empty_like(u))
+    dg, du = (g, u) if in_place else (empty(g), empty(u))
+    of_down, _matrix = (None, None) if down is None else _steps.lay_down(down)
     found = _steps.backward(
         layer,
         (dy.data_ptr(), dy_stride),
         (rows.data_ptr(), layer.x_stride),
         (first.data_ptr(), layer.gate_stride, second.data_ptr(), layer.up_stride),
+        of_down,
         (g.data_ptr(), n, u.data_ptr(), n),
         (dg.data_ptr(), n, du.data_ptr(), n),
         x,
@@ -129,9 +132,9 @@ def _outputs(x, gate, up, down, needs) -> Gradients:
     need_x, need_weights, _, need_down, need_gate_bias, need_up_bias = needs
     n = gate.shape[0]
     layout = as_weights(gate, up)[-1]
-    d_gate, d_up = _steps.new_pair(gate, up, layout, False) if need_weights else (None, None)
+    d_gate, d_up, _ = _steps.new_pair(gate, up, layout, False) if need_weights else (None, None, 0)
     return (
-        _steps.new_rows(x) if need_x else None,
+        empty(x) if need_x else None,
         d_gate,
         d_up,
         _steps.new_like(down) if need_down else None,

@@ -1,6 +1,10 @@
 """The native half. Addresses and strides are integers, strides in elements; a bias address of 0 means none."""
 
-from typing import final
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
 
 __version__: str
 
@@ -65,3 +69,60 @@ class Plan:
     ) -> None: ...
     def matched(self, m: int) -> str: ...
     def config(self, m: int) -> str: ...
+
+@final
+class Torch:
+    """What Python asks and makes past torch's dispatcher. None: out of the ordinary, go the general way."""
+
+    def __init__(
+        self,
+        capsule: object,
+        tensor: type,
+        parameter: type,
+        is_negated: Callable[[Tensor], bool],
+        empty_cpu: Callable[..., Tensor],
+        empty_cuda: Callable[..., Tensor],
+        bf16: torch.dtype,
+        f16: torch.dtype,
+        f32: torch.dtype,
+        word_of_f32: Callable[[int], str],
+    ) -> None: ...
+    def are_plain(self, *tensors: Tensor | None) -> bool: ...
+    def forward(
+        self,
+        x: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor | None,
+        gate_bias: Tensor | None,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+    ) -> Tensor | None: ...
+    def forward_recorded(
+        self,
+        x: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor | None,
+        gate_bias: Tensor | None,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor | None, Layer] | None: ...
+    def down(self, z: Tensor, down: Tensor, bias: Tensor | None) -> tuple[Any, ...] | None: ...
+    def empty(self, like: Tensor, shape: Sequence[int] | None = None, transposed: bool = False) -> Tensor | None: ...
+    def backward(
+        self,
+        layer: Layer,
+        dy: Tensor,
+        x: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor | None,
+        kept: Tensor,
+        grads: Tensor,
+    ) -> tuple[Any, ...] | None: ...
+
+@final
+class Layer:
+    """How the operands of one forward lay."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import _native, _steps
 from ._operands import DTYPES, LAYOUTS, bad_type, bad_value, check_choice, dtype_word, row_stride, stream_of
+from ._straight import empty
 from ._tuning import note_untuned
 
 _MANY_TOKENS = 4096  # of the Ms that a plan may meet, one where tuning matters
@@ -51,7 +52,7 @@ class Plan:
             bad_value("x", f"has shape {list(x.shape)}, expected [M, {k}]")
         m = x.shape[0]
         if out is None:
-            out = x.new_empty((m, n))
+            out = empty(x, (m, n))
         if torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad or up.requires_grad):
             raise RuntimeError("a plan records no gradients: call it under torch.no_grad(), or call swiglu.forward()")
         rows, cols = n, k

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 
-from . import _native
-from ._operands import DTYPES, Layer, are_halves, as_rows, as_weights, dtype_word, stream_of
+from . import _native, _straight
+from ._operands import DTYPES, are_halves, as_rows, as_weights, dtype_word, stream_of
+from ._straight import empty
 
 _MAJOR = {"separate_nk": "k_major", "separate_kn": "n_major"}
 _ANY_MAJOR = "k_major"  # of a step without weights
@@ -73,10 +73,19 @@ def gate_backward(dz: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor) -> N
     launch("gate_backward", _ANY_MAJOR, n, n, (dz.data_ptr(), dz_stride), (), saved, out, 0)
 
 
-def down(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``z @ weight.T + bias``."""
+def down(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """``z @ weight.T + bias``; None where the steps do not serve."""
+    if not is_supported(z):
+        return None
+    native = _straight.native
+    if native is not None and (found := native.down(z, weight, bias)) is not None:
+        y, device, dtype, stream, m, major, n, k, left, right, out, shift = found
+        _native.step(device, dtype, stream, m, "down", major, n, k, left, right, (), out, shift)
+        return y
+    if not serves(z, weight):
+        return None
     k, n = weight.shape
-    y = z.new_empty((*z.shape[:-1], k))
+    y = empty(z, (*z.shape[:-1], k))
     rows, stride = as_rows(z)
     matrix, matrix_stride, major = _as_weight(weight)
     bias = None if bias is None else bias.contiguous()
@@ -87,14 +96,22 @@ def down(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 Group = tuple[int, ...]  # the address and row stride of each of its matrices in turn
+Down = tuple[int, str, Group]  # rows of a down projection, the step's word for its order, its group
 Gradients = tuple["Tensor | None", ...]
 
 
+def lay_down(weight: Tensor) -> tuple[Down, Tensor]:
+    """How a down projection lies, and the matrix that lies so: keep it until the last launch."""
+    matrix, stride, major = _as_weight(weight)
+    return (weight.shape[0], major, (matrix.data_ptr(), stride)), matrix
+
+
 def backward(
-    layer: Layer,
+    layer: tuple,
     of_dy: Group,
     of_x: Group,
     of_weights: Group,
+    of_down: Down | None,
     of_saved: Group,
     of_grads: Group,
     x: Tensor,
@@ -107,65 +124,57 @@ def backward(
 ) -> Gradients:
     """The gradients of x, gate, up and down that are needed: by two launches of the forward's, three of the block's, or fewer.
 
-    The pre-activations are ``of_saved``, their gradients are written ``of_grads``, which may be the same. ``z`` is computed
-    again where it is missing and needed. Gradients of weights lie in memory as their weights do, if ``together`` also as halves
-    of one. What a launch writes is allocated just before it, because the GPU works meanwhile.
+    ``layer`` begins as :class:`Layer` does, up to the layout. The pre-activations are ``of_saved``, their gradients are
+    written ``of_grads``, which may be the same. ``z`` is computed again where it is missing and needed. Gradients of weights
+    lie in memory as their weights do, if ``together`` also as halves of one. What a launch writes is allocated just before
+    it, because the GPU works meanwhile.
     """
-    device, dtype, m, n, k, layout, *_ = layer
+    device, dtype, stream, m, n, k, layout, *_ = layer
     need_x, need_weights, _, need_down, *_ = needs
-    launch = partial(_native.step, device, dtype, stream_of(device), m)
+    launch = partial(_native.step, device, dtype, stream, m)
     dx, d_gate, d_up, d_down = None, None, None, None
-    if down is None:
+    if down is None or of_down is None:
         launch("gate_backward", _ANY_MAJOR, n, n, of_dy, (), of_saved, of_grads, 0)
     else:
+        out_rows, down_major, of_matrix = of_down
         out = of_grads
         if need_down and z is None:
-            z = down.new_empty((m, n))
+            z = empty(down, (m, n))
             out = (*of_grads, z.data_ptr(), n)
-        matrix, stride, major = _as_weight(down)
-        launch("dgated", major, n, down.shape[0], of_dy, (matrix.data_ptr(), stride), of_saved, out, 0)
+        launch("dgated", down_major, n, out_rows, of_dy, of_matrix, of_saved, out, 0)
     if need_x:
-        dx = new_rows(x)
+        dx = empty(x)
         launch("input_grad", _MAJOR[layout], n, k, of_grads, of_weights, (), (dx.data_ptr(), k), 0)
     if need_weights:
-        d_gate, d_up = new_pair(gate, up, layout, together)
-        first, first_stride, second, second_stride, layout = as_weights(d_gate, d_up)
+        d_gate, d_up, stride = new_pair(gate, up, layout, together)
         left, right = (of_grads, of_x) if layout == "separate_nk" else (of_x, of_grads)
-        out = (first.data_ptr(), first_stride, second.data_ptr(), second_stride)
+        out = (d_gate.data_ptr(), stride, d_up.data_ptr(), stride)
         launch("weight_grad", _MAJOR[layout], n, k, left, right, (), out, 0)
-    if need_down and down is not None and z is not None:
-        d_down = new_like(down)
-        matrix, stride, major = _as_weight(d_down)
+    if need_down and down is not None and of_down is not None and z is not None:
+        out_rows, down_major, _ = of_down
+        transposed = down_major == "n_major"
+        d_down = empty(down, None, transposed)
         of_z = (z.data_ptr(), n)
-        left, right = (of_dy, of_z) if major == "k_major" else (of_z, of_dy)
-        launch("down_weight_grad", major, n, down.shape[0], left, right, (), (matrix.data_ptr(), stride), 0)
+        left, right = (of_z, of_dy) if transposed else (of_dy, of_z)
+        out = (d_down.data_ptr(), out_rows if transposed else n)
+        launch("down_weight_grad", down_major, n, out_rows, left, right, (), out, 0)
     return dx, d_gate, d_up, d_down
 
 
-def new_rows(tensor: Tensor) -> Tensor:
-    """For a gradient of x: a row-major tensor of its shape."""
-    return torch.empty_like(tensor) if tensor.is_contiguous() else tensor.new_empty(tensor.shape)
-
-
-def new_pair(gate: Tensor, up: Tensor, layout: str, together: bool) -> tuple[Tensor, Tensor]:
-    """For gradients of both weights of the gate."""
+def new_pair(gate: Tensor, up: Tensor, layout: str, together: bool) -> tuple[Tensor, Tensor, int]:
+    """For gradients of both weights of the gate, and their row stride."""
+    transposed = layout == "separate_kn"
+    rows, cols = gate.shape
     if together and gate._is_view() and (are_halves(gate, up) or are_halves(up, gate)):
-        first, second = _new(gate, layout, 2).chunk(2)
-        return (first, second) if are_halves(gate, up) else (second, first)
-    return _new(gate, layout), _new(up, layout)
+        first, second = empty(gate, (2 * rows, cols), transposed).chunk(2)
+        first, second = (first, second) if are_halves(gate, up) else (second, first)
+        return first, second, 2 * rows if transposed else cols
+    return empty(gate, None, transposed), empty(up, None, transposed), rows if transposed else cols
 
 
 def new_like(weight: Tensor) -> Tensor:
     """For the gradient of one weight."""
-    return _new(weight, as_weights(weight, weight)[-1])
-
-
-def _new(weight: Tensor, layout: str, count: int = 1) -> Tensor:
-    """For ``count`` matrices such as ``weight``, one below the other."""
-    if count == 1 and layout == "separate_nk":
-        return new_rows(weight)
-    rows, cols = weight.shape[0] * count, weight.shape[1]
-    return weight.new_empty((cols, rows)).t() if layout == "separate_kn" else weight.new_empty((rows, cols))
+    return empty(weight, None, _as_weight(weight)[-1] == "n_major")
 
 
 def _as_weight(weight: Tensor) -> tuple[Tensor, int, str]:

@@ -1,16 +1,20 @@
-//! `swiglu._native`: what `python/swiglu` calls. No libtorch: tensors cross as addresses, strides and a stream handle.
+//! `swiglu._native`: what `python/swiglu` calls. No libtorch: tensors cross as addresses, strides and a stream handle, or are
+//! read by DLPack.
 //!
 //! Nothing of CUDA is touched before the first GPU plan is prepared, so the import needs none of it.
 
 mod call;
 mod cpu;
+mod dlpack;
 mod error;
 mod gpu;
 mod plans;
+mod straight;
 
 use crate::call::{Call, matrices, tokens};
 use crate::error::{Failure, guarded};
 use crate::plans::{Device, Key, Plan, StepKey};
+use crate::straight::{Layer, Torch};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 use std::fmt::Display;
@@ -219,21 +223,19 @@ fn run(py: Python<'_>, plan: &Plan, call: &Call) -> PyResult<()> {
 
 fn key(device: i32, dtype: &str, layout: &str, n: u64, k: u64, save_preactivations: bool) -> Result<Key, Failure> {
     let layout: WeightLayout = layout.parse().map_err(unknown("layout"))?;
+    let device = u32::try_from(device).map_or(Device::Cpu, Device::Gpu);
+    let (n, k) = (size("n", n)?, size("k", k)?);
+    Ok(forward_key(device, number_format(dtype)?, layout.major(), n, k, save_preactivations))
+}
+
+fn forward_key(device: Device, dtype: DType, major: WeightMajor, n: u32, k: u32, save_preactivations: bool) -> Key {
     // The halves of a packed weight come as two matrices, of which Python says which is the gate.
-    let layout = match layout.major() {
+    let layout = match major {
         WeightMajor::K => WeightLayout::SeparateNk,
         WeightMajor::N => WeightLayout::SeparateKn,
     };
-    let device = u32::try_from(device).map_or(Device::Cpu, Device::Gpu);
-    let spec = ForwardSpec {
-        dtype: number_format(dtype)?,
-        layout,
-        gate_order: GateOrder::GateFirst,
-        n: size("n", n)?,
-        k: size("k", k)?,
-        save_preactivations,
-    };
-    Ok(Key { device, spec })
+    let spec = ForwardSpec { dtype, layout, gate_order: GateOrder::GateFirst, n, k, save_preactivations };
+    Key { device, spec }
 }
 
 fn step_key(device: i32, dtype: &str, op: &str, major: &str, n: u64, k: u64) -> Result<StepKey, Failure> {
@@ -264,6 +266,8 @@ fn unknown<E: Display>(argument: &'static str) -> impl FnOnce(E) -> Failure {
 fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<NativePlan>()?;
+    module.add_class::<Torch>()?;
+    module.add_class::<Layer>()?;
     module.add_function(wrap_pyfunction!(set_nvrtc_folder, module)?)?;
     module.add_function(wrap_pyfunction!(prepare, module)?)?;
     module.add_function(wrap_pyfunction!(forward, module)?)?;
