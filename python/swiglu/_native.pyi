@@ -120,9 +120,19 @@ class Torch:
         up: Tensor,
         down: Tensor | None,
         kept: Tensor,
-        grads: Tensor,
-    ) -> tuple[Any, ...] | None: ...
+        z: Tensor | None,
+        d_weights: tuple[Tensor, Tensor] | None,
+        in_place: bool,
+        need_x: bool,
+        need_weights: bool,
+        need_down: bool,
+    ) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]] | None: ...
 
 @final
 class Layer:
     """How the operands of one forward lay."""
+
+    @property
+    def device(self) -> int: ...
+    @property
+    def layout(self) -> str: ...

@@ -17,7 +17,7 @@ from ._ffn import check_ffn, project, run_ffn
 from ._library import is_undisturbed_backward, recorded
 from ._op import run, run_keeping
 from ._operands import check
-from ._straight import are_plain, empty
+from ._straight import are_plain
 
 
 def call(x, gate, up, down, gate_bias, up_bias, down_bias, keep, recording) -> Tensor | None:
@@ -63,10 +63,12 @@ def _backward(ctx, dy):
     # The gradients of what was kept take its place in the last backward that reads it.
     ctx.has_overwritten_kept = in_place = kept is not None and not _get_current_graph_task_keep_graph()
     d_down_bias = down_bias_gradient(dy, True) if needs[6] else None
-    if ctx.layer is not None and not again and is_undisturbed_backward() and _are_by_address(x, needs):
-        found = _by_address(ctx.layer, dy, saved, in_place, needs)
+    layer = ctx.layer
+    if layer is not None and not again and is_undisturbed_backward() and _are_by_address(layer, needs):
+        found = _by_address(layer, dy, saved, in_place, needs)
         if found is not None:
-            return *found, None, None, d_down_bias, None, None
+            dx, d_gate, d_up, d_down, *_ = found
+            return dx, d_gate, d_up, d_down, None, None, d_down_bias, None, None
     g = u = None
     if kept is not None and not again:  # it has no gradients of its own: from the operands again
         g, u = kept.view(2, *x.shape[:-1], gate.shape[0]).unbind()
@@ -74,27 +76,37 @@ def _backward(ctx, dy):
     return *found, d_down_bias, None, None
 
 
-def _are_by_address(x, needs):
+def _are_by_address(layer, needs):
     """Biases beside the gate take views."""
-    return are_of_steps(needs) and not (needs[4] or needs[5]) and _steps.is_supported(x)
+    return are_of_steps(needs) and not (needs[4] or needs[5]) and _steps.run_on(layer.device)
 
 
 def _by_address(layer, dy, saved, in_place, needs):
-    """None where anything lies otherwise than in the forward: whoever swaps a tensor's memory, or unpacks another, may do so."""
+    """The gradients of x, gate, up and down, and more.
+
+    None where anything lies otherwise than in the forward: whoever swaps a tensor's memory, or unpacks another, may do so.
+    """
     x, gate, up, down, gate_bias, up_bias, kept = saved
-    native, z = _straight.native, None
+    need_x, need_weights, _, need_down, *_ = needs
+    native, z, pair = _straight.native, None, None
     if kept is None:
         done = native.forward_recorded(x, gate, up, None, gate_bias, up_bias, None, True)
         if done is None:
             return None
         z, kept, _ = done
         in_place = True
-    grads = kept if in_place else empty(kept)
-    found = native.backward(layer, dy, x, gate, up, down, kept, grads)
+    if need_weights and gate._is_view():
+        pair = _steps.new_pair(gate, up, layer.layout, True)[:2]
+    more = (x, gate, up, down, kept, z, pair, in_place, need_x, need_weights, need_down)
+    found = native.backward(layer, dy, *more)
     if found is None and are_plain(dy) and not dy.is_contiguous():
         dy = dy.contiguous()
-        found = native.backward(layer, dy, x, gate, up, down, kept, grads)
-    return found and _steps.backward(*found, x, gate, up, down, z, needs, True)
+        found = native.backward(layer, dy, *more)
+    if found is None:
+        return None
+    groups, gradients = found
+    _steps.backward(*groups)
+    return gradients
 
 
 _recorded_call = recorded("swiglu_recorded", _forward, _backward)

@@ -6,7 +6,7 @@ what it writes lies as :func:`as_rows` wants it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
@@ -19,9 +19,14 @@ _MAJOR = {"separate_nk": "k_major", "separate_kn": "n_major"}
 _ANY_MAJOR = "k_major"  # of a step without weights
 
 
+def run_on(device: int) -> bool:
+    """Whether the steps run there: on GPUs, not on the CPU, which is -1."""
+    return device >= 0
+
+
 def is_supported(x: Tensor) -> bool:
-    """Whether the steps run on tensors such as ``x``."""
-    return x.is_cuda and x.dtype in DTYPES
+    """Whether the steps run on tensors such as ``x``, on a CPU or GPU."""
+    return run_on(x.get_device()) and x.dtype in DTYPES
 
 
 def serves(x: Tensor, *others: Tensor) -> bool:
@@ -114,51 +119,35 @@ def backward(
     of_down: Down | None,
     of_saved: Group,
     of_grads: Group,
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor | None,
-    z: Tensor | None,
-    needs: Sequence[bool],
-    together: bool,
-) -> Gradients:
-    """The gradients of x, gate, up and down that are needed: by two launches of the forward's, three of the block's, or fewer.
+    of_dx: Group | None,
+    of_d_weights: Group | None,
+    of_d_down: Group | None,
+    of_new_z: Group | None,
+    of_z: Group | None,
+) -> None:
+    """Writes the gradients that are given: by two launches of the forward's, three of the block's, or fewer.
 
     ``layer`` begins as :class:`Layer` does, up to the layout. The pre-activations are ``of_saved``, their gradients are
-    written ``of_grads``, which may be the same. ``z`` is computed again where it is missing and needed. Gradients of weights
-    lie in memory as their weights do, if ``together`` also as halves of one. What a launch writes is allocated just before
-    it, because the GPU works meanwhile.
+    written ``of_grads``, which may be the same. Where the gradient of down is given, z is read ``of_z`` or computed again and
+    written ``of_new_z``. Gradients of weights lie in memory as their weights do.
     """
     device, dtype, stream, m, n, k, layout, *_ = layer
-    need_x, need_weights, _, need_down, *_ = needs
     launch = partial(_native.step, device, dtype, stream, m)
-    dx, d_gate, d_up, d_down = None, None, None, None
-    if down is None or of_down is None:
+    if of_down is None:
         launch("gate_backward", _ANY_MAJOR, n, n, of_dy, (), of_saved, of_grads, 0)
     else:
-        out_rows, down_major, of_matrix = of_down
-        out = of_grads
-        if need_down and z is None:
-            z = empty(down, (m, n))
-            out = (*of_grads, z.data_ptr(), n)
-        launch("dgated", down_major, n, out_rows, of_dy, of_matrix, of_saved, out, 0)
-    if need_x:
-        dx = empty(x)
-        launch("input_grad", _MAJOR[layout], n, k, of_grads, of_weights, (), (dx.data_ptr(), k), 0)
-    if need_weights:
-        d_gate, d_up, stride = new_pair(gate, up, layout, together)
+        rows, down_major, of_matrix = of_down
+        out = of_grads if of_new_z is None else of_grads + of_new_z
+        launch("dgated", down_major, n, rows, of_dy, of_matrix, of_saved, out, 0)
+    if of_dx is not None:
+        launch("input_grad", _MAJOR[layout], n, k, of_grads, of_weights, (), of_dx, 0)
+    if of_d_weights is not None:
         left, right = (of_grads, of_x) if layout == "separate_nk" else (of_x, of_grads)
-        out = (d_gate.data_ptr(), stride, d_up.data_ptr(), stride)
-        launch("weight_grad", _MAJOR[layout], n, k, left, right, (), out, 0)
-    if need_down and down is not None and of_down is not None and z is not None:
-        out_rows, down_major, _ = of_down
-        transposed = down_major == "n_major"
-        d_down = empty(down, None, transposed)
-        of_z = (z.data_ptr(), n)
-        left, right = (of_z, of_dy) if transposed else (of_dy, of_z)
-        out = (d_down.data_ptr(), out_rows if transposed else n)
-        launch("down_weight_grad", down_major, n, out_rows, left, right, (), out, 0)
-    return dx, d_gate, d_up, d_down
+        launch("weight_grad", _MAJOR[layout], n, k, left, right, (), of_d_weights, 0)
+    if of_down is not None and of_d_down is not None:
+        of_z = of_new_z or of_z
+        left, right = (of_dy, of_z) if down_major == "k_major" else (of_z, of_dy)
+        launch("down_weight_grad", down_major, n, rows, left, right, (), of_d_down, 0)
 
 
 def new_pair(gate: Tensor, up: Tensor, layout: str, together: bool) -> tuple[Tensor, Tensor, int]:
@@ -172,9 +161,10 @@ def new_pair(gate: Tensor, up: Tensor, layout: str, together: bool) -> tuple[Ten
     return empty(gate, None, transposed), empty(up, None, transposed), rows if transposed else cols
 
 
-def new_like(weight: Tensor) -> Tensor:
-    """For the gradient of one weight."""
-    return empty(weight, None, _as_weight(weight)[-1] == "n_major")
+def new_like(weight: Tensor) -> tuple[Tensor, int]:
+    """For the gradient of one weight, and its row stride."""
+    transposed = _as_weight(weight)[-1] == "n_major"
+    return empty(weight, None, transposed), weight.shape[0 if transposed else 1]
 
 
 def _as_weight(weight: Tensor) -> tuple[Tensor, int, str]:

@@ -31,6 +31,21 @@ pub(crate) struct Layer {
     down: Option<Lie>,
 }
 
+#[pymethods]
+impl Layer {
+    /// CUDA's number of the GPU; -1: the CPU.
+    #[getter]
+    fn device(&self) -> i32 {
+        self.shape.device
+    }
+
+    /// The order of both weights in memory, in the runtime's words.
+    #[getter]
+    fn layout(&self) -> &'static str {
+        self.shape.layout.name()
+    }
+}
+
 /// What a native call takes beside addresses. Strides are of rows, in elements.
 #[derive(Debug, Clone, Copy)]
 struct Shape {
@@ -169,8 +184,10 @@ impl Torch {
         Ok(self.allocate(py, &view.lie, shape, transposed)?.map(|(tensor, _)| tensor))
     }
 
-    /// For the backward of what `layer` is of, if nothing has been exchanged since: its numbers, and of dy, x, the weights,
-    /// down, what was kept and its gradients the groups that steps take.
+    /// For the backward of what `layer` is of, if nothing has been exchanged since: what `_steps.backward` takes, and the tensors
+    /// dx, d_gate, d_up and d_down that it writes, where they are needed, with others that must live as long.
+    ///
+    /// `z` is what was computed again, if it was; `d_weights` is for the gradients of both weights, else they are made here.
     #[allow(clippy::too_many_arguments, reason = "one flat call costs Python less than any structure")]
     fn backward<'py>(
         &self,
@@ -182,27 +199,31 @@ impl Torch {
         up: &Object<'py>,
         down: Option<&Object<'py>>,
         kept: &Object<'py>,
-        grads: &Object<'py>,
+        z: Option<&Object<'py>>,
+        d_weights: Option<(Object<'py>, Object<'py>)>,
+        in_place: bool,
+        need_x: bool,
+        need_weights: bool,
+        need_down: bool,
     ) -> PyResult<Option<Bound<'py, PyTuple>>> {
         let (Some(dy), Some(x), Some(gate), Some(up), Some(down)) =
             (self.plain(dy), self.plain(x), self.plain(gate), self.plain(up), self.plain_if_any(down))
         else {
             return Ok(None);
         };
-        let (Some(kept), Some(grads)) = (self.plain(kept), self.plain(grads)) else { return Ok(None) };
+        let (Some(saved), Some(given)) = (self.plain(kept), self.plain_if_any(z)) else { return Ok(None) };
         let is_same = x.lie == layer.x
             && gate.lie == layer.gate
             && up.lie == layer.up
             && down.as_ref().map(|down| &down.lie) == layer.down.as_ref();
         let Shape { device, dtype, m, n, k, layout, x_stride, gate_stride, up_stride } = layer.shape;
-        let is_kept = |view: &View| is_vector(&view.lie, 2 * m * n, &layer.x);
-        if !(is_same && is_kept(&kept) && is_kept(&grads)) {
+        if !is_same || !is_vector(&saved.lie, 2 * m * n, &layer.x) {
             return Ok(None);
         }
         let of_down = match &down {
             None => None,
             Some(down) => match down_matrix(&down.lie, n, &layer.x) {
-                Some((out, layout, stride)) => Some((out, layout.major().name(), (down.address, stride))),
+                Some((out, layout, stride)) => Some((out, layout, (down.address, stride))),
                 None => return Ok(None),
             },
         };
@@ -212,19 +233,58 @@ impl Torch {
             _ => return Ok(None),
         };
         let Some(stream) = self.exchange.stream(py, device) else { return Ok(None) };
+
+        let make = |shape: &[i64], transposed: bool| self.allocate(py, &layer.x, shape, transposed);
+        let make_if = |needed: bool, shape: &[i64], transposed: bool| {
+            if needed { make(shape, transposed).map(|made| made.map(Some)) } else { Ok(Some(None)) }
+        };
+        let Some(grads) = make_if(!in_place, &[2 * m * n], false)? else { return Ok(None) };
+        let Some(dx) = make_if(need_x, layer.x.shape(), false)? else { return Ok(None) };
+        let is_kn = layout == WeightLayout::SeparateKn;
+        let (d_gate, d_up, d_stride) = match (need_weights, d_weights) {
+            (true, Some((d_gate, d_up))) => {
+                let (Some(first), Some(second)) = (self.exchange.read(&d_gate), self.exchange.read(&d_up)) else {
+                    return Ok(None);
+                };
+                let &[down, across] = first.lie.strides() else { return Ok(None) };
+                let d_stride = if is_kn { across } else { down };
+                (Some((d_gate, first.address)), Some((d_up, second.address)), d_stride)
+            }
+            _ => {
+                let Some(d_gate) = make_if(need_weights, &[n, k], is_kn)? else { return Ok(None) };
+                let Some(d_up) = make_if(need_weights, &[n, k], is_kn)? else { return Ok(None) };
+                (d_gate, d_up, if is_kn { n } else { k })
+            }
+        };
+        let is_down_kn = of_down.is_some_and(|(_, layout, _)| layout == WeightLayout::SeparateKn);
+        let has_down = need_down && of_down.is_some();
+        let Some(d_down) = make_if(has_down, &[columns, n], is_down_kn)? else { return Ok(None) };
+        let Some(new_z) = make_if(has_down && given.is_none(), &[m, n], false)? else { return Ok(None) };
+
         let half = u64::from(dtype.bytes()) * (m * n).unsigned_abs();
-        let pair = |view: &View| (view.address, n, view.address + half, n);
-        (
+        let pair = |first: u64| (first, n, first + half, n);
+        let group = |made: &Option<(Object<'py>, u64)>, stride: i64| made.as_ref().map(|made| (made.1, stride));
+        let of_d_weights = match (&d_gate, &d_up) {
+            (Some((_, first)), Some((_, second))) => Some((*first, d_stride, *second, d_stride)),
+            _ => None,
+        };
+        let groups = (
             (device, dtype.name(), stream, m, n, k, layout.name()),
             (dy.address, dy_stride),
             (x.address, x_stride),
             (gate.address, gate_stride, up.address, up_stride),
-            of_down,
-            pair(&kept),
-            pair(&grads),
-        )
-            .into_pyobject(py)
-            .map(Some)
+            of_down.map(|(out, layout, group)| (out, layout.major().name(), group)),
+            pair(saved.address),
+            pair(grads.as_ref().map_or(saved.address, |grads| grads.1)),
+            group(&dx, k),
+            of_d_weights,
+            group(&d_down, if is_down_kn { columns } else { n }),
+            group(&new_z, n),
+            given.map(|z| (z.address, n)),
+        );
+        let tensor = |made: Option<(Object<'py>, u64)>| made.map(|made| made.0);
+        let tensors = (tensor(dx), tensor(d_gate), tensor(d_up), tensor(d_down), tensor(grads), tensor(new_z));
+        (groups, tensors).into_pyobject(py).map(Some)
     }
 }
 
