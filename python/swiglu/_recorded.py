@@ -46,7 +46,8 @@ def _forward(ctx, x, gate, up, down, gate_bias, up_bias, down_bias, keep, done):
         else:
             check_ffn(x, gate, up, down, gate_bias, up_bias, down_bias)
         done = *run_keeping(x, gate, up, gate_bias, up_bias, keep), None
-    z, kept, ctx.layer = done
+    z, kept, layer = done
+    ctx.layer = layer if layer is not None and _steps.run_on(layer.device) else None
     ctx.save_for_backward(x, gate, up, down, gate_bias, up_bias, kept)
     ctx.has_overwritten_kept = False
     return z if down is None else project(z, down, down_bias)
@@ -64,7 +65,7 @@ def _backward(ctx, dy):
     ctx.has_overwritten_kept = in_place = kept is not None and not _get_current_graph_task_keep_graph()
     d_down_bias = down_bias_gradient(dy, True) if needs[6] else None
     layer = ctx.layer
-    if layer is not None and not again and is_undisturbed_backward() and _are_by_address(layer, needs):
+    if layer is not None and not again and is_undisturbed_backward():
         found = _by_address(layer, dy, saved, in_place, needs)
         if found is not None:
             dx, d_gate, d_up, d_down, *_ = found
@@ -76,18 +77,16 @@ def _backward(ctx, dy):
     return *found, d_down_bias, None, None
 
 
-def _are_by_address(layer, needs):
-    """Biases beside the gate take views."""
-    return are_of_steps(needs) and not (needs[4] or needs[5]) and _steps.run_on(layer.device)
-
-
 def _by_address(layer, dy, saved, in_place, needs):
     """The gradients of x, gate, up and down, and more.
 
-    None where anything lies otherwise than in the forward: whoever swaps a tensor's memory, or unpacks another, may do so.
+    None where the steps do not serve those needed, or anything lies otherwise than in the forward: whoever swaps a tensor's
+    memory, or unpacks another, may do so.
     """
     x, gate, up, down, gate_bias, up_bias, kept = saved
-    need_x, need_weights, _, need_down, *_ = needs
+    need_x, need_weights, _, need_down, need_gate_bias, need_up_bias, *_ = needs
+    if need_gate_bias or need_up_bias or not are_of_steps(needs):  # biases take views
+        return None
     native, z, pair = _straight.native, None, None
     if kept is None:
         done = native.forward_recorded(x, gate, up, None, gate_bias, up_bias, None, True)

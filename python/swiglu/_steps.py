@@ -132,22 +132,22 @@ def backward(
     written ``of_new_z``. Gradients of weights lie in memory as their weights do.
     """
     device, dtype, stream, m, n, k, layout, *_ = layer
-    launch = partial(_native.step, device, dtype, stream, m)
+    launch, major = _native.step, _MAJOR[layout]
     if of_down is None:
-        launch("gate_backward", _ANY_MAJOR, n, n, of_dy, (), of_saved, of_grads, 0)
+        launch(device, dtype, stream, m, "gate_backward", _ANY_MAJOR, n, n, of_dy, (), of_saved, of_grads, 0)
     else:
         rows, down_major, of_matrix = of_down
         out = of_grads if of_new_z is None else of_grads + of_new_z
-        launch("dgated", down_major, n, rows, of_dy, of_matrix, of_saved, out, 0)
+        launch(device, dtype, stream, m, "dgated", down_major, n, rows, of_dy, of_matrix, of_saved, out, 0)
     if of_dx is not None:
-        launch("input_grad", _MAJOR[layout], n, k, of_grads, of_weights, (), of_dx, 0)
+        launch(device, dtype, stream, m, "input_grad", major, n, k, of_grads, of_weights, (), of_dx, 0)
     if of_d_weights is not None:
         left, right = (of_grads, of_x) if layout == "separate_nk" else (of_x, of_grads)
-        launch("weight_grad", _MAJOR[layout], n, k, left, right, (), of_d_weights, 0)
+        launch(device, dtype, stream, m, "weight_grad", major, n, k, left, right, (), of_d_weights, 0)
     if of_down is not None and of_d_down is not None:
         of_z = of_new_z or of_z
         left, right = (of_dy, of_z) if down_major == "k_major" else (of_z, of_dy)
-        launch("down_weight_grad", down_major, n, rows, left, right, (), of_d_down, 0)
+        launch(device, dtype, stream, m, "down_weight_grad", down_major, n, rows, left, right, (), of_d_down, 0)
 
 
 def new_pair(gate: Tensor, up: Tensor, layout: str, together: bool) -> tuple[Tensor, Tensor, int]:
