@@ -16,7 +16,6 @@ from ._library import define, is_plain_call, recorded, register_autocast, regist
 from ._operands import bad_type, bad_value, check_dtype
 from ._straight import empty
 
-
 _LONGEST_ROW = 2**20
 
 

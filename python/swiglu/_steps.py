@@ -145,8 +145,8 @@ def backward(
         left, right = (of_grads, of_x) if layout == "separate_nk" else (of_x, of_grads)
         launch(device, dtype, stream, m, "weight_grad", major, n, k, left, right, (), of_d_weights, 0)
     if of_down is not None and of_d_down is not None:
-        of_z = of_new_z or of_z
-        left, right = (of_dy, of_z) if down_major == "k_major" else (of_z, of_dy)
+        z = of_new_z or of_z or ()
+        left, right = (of_dy, z) if down_major == "k_major" else (z, of_dy)
         launch(device, dtype, stream, m, "down_weight_grad", down_major, n, rows, left, right, (), of_d_down, 0)
 
 

@@ -41,9 +41,9 @@ def read_by(empty_cpu, empty_cuda) -> _native.Torch:
 def find() -> _native.Torch | None:
     """The same of torch's own allocators; None where anything is missing."""
     try:
-        from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda
+        from torch._C._dynamo import guards  # whose stub leaves these out
 
-        return read_by(_empty_strided_cpu, _empty_strided_cuda)
+        return read_by(guards._empty_strided_cpu, guards._empty_strided_cuda)  # type: ignore[attr-defined]
     except (AttributeError, ImportError, ValueError):
         return None
 

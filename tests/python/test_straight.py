@@ -103,13 +103,16 @@ def test_gives_the_bits_of_the_general_way(n, k, dtype, bias, device, steps, gen
                 assert got.dtype is dtype and not got.requires_grad
 
 
+SUBSETS = [(True,) * 4, (True, False, False, False), (False, True, True, False), (True, True, True, False)]
+
+
 @pytest.mark.parametrize("save", ["preactivations", "nothing"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gives_the_gradients_of_the_general_way(dtype, save, device, steps, general):
     x, gate, up, down, *_ = ffn_operands((2, 3), 24, 16, dtype, device, out=9)
     for weights in layouts(gate, up):
         for matrix in (down, down.t().contiguous().t()):
-            for needed in ((True,) * 4, (True, False, False, False), (False, True, True, False), (True, True, True, False)):
+            for needed in SUBSETS:
                 given = [t.detach().requires_grad_(need) for t, need in zip((x, *weights, matrix), needed)]
                 leaves = [t for t in given if t.requires_grad]
                 for block in (False, True):

@@ -5,6 +5,7 @@
 #![allow(unsafe_code, reason = "DLPack is a C interface")]
 
 use crate::error::Failure;
+use crate::lie::{Lie, MAX_DIMS};
 use pyo3::exceptions::PyValueError;
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -12,9 +13,6 @@ use pyo3::types::PyType;
 use std::ffi::{c_int, c_void};
 use std::{ptr, slice};
 use swiglu_runtime::DType;
-
-/// More dimensions than anybody has.
-pub(crate) const MAX_DIMS: usize = 8;
 
 const NAME: &std::ffi::CStr = c"dlpack_exchange_api";
 const MAJOR: u32 = 1;
@@ -61,28 +59,6 @@ pub(crate) struct View {
     pub(crate) address: u64,
     /// How they lie from there.
     pub(crate) lie: Lie,
-}
-
-/// A tensor but for its address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Lie {
-    /// CUDA's number of the GPU; -1: the CPU.
-    pub(crate) device: i32,
-    /// None: a format that no plan takes.
-    pub(crate) dtype: Option<DType>,
-    dims: usize,
-    shape: [i64; MAX_DIMS],
-    strides: [i64; MAX_DIMS],
-}
-
-impl Lie {
-    pub(crate) fn shape(&self) -> &[i64] {
-        self.shape.get(..self.dims).unwrap_or_default()
-    }
-
-    pub(crate) fn strides(&self) -> &[i64] {
-        self.strides.get(..self.dims).unwrap_or_default()
-    }
 }
 
 /// The exchange API of one producer.

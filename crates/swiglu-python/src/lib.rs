@@ -8,6 +8,7 @@ mod cpu;
 mod dlpack;
 mod error;
 mod gpu;
+mod lie;
 mod plans;
 mod straight;
 
