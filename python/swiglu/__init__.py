@@ -7,6 +7,7 @@
 - :mod:`swiglu.liger`, :mod:`swiglu.xformers`: the names that Liger and xformers have for the same
 - :func:`patch`, :func:`unpatch`: the blocks of an existing model, in place
 - :func:`prepare`: compiles ahead, for CUDA graphs and for the shortest call
+- :func:`static_weights`: a promise that makes decoding faster
 - :func:`split_packed`: the gate and up views of one packed weight
 
 CPU tensors run on the CPU backend. Importing needs neither a GPU nor CUDA.
@@ -17,6 +18,7 @@ from ._module import FusedSwiGLU, SwiGLU
 from ._native import __version__
 from ._patch import PatchReport, patch, unpatch
 from ._plan import Plan, prepare
+from ._static import static_weights
 from .liger import SiLUMulFunction, SwiGLUMLP
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "patch",
     "prepare",
     "split_packed",
+    "static_weights",
     "swiglu_ffn",
     "swiglu_fused",
     "swiglu_torch",

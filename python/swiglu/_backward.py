@@ -19,6 +19,7 @@ from ._library import define, is_batch, is_plain_call, is_transformed, register_
 from ._op import forward_op, forward_saving_op, run_saving
 from ._operands import as_rows, as_weights, is_dtensor, lay
 from ._steps import Gradients
+from ._straight import empty
 
 
 def gradients(
@@ -102,42 +103,44 @@ def _launched(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, together=F
         z, g, u = run_saving(rows, gate, up, gate_bias, up_bias)
         in_place = True
     g, u = g.contiguous(), u.contiguous()  # a hook may have laid them otherwise
-    dg, du = (g, u) if in_place else (torch.empty_like(g), torch.empty_like(u))
-    found = _steps.backward(
+    dg, du = (g, u) if in_place else (empty(g), empty(u))
+    need_x, need_weights, _, need_down, need_gate_bias, need_up_bias = needs
+    of_down, _matrix = (None, None) if down is None else _steps.lay_down(down)
+    dx, d_gate, d_up, d_down, d_stride, down_stride = _new_gradients(x, gate, up, down, layer.layout, needs, together)
+    new_z = empty(x, (layer.m, n)) if need_down and z is None else None
+    _steps.backward(
         layer,
         (dy.data_ptr(), dy_stride),
         (rows.data_ptr(), layer.x_stride),
         (first.data_ptr(), layer.gate_stride, second.data_ptr(), layer.up_stride),
+        of_down,
         (g.data_ptr(), n, u.data_ptr(), n),
         (dg.data_ptr(), n, du.data_ptr(), n),
-        x,
-        gate,
-        up,
-        down,
-        z,
-        needs,
-        together,
+        (dx.data_ptr(), layer.k) if need_x else None,
+        (d_gate.data_ptr(), d_stride, d_up.data_ptr(), d_stride) if need_weights else None,
+        (d_down.data_ptr(), down_stride) if need_down else None,
+        None if new_z is None else (new_z.data_ptr(), n),
+        None if z is None else (z.data_ptr(), n),
     )
-    need_gate_bias, need_up_bias = needs[4:]
     d_gate_bias = dg.view(-1, n).sum(0) if need_gate_bias else None
     d_up_bias = du.view(-1, n).sum(0) if need_up_bias else None
-    return *found, d_gate_bias, d_up_bias
+    return dx, d_gate, d_up, d_down, d_gate_bias, d_up_bias
+
+
+def _new_gradients(x, gate, up, down, layout, needs, together):
+    """For the gradients of x, gate, up and down, and the row strides of those of the gate's weights and of down."""
+    need_x, need_weights, _, need_down, *_ = needs
+    dx = empty(x) if need_x else None
+    d_gate, d_up, stride = _steps.new_pair(gate, up, layout, together) if need_weights else (None, None, 0)
+    d_down, down_stride = _steps.new_like(down) if need_down else (None, 0)
+    return dx, d_gate, d_up, d_down, stride, down_stride
 
 
 def _outputs(x, gate, up, down, needs) -> Gradients:
     """What :func:`_launched` returns, not yet written."""
-    need_x, need_weights, _, need_down, need_gate_bias, need_up_bias = needs
+    *found, _, _ = _new_gradients(x, gate, up, down, as_weights(gate, up)[-1], needs, False)
     n = gate.shape[0]
-    layout = as_weights(gate, up)[-1]
-    d_gate, d_up = _steps.new_pair(gate, up, layout, False) if need_weights else (None, None)
-    return (
-        _steps.new_rows(x) if need_x else None,
-        d_gate,
-        d_up,
-        _steps.new_like(down) if need_down else None,
-        x.new_empty(n) if need_gate_bias else None,
-        x.new_empty(n) if need_up_bias else None,
-    )
+    return *found, *(x.new_empty(n) if need else None for need in needs[4:])
 
 
 def _without_steps(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs) -> Gradients:

@@ -52,7 +52,8 @@ def run_ffn_saving(x, w_gate, w_up, w_down, b_gate, b_up, b_down):
 
 def project(z: Tensor, w_down: Tensor, b_down: Tensor | None) -> Tensor:
     """The down projection; no gradients."""
-    return _steps.down(z, w_down, b_down) if _steps.serves(z, w_down) else F.linear(z, w_down, b_down)
+    y = _steps.down(z, w_down, b_down)
+    return F.linear(z, w_down, b_down) if y is None else y
 
 
 def _fake(x, w_gate, w_up, w_down, b_gate, b_up, b_down):

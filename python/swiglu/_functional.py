@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._ffn import check_ffn, ffn_op, ffn_saving_op, run_ffn
+from . import _recorded
+from ._ffn import check_ffn, ffn_op, ffn_saving_op
 from ._gate import (
     check_packed,
     check_pair,
@@ -17,10 +18,9 @@ from ._gate import (
     run_gate,
     run_gate_packed,
 )
-from ._library import is_plain_call, is_recording, is_transformed
-from ._op import forward_op, forward_saving_op, reference, run
+from ._library import is_plain_call, is_recording, is_transformed, is_undisturbed
+from ._op import forward_op, forward_saving_op, reference
 from ._operands import GATE_ORDERS, LAYOUTS, SAVE, are_halves, bad_value, check, check_choice
-from ._recorded import recorded_call
 from ._sharding import prepare_for
 
 __all__ = ["forward", "split_packed", "swiglu_ffn", "swiglu_fused", "swiglu_torch"]
@@ -75,8 +75,10 @@ def forward(
     check_choice("save", save, SAVE)
     operands = (x, gate, up, gate_bias, up_bias)
     recording, keep = is_recording(*operands), save == "preactivations"
-    if is_plain_call(*operands):
-        return recorded_call(x, gate, up, None, gate_bias, up_bias, None, keep) if recording else run(*operands)
+    if is_undisturbed():
+        z = _recorded.call(x, gate, up, None, gate_bias, up_bias, None, keep, recording)
+        if z is not None:
+            return z
     if _is_transformed_eagerly():
         check(*operands)
         return reference(*operands)
@@ -123,8 +125,10 @@ def swiglu_ffn(
     check_choice("save", save, SAVE)
     operands = (x, w_gate, w_up, w_down, b_gate, b_up, b_down)
     recording, keep = is_recording(*operands), save == "preactivations"
-    if is_plain_call(*operands):
-        return recorded_call(*operands, keep) if recording else run_ffn(*operands)
+    if is_undisturbed():
+        y = _recorded.call(*operands, keep, recording)
+        if y is not None:
+            return y
     if _is_transformed_eagerly():
         check_ffn(*operands)
         return F.linear(reference(x, w_gate, w_up, b_gate, b_up), w_down, b_down)

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import _steps
 from ._library import define, is_plain_call, recorded, register_autocast, register_gradients
 from ._operands import bad_type, bad_value, check_dtype
-
+from ._straight import empty
 
 _LONGEST_ROW = 2**20
 
@@ -81,7 +81,7 @@ def _halves(gate_up: Tensor, up_first: bool) -> tuple[Tensor, Tensor]:
 def run_gate(gate: Tensor, up: Tensor) -> Tensor:
     """What computes, of CPU and CUDA tensors; no gradients."""
     check_pair(gate, up)
-    z = gate.new_empty(gate.shape)
+    z = empty(gate)
     silu_mul(gate, up, z)
     return z
 
@@ -92,7 +92,7 @@ def _fake(gate, up):
 
 
 def _run_backward(dz: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    dgate, dup = empty(gate), empty(up)
     silu_mul_backward(dz, gate, up, dgate, dup)
     return dgate, dup
 
@@ -169,7 +169,7 @@ def _fake_packed(gate_up, up_first):
 
 
 def _run_packed_backward(dz: Tensor, gate_up: Tensor, up_first: bool) -> Tensor:
-    grad = gate_up.new_empty(gate_up.shape)
+    grad = empty(gate_up)
     silu_mul_backward(dz, *_halves(gate_up, up_first), *_halves(grad, up_first))
     return grad
 

@@ -11,19 +11,18 @@ from torch import Tensor
 from torch._C import (
     DispatchKey,
     DispatchKeySet,
-    _get_tracing_state,
-    _has_storage,
     _is_any_autocast_enabled,
+    _is_tracing,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
 )
 from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
+
+from ._straight import are_plain
 
 lib = torch.library.Library("swiglu", "DEF")
-
-PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 _AUTOCAST = {"cpu": DispatchKey.AutocastCPU, "cuda": DispatchKey.AutocastCUDA}
 _BOTH = DispatchKeySet(DispatchKey.AutocastCPU) | DispatchKeySet(DispatchKey.AutocastCUDA)
@@ -71,38 +70,30 @@ def is_batch(gradient: Tensor) -> bool:
     return is_legacy_batchedtensor(gradient)
 
 
-def is_plain_call(*tensors: Tensor | None) -> bool:
-    """Whether torch's dispatcher would only record gradients and pass the call on: that takes longer than the launch.
+def is_undisturbed() -> bool:
+    """Whether nothing waits in torch's dispatcher for any tensor: compilation, modes, autocast, tracing, torch.func, forward
+    gradients.
 
-    Everything else that may stand in between is asked for: compilation, subclasses, lazy negation, tensors without memory of
-    their own (those of torch.func too, dead or alive), modes, autocast, tracing, torch.func.
+    Of compilation only dynamo's own tracing need be asked for: what traces behind it, and export, does so with modes.
     """
-    if is_compiling():
-        return False
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in PLAIN_TYPES or tensor.is_neg() or not _has_storage(tensor):
-            return False
-        if not (tensor.is_cuda or tensor.is_cpu):
-            return False
     return (
-        not _len_torch_dispatch_stack()
+        not is_dynamo_compiling()
+        and not _len_torch_dispatch_stack()
         and not _len_torch_function_stack()
         and not _is_any_autocast_enabled()
-        and _get_tracing_state() is None
+        and not _is_tracing()
         and not is_transformed()
     )
 
 
-def is_plain_backward(gradient: Tensor, saved: tuple[Tensor | None, ...]) -> bool:
-    """The same of the backward of a plain call. Autocast has no rule for it, and modes over functions see no backward of
-    torch's; but hooks may have put subclasses in place of what was saved."""
-    for tensor in (gradient, *saved):
-        if tensor is None:
-            continue
-        if type(tensor) not in PLAIN_TYPES or tensor.is_neg() or not _has_storage(tensor):
-            return False
+def is_plain_call(*tensors: Tensor | None) -> bool:
+    """Whether torch's dispatcher would only record gradients and pass the call on: that takes longer than the launch."""
+    return is_undisturbed() and are_plain(*tensors)
+
+
+def is_undisturbed_backward() -> bool:
+    """As :func:`is_undisturbed`, of the backward of a plain call: autocast has no rule for it, and modes over functions see no
+    backward of torch's."""
     return not _len_torch_dispatch_stack() and forward_ad._current_level < 0
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from ._functional import forward, split_packed, swiglu_ffn, swiglu_fused
-from ._library import PLAIN_TYPES
 from ._operands import GATE_ORDERS, SAVE, check_choice, is_dtensor
+from ._straight import PLAIN_TYPES
 
 
 class SwiGLU(nn.Module):

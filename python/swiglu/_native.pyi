@@ -1,11 +1,15 @@
 """The native half. Addresses and strides are integers, strides in elements; a bias address of 0 means none."""
 
-from typing import final
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
 
 __version__: str
 
 def set_nvrtc_folder(folder: str) -> None: ...
-def prepare(device: int, dtype: str, layout: str, n: int, k: int, save: bool = False) -> Plan: ...
+def prepare(device: int, dtype: str, layout: str, n: int, k: int, save: bool = False, static_weights: bool = False) -> Plan: ...
 def forward(
     device: int,
     dtype: str,
@@ -28,6 +32,7 @@ def forward(
     saved_gate_stride: int,
     saved_up: int,
     saved_up_stride: int,
+    static_weights: bool,
 ) -> bool: ...
 def prepare_step(device: int, dtype: str, op: str, major: str, n: int, k: int) -> None: ...
 def step(
@@ -65,3 +70,71 @@ class Plan:
     ) -> None: ...
     def matched(self, m: int) -> str: ...
     def config(self, m: int) -> str: ...
+
+@final
+class Torch:
+    """What Python asks and makes past torch's dispatcher. None: out of the ordinary, go the general way."""
+
+    def __init__(
+        self,
+        capsule: object,
+        tensor: type,
+        parameter: type,
+        is_negated: Callable[[Tensor], bool],
+        empty_cpu: Callable[..., Tensor],
+        empty_cuda: Callable[..., Tensor],
+        bf16: torch.dtype,
+        f16: torch.dtype,
+        f32: torch.dtype,
+        word_of_f32: Callable[[int], str],
+    ) -> None: ...
+    def are_plain(self, *tensors: Tensor | None) -> bool: ...
+    def forward(
+        self,
+        x: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor | None,
+        gate_bias: Tensor | None,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        static_weights: bool,
+    ) -> Tensor | None: ...
+    def forward_recorded(
+        self,
+        x: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor | None,
+        gate_bias: Tensor | None,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor | None, Layer] | None: ...
+    def down(self, z: Tensor, down: Tensor, bias: Tensor | None) -> tuple[Any, ...] | None: ...
+    def empty(self, like: Tensor, shape: Sequence[int] | None = None, transposed: bool = False) -> Tensor | None: ...
+    def backward(
+        self,
+        layer: Layer,
+        dy: Tensor,
+        x: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor | None,
+        kept: Tensor,
+        z: Tensor | None,
+        d_weights: tuple[Tensor, Tensor] | None,
+        in_place: bool,
+        need_x: bool,
+        need_weights: bool,
+        need_down: bool,
+    ) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]] | None: ...
+
+@final
+class Layer:
+    """How the operands of one forward lay."""
+
+    @property
+    def device(self) -> int: ...
+    @property
+    def layout(self) -> str: ...

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from . import _native
 from ._library import autocast_dtype, define, register_autocast
-from ._operands import Layer, check, lay, stream_of
+from ._operands import check, lay
+from ._static import is_promised
+from ._straight import empty
 from ._tuning import note_untuned
 
 
@@ -48,33 +50,29 @@ def run_saving(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`run`, with both pre-activations, from the same launch."""
     check(x, gate, up, gate_bias, up_bias)
-    z = x.new_empty((*x.shape[:-1], gate.shape[0]))
+    z = empty(x, (*x.shape[:-1], gate.shape[0]))
     if _is_torchs(x, z):
         g, u = F.linear(x, gate, gate_bias).contiguous(), F.linear(x, up, up_bias).contiguous()
         return F.silu(g) * u, g, u
-    g, u = torch.empty_like(z), torch.empty_like(z)
+    g, u = empty(z), empty(z)
     _launch(x, gate, up, gate_bias, up_bias, z, g.data_ptr(), u.data_ptr())
     return z, g, u
 
 
 def run_keeping(
     x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor | None, Layer | None]:
-    """As :func:`run_saving` of checked operands: both pre-activations are in one tensor without a shape, if ``keep``.
-
-    Also how the operands lie; None where one was copied, or torch computed.
-    """
-    z = x.new_empty((*x.shape[:-1], gate.shape[0]))
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`run_saving` of checked operands: both pre-activations are in one tensor without a shape, if ``keep``."""
+    z = empty(x, (*x.shape[:-1], gate.shape[0]))
     if _is_torchs(x, z):
         if not keep:
-            return reference(x, gate, up, gate_bias, up_bias).contiguous(), None, None
+            return reference(x, gate, up, gate_bias, up_bias).contiguous(), None
         g, u = F.linear(x, gate, gate_bias), F.linear(x, up, up_bias)
-        return F.silu(g) * u, torch.stack((g, u)).view(-1), None
-    if not keep:
-        return z, None, _launch(x, gate, up, gate_bias, up_bias, z, 0, 0)
-    kept = x.new_empty(2 * z.numel())
-    first = kept.data_ptr()
-    return z, kept, _launch(x, gate, up, gate_bias, up_bias, z, first, first + z.nbytes)
+        return F.silu(g) * u, torch.stack((g, u)).view(-1)
+    kept = empty(x, (2 * z.numel(),)) if keep else None
+    first, second = (0, 0) if kept is None else (kept.data_ptr(), kept.data_ptr() + z.nbytes)
+    _launch(x, gate, up, gate_bias, up_bias, z, first, second)
+    return z, kept
 
 
 def _is_torchs(x: Tensor, z: Tensor) -> bool:
@@ -91,26 +89,26 @@ def _launch(
     z: Tensor,
     saved_gate: int,
     saved_up: int,
-) -> Layer | None:
+) -> None:
     # Kept in names until the launch: a copy must not be freed before.
     layer, rows, first, second = lay(x, gate, up)
-    device, word, m, n, k, layout, x_stride, gate_stride, up_stride = layer
+    device, word, stream, m, n, k, layout, x_stride, gate_stride, up_stride = layer
     gate_bias = None if gate_bias is None else gate_bias.contiguous()
     up_bias = None if up_bias is None else up_bias.contiguous()
-    gate_address, up_address = first.data_ptr(), second.data_ptr()
+    static = not saved_gate and is_promised()
     prepared_now = _native.forward(
         device,
         word,
         layout,
         n,
         k,
-        stream_of(device),
+        stream,
         m,
         rows.data_ptr(),
         x_stride,
-        gate_address,
+        first.data_ptr(),
         gate_stride,
-        up_address,
+        second.data_ptr(),
         up_stride,
         0 if gate_bias is None else gate_bias.data_ptr(),
         0 if up_bias is None else up_bias.data_ptr(),
@@ -120,11 +118,10 @@ def _launch(
         n,
         saved_up,
         n,
+        static,
     )
     if prepared_now:
-        note_untuned(_native.prepare(device, word, layout, n, k, saved_gate != 0), device, n, k, m)
-    was_copied = rows is not x or gate_address != gate.data_ptr() or up_address != up.data_ptr()
-    return None if was_copied else layer
+        note_untuned(_native.prepare(device, word, layout, n, k, saved_gate != 0, static), device, n, k, m)
 
 
 def _fake(x, gate, up, gate_bias=None, up_bias=None):

@@ -122,6 +122,7 @@ class Layer(NamedTuple):
 
     device: int
     dtype: str
+    stream: int
     m: int
     n: int
     k: int
@@ -138,7 +139,8 @@ def lay(x: Tensor, gate: Tensor, up: Tensor) -> tuple[Layer, Tensor, Tensor, Ten
     rows, x_stride = as_rows(x)
     gate, gate_stride, up, up_stride, layout = as_weights(gate, up)
     word = dtype_word(x.dtype, device)
-    return Layer(device, word, x.numel() // k, n, k, layout, x_stride, gate_stride, up_stride), rows, gate, up
+    layer = Layer(device, word, stream_of(device), x.numel() // k, n, k, layout, x_stride, gate_stride, up_stride)
+    return layer, rows, gate, up
 
 
 def are_halves(first: Tensor, second: Tensor) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import _native, _steps
 from ._operands import DTYPES, LAYOUTS, bad_type, bad_value, check_choice, dtype_word, row_stride, stream_of
+from ._straight import empty
 from ._tuning import note_untuned
 
 _MANY_TOKENS = 4096  # of the Ms that a plan may meet, one where tuning matters
@@ -51,7 +52,7 @@ class Plan:
             bad_value("x", f"has shape {list(x.shape)}, expected [M, {k}]")
         m = x.shape[0]
         if out is None:
-            out = x.new_empty((m, n))
+            out = empty(x, (m, n))
         if torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad or up.requires_grad):
             raise RuntimeError("a plan records no gradients: call it under torch.no_grad(), or call swiglu.forward()")
         rows, cols = n, k
@@ -117,6 +118,7 @@ def prepare(
     device: torch.device | str | int,
     layout: str = "separate_nk",
     training: bool = False,
+    static_weights: bool = False,
 ) -> Plan:
     """Compiles and loads every kernel that :func:`swiglu.forward` and :func:`swiglu.swiglu_ffn` may launch for these sizes,
     whatever M.
@@ -132,6 +134,8 @@ def prepare(
         layout: how the weights lie in memory: ``"separate_nk"`` or ``"packed_nk"`` (rows of K, ``nn.Linear``),
             ``"separate_kn"`` or ``"packed_kn"`` (rows of N). The down projection lies likewise.
         training: whether gradients will be asked for: then also what saves for them and what computes them.
+        static_weights: whether calls will be made under :func:`static_weights`: then also what they launch, and the plan
+            itself makes that promise.
 
     Raises:
         TypeError: ``dtype`` is not supported.
@@ -163,7 +167,9 @@ def prepare(
     native = _native.prepare(index, word, layout, *sizes)
     if training:
         _native.prepare(index, word, layout, *sizes, True)
+    if static_weights:
+        native = _native.prepare(index, word, layout, *sizes, False, True)
     if index >= 0 and min(sizes) > 0:
-        _steps.prepare(index, word, layout.endswith("kn"), *sizes, training)
+        _steps.prepare(index, word, layout.endswith("kn"), *sizes, training, static_weights)
     note_untuned(native, index, intermediate_size, hidden_size, _MANY_TOKENS)
     return Plan(native, device, dtype, layout.endswith("kn"), intermediate_size, hidden_size)

@@ -1,43 +1,57 @@
-"""``forward`` and ``swiglu_ffn`` of plain tensors with gradients, past torch's dispatcher.
+"""``forward`` and ``swiglu_ffn`` of plain tensors, past torch's dispatcher.
 
-With few tokens the host's pace decides, so the forward remembers how its operands lie, and its backward launches straight from
-their addresses. Whatever came in between (hooks, modes, gradients to be differentiated again, ...) leaves that to
-:func:`gradients`.
+With few tokens the host's pace decides, so one native call reads the operands and launches. What it says of how they lie the
+backward asks about again, and launches straight from their addresses. Whatever came in between (hooks, modes, gradients to be
+differentiated again, ...) leaves that to :func:`gradients`.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph
 
-from . import _steps
+from . import _steps, _straight
 from ._backward import are_of_steps, down_bias_gradient, gradients
-from ._ffn import check_ffn, project
-from ._library import is_plain_backward, recorded
-from ._op import run_keeping
-from ._operands import as_rows, check
+from ._ffn import check_ffn, project, run_ffn
+from ._library import is_undisturbed_backward, recorded
+from ._op import run, run_keeping
+from ._operands import check
+from ._static import is_promised
+from ._straight import are_plain
 
 
-def _forward(ctx, x, gate, up, down, gate_bias, up_bias, down_bias, keep):
+def call(x, gate, up, down, gate_bias, up_bias, down_bias, keep, recording) -> Tensor | None:
+    """z, or y where ``down`` is given; None where an operand is not plain. ``keep`` the pre-activations, if ``recording``.
+
+    Nothing may wait in torch's dispatcher.
+    """
+    native, operands = _straight.native, (x, gate, up, down, gate_bias, up_bias, down_bias)
+    if recording:
+        done = None if native is None else native.forward_recorded(*operands, keep)
+        return _recorded_call(*operands, keep, done) if done is not None or are_plain(*operands) else None
+    z = None if native is None else native.forward(*operands, is_promised())
+    if z is not None:
+        return z if down is None else project(z, down, down_bias)
+    if not are_plain(*operands):
+        return None
     if down is None:
-        check(x, gate, up, gate_bias, up_bias)
-    else:
-        check_ffn(x, gate, up, down, gate_bias, up_bias, down_bias)
-    z, kept, layer = run_keeping(x, gate, up, gate_bias, up_bias, keep)
+        return run(x, gate, up, gate_bias, up_bias)
+    return run_ffn(x, gate, up, down, gate_bias, up_bias, down_bias)
+
+
+def _forward(ctx, x, gate, up, down, gate_bias, up_bias, down_bias, keep, done):
+    if done is None:
+        if down is None:
+            check(x, gate, up, gate_bias, up_bias)
+        else:
+            check_ffn(x, gate, up, down, gate_bias, up_bias, down_bias)
+        done = *run_keeping(x, gate, up, gate_bias, up_bias, keep), None
+    z, kept, layer = done
+    ctx.layer = layer if layer is not None and _steps.run_on(layer.device) else None
     ctx.save_for_backward(x, gate, up, down, gate_bias, up_bias, kept)
     ctx.has_overwritten_kept = False
-    needs = ctx.needs_input_grad
-    has_steps = layer is not None and _steps.is_supported(x) and (down is None or down.numel())
-    if has_steps and are_of_steps(needs) and not (needs[4] or needs[5]):  # biases beside the gate take views
-        ctx.layer, ctx.lie = layer, _lie(x, gate, up, down, kept)
-    else:
-        ctx.layer = None
     return z if down is None else project(z, down, down_bias)
-
-
-def _lie(*tensors):
-    """What launches by address rely on: whoever swaps a tensor's memory, or unpacks another, may change any of it."""
-    return [t if t is None else (t.shape, t.stride(), t.dtype, t.get_device()) for t in tensors]
 
 
 def _backward(ctx, dy):
@@ -47,45 +61,52 @@ def _backward(ctx, dy):
             "an earlier backward broke off after it had overwritten what was saved; run the forward again"
         )
     x, gate, up, down, gate_bias, up_bias, kept = saved
-    needs, layer, again = ctx.needs_input_grad, ctx.layer, torch.is_grad_enabled()
+    needs, again = ctx.needs_input_grad, torch.is_grad_enabled()
     # The gradients of what was kept take its place in the last backward that reads it.
     ctx.has_overwritten_kept = in_place = kept is not None and not _get_current_graph_task_keep_graph()
     d_down_bias = down_bias_gradient(dy, True) if needs[6] else None
-    if (
-        layer is None
-        or again
-        or not is_plain_backward(dy, saved)
-        or _lie(x, gate, up, down, kept) != ctx.lie
-    ):
-        g = u = None
-        if kept is not None and not again:  # it has no gradients of its own: from the operands again
-            g, u = kept.view(2, *x.shape[:-1], gate.shape[0]).unbind()
-        found = gradients(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs[:6], in_place)
-        return *found, d_down_bias, None
-    z = None
+    layer = ctx.layer
+    if layer is not None and not again and is_undisturbed_backward():
+        found = _by_address(layer, dy, saved, in_place, needs)
+        if found is not None:
+            dx, d_gate, d_up, d_down, *_ = found
+            return dx, d_gate, d_up, d_down, None, None, d_down_bias, None, None
+    g = u = None
+    if kept is not None and not again:  # it has no gradients of its own: from the operands again
+        g, u = kept.view(2, *x.shape[:-1], gate.shape[0]).unbind()
+    found = gradients(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs[:6], in_place)
+    return *found, d_down_bias, None, None
+
+
+def _by_address(layer, dy, saved, in_place, needs):
+    """The gradients of x, gate, up and down, and more.
+
+    None where the steps do not serve those needed, or anything lies otherwise than in the forward: whoever swaps a tensor's
+    memory, or unpacks another, may do so.
+    """
+    x, gate, up, down, gate_bias, up_bias, kept = saved
+    need_x, need_weights, _, need_down, need_gate_bias, need_up_bias, *_ = needs
+    if need_gate_bias or need_up_bias or not are_of_steps(needs):  # biases take views
+        return None
+    native, z, pair = _straight.native, None, None
     if kept is None:
-        z, kept, _ = run_keeping(x, gate, up, gate_bias, up_bias, True)
+        done = native.forward_recorded(x, gate, up, None, gate_bias, up_bias, None, True)
+        if done is None:
+            return None
+        z, kept, _ = done
         in_place = True
-    grads = kept if in_place else torch.empty_like(kept)
-    dy, dy_stride = as_rows(dy)
-    n, half, g, dg = layer.n, kept.nbytes // 2, kept.data_ptr(), grads.data_ptr()
-    dx, d_gate, d_up, d_down = _steps.backward(
-        layer,
-        (dy.data_ptr(), dy_stride),
-        (x.data_ptr(), layer.x_stride),
-        (gate.data_ptr(), layer.gate_stride, up.data_ptr(), layer.up_stride),
-        (g, n, g + half, n),
-        (dg, n, dg + half, n),
-        x,
-        gate,
-        up,
-        down,
-        z,
-        needs,
-        True,
-    )
-    return dx, d_gate, d_up, d_down, None, None, d_down_bias, None
+    if need_weights and gate._is_view():
+        pair = _steps.new_pair(gate, up, layer.layout, True)[:2]
+    more = (x, gate, up, down, kept, z, pair, in_place, need_x, need_weights, need_down)
+    found = native.backward(layer, dy, *more)
+    if found is None and are_plain(dy) and not dy.is_contiguous():
+        dy = dy.contiguous()
+        found = native.backward(layer, dy, *more)
+    if found is None:
+        return None
+    groups, gradients = found
+    _steps.backward(*groups)
+    return gradients
 
 
-recorded_call = recorded("swiglu_recorded", _forward, _backward)
-"""Of x, gate, up, down, the three biases (None: there is none) and whether the pre-activations are kept."""
+_recorded_call = recorded("swiglu_recorded", _forward, _backward)

@@ -6,22 +6,28 @@ what it writes lies as :func:`as_rows` wants it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor
 
-from . import _native
-from ._operands import DTYPES, Layer, are_halves, as_rows, as_weights, dtype_word, stream_of
+from . import _native, _straight
+from ._operands import DTYPES, are_halves, as_rows, as_weights, dtype_word, stream_of
+from ._static import is_promised
+from ._straight import empty
 
 _MAJOR = {"separate_nk": "k_major", "separate_kn": "n_major"}
 _ANY_MAJOR = "k_major"  # of a step without weights
 
 
+def run_on(device: int) -> bool:
+    """Whether the steps run there: on GPUs, not on the CPU, which is -1."""
+    return device >= 0
+
+
 def is_supported(x: Tensor) -> bool:
-    """Whether the steps run on tensors such as ``x``."""
-    return x.is_cuda and x.dtype in DTYPES
+    """Whether the steps run on tensors such as ``x``, on a CPU or GPU."""
+    return run_on(x.get_device()) and x.dtype in DTYPES
 
 
 def serves(x: Tensor, *others: Tensor) -> bool:
@@ -34,10 +40,11 @@ def serves(x: Tensor, *others: Tensor) -> bool:
     return True
 
 
-def prepare(device: int, dtype: str, transposed: bool, n: int, k: int, training: bool) -> None:
+def prepare(device: int, dtype: str, transposed: bool, n: int, k: int, training: bool, static: bool) -> None:
     """Compiles and loads what is launched for these sizes and weights, that of a backward too if ``training``."""
-    products = ("down", "dgated", "input_grad", "weight_grad", "down_weight_grad")
-    for op in products if training else products[:1]:
+    downs = ("down", "down_static") if static else ("down",)
+    backward = ("dgated", "input_grad", "weight_grad", "down_weight_grad") if training else ()
+    for op in (*downs, *backward):
         _native.prepare_step(device, dtype, op, "n_major" if transposed else "k_major", n, k)
     # Of a block whose weights are frozen in part, the gate is a launch of its own.
     for op in ("gate", "gate_backward") if training else ():
@@ -73,99 +80,94 @@ def gate_backward(dz: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor) -> N
     launch("gate_backward", _ANY_MAJOR, n, n, (dz.data_ptr(), dz_stride), (), saved, out, 0)
 
 
-def down(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``z @ weight.T + bias``."""
+def down(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """``z @ weight.T + bias``; None where the steps do not serve."""
+    if not is_supported(z):
+        return None
+    op = "down_static" if is_promised() else "down"
+    native = _straight.native
+    if native is not None and (found := native.down(z, weight, bias)) is not None:
+        y, device, dtype, stream, m, major, n, k, left, right, out, shift = found
+        _native.step(device, dtype, stream, m, op, major, n, k, left, right, (), out, shift)
+        return y
+    if not serves(z, weight):
+        return None
     k, n = weight.shape
-    y = z.new_empty((*z.shape[:-1], k))
+    y = empty(z, (*z.shape[:-1], k))
     rows, stride = as_rows(z)
     matrix, matrix_stride, major = _as_weight(weight)
     bias = None if bias is None else bias.contiguous()
     left, right = (rows.data_ptr(), stride), (matrix.data_ptr(), matrix_stride)
     shift = 0 if bias is None else bias.data_ptr()
-    _launcher(y, z.numel() // n)("down", major, n, k, left, right, (), (y.data_ptr(), k), shift)
+    _launcher(y, z.numel() // n)(op, major, n, k, left, right, (), (y.data_ptr(), k), shift)
     return y
 
 
 Group = tuple[int, ...]  # the address and row stride of each of its matrices in turn
+Down = tuple[int, str, Group]  # rows of a down projection, the step's word for its order, its group
 Gradients = tuple["Tensor | None", ...]
 
 
+def lay_down(weight: Tensor) -> tuple[Down, Tensor]:
+    """How a down projection lies, and the matrix that lies so: keep it until the last launch."""
+    matrix, stride, major = _as_weight(weight)
+    return (weight.shape[0], major, (matrix.data_ptr(), stride)), matrix
+
+
 def backward(
-    layer: Layer,
+    layer: tuple,
     of_dy: Group,
     of_x: Group,
     of_weights: Group,
+    of_down: Down | None,
     of_saved: Group,
     of_grads: Group,
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor | None,
-    z: Tensor | None,
-    needs: Sequence[bool],
-    together: bool,
-) -> Gradients:
-    """The gradients of x, gate, up and down that are needed: by two launches of the forward's, three of the block's, or fewer.
+    of_dx: Group | None,
+    of_d_weights: Group | None,
+    of_d_down: Group | None,
+    of_new_z: Group | None,
+    of_z: Group | None,
+) -> None:
+    """Writes the gradients that are given: by two launches of the forward's, three of the block's, or fewer.
 
-    The pre-activations are ``of_saved``, their gradients are written ``of_grads``, which may be the same. ``z`` is computed
-    again where it is missing and needed. Gradients of weights lie in memory as their weights do, if ``together`` also as halves
-    of one. What a launch writes is allocated just before it, because the GPU works meanwhile.
+    ``layer`` begins as :class:`Layer` does, up to the layout. The pre-activations are ``of_saved``, their gradients are
+    written ``of_grads``, which may be the same. Where the gradient of down is given, z is read ``of_z`` or computed again and
+    written ``of_new_z``. Gradients of weights lie in memory as their weights do.
     """
-    device, dtype, m, n, k, layout, *_ = layer
-    need_x, need_weights, _, need_down, *_ = needs
-    launch = partial(_native.step, device, dtype, stream_of(device), m)
-    dx, d_gate, d_up, d_down = None, None, None, None
-    if down is None:
-        launch("gate_backward", _ANY_MAJOR, n, n, of_dy, (), of_saved, of_grads, 0)
+    device, dtype, stream, m, n, k, layout, *_ = layer
+    launch, major = _native.step, _MAJOR[layout]
+    if of_down is None:
+        launch(device, dtype, stream, m, "gate_backward", _ANY_MAJOR, n, n, of_dy, (), of_saved, of_grads, 0)
     else:
-        out = of_grads
-        if need_down and z is None:
-            z = down.new_empty((m, n))
-            out = (*of_grads, z.data_ptr(), n)
-        matrix, stride, major = _as_weight(down)
-        launch("dgated", major, n, down.shape[0], of_dy, (matrix.data_ptr(), stride), of_saved, out, 0)
-    if need_x:
-        dx = new_rows(x)
-        launch("input_grad", _MAJOR[layout], n, k, of_grads, of_weights, (), (dx.data_ptr(), k), 0)
-    if need_weights:
-        d_gate, d_up = new_pair(gate, up, layout, together)
-        first, first_stride, second, second_stride, layout = as_weights(d_gate, d_up)
+        rows, down_major, of_matrix = of_down
+        out = of_grads if of_new_z is None else of_grads + of_new_z
+        launch(device, dtype, stream, m, "dgated", down_major, n, rows, of_dy, of_matrix, of_saved, out, 0)
+    if of_dx is not None:
+        launch(device, dtype, stream, m, "input_grad", major, n, k, of_grads, of_weights, (), of_dx, 0)
+    if of_d_weights is not None:
         left, right = (of_grads, of_x) if layout == "separate_nk" else (of_x, of_grads)
-        out = (first.data_ptr(), first_stride, second.data_ptr(), second_stride)
-        launch("weight_grad", _MAJOR[layout], n, k, left, right, (), out, 0)
-    if need_down and down is not None and z is not None:
-        d_down = new_like(down)
-        matrix, stride, major = _as_weight(d_down)
-        of_z = (z.data_ptr(), n)
-        left, right = (of_dy, of_z) if major == "k_major" else (of_z, of_dy)
-        launch("down_weight_grad", major, n, down.shape[0], left, right, (), (matrix.data_ptr(), stride), 0)
-    return dx, d_gate, d_up, d_down
+        launch(device, dtype, stream, m, "weight_grad", major, n, k, left, right, (), of_d_weights, 0)
+    if of_down is not None and of_d_down is not None:
+        z = of_new_z or of_z or ()
+        left, right = (of_dy, z) if down_major == "k_major" else (z, of_dy)
+        launch(device, dtype, stream, m, "down_weight_grad", down_major, n, rows, left, right, (), of_d_down, 0)
 
 
-def new_rows(tensor: Tensor) -> Tensor:
-    """For a gradient of x: a row-major tensor of its shape."""
-    return torch.empty_like(tensor) if tensor.is_contiguous() else tensor.new_empty(tensor.shape)
-
-
-def new_pair(gate: Tensor, up: Tensor, layout: str, together: bool) -> tuple[Tensor, Tensor]:
-    """For gradients of both weights of the gate."""
+def new_pair(gate: Tensor, up: Tensor, layout: str, together: bool) -> tuple[Tensor, Tensor, int]:
+    """For gradients of both weights of the gate, and their row stride."""
+    transposed = layout == "separate_kn"
+    rows, cols = gate.shape
     if together and gate._is_view() and (are_halves(gate, up) or are_halves(up, gate)):
-        first, second = _new(gate, layout, 2).chunk(2)
-        return (first, second) if are_halves(gate, up) else (second, first)
-    return _new(gate, layout), _new(up, layout)
+        first, second = empty(gate, (2 * rows, cols), transposed).chunk(2)
+        first, second = (first, second) if are_halves(gate, up) else (second, first)
+        return first, second, 2 * rows if transposed else cols
+    return empty(gate, None, transposed), empty(up, None, transposed), rows if transposed else cols
 
 
-def new_like(weight: Tensor) -> Tensor:
-    """For the gradient of one weight."""
-    return _new(weight, as_weights(weight, weight)[-1])
-
-
-def _new(weight: Tensor, layout: str, count: int = 1) -> Tensor:
-    """For ``count`` matrices such as ``weight``, one below the other."""
-    if count == 1 and layout == "separate_nk":
-        return new_rows(weight)
-    rows, cols = weight.shape[0] * count, weight.shape[1]
-    return weight.new_empty((cols, rows)).t() if layout == "separate_kn" else weight.new_empty((rows, cols))
+def new_like(weight: Tensor) -> tuple[Tensor, int]:
+    """For the gradient of one weight, and its row stride."""
+    transposed = _as_weight(weight)[-1] == "n_major"
+    return empty(weight, None, transposed), weight.shape[0 if transposed else 1]
 
 
 def _as_weight(weight: Tensor) -> tuple[Tensor, int, str]:

@@ -35,5 +35,6 @@ def test_types_are_shipped():
     assert (folder / "py.typed").exists()
     stub = (folder / "_native.pyi").read_text()
     native = [name for name in vars(swiglu._native) if not name.startswith("_")]
-    native += [name for name in vars(swiglu._native.Plan) if not name.startswith("_")]
+    for kind in (swiglu._native.Plan, swiglu._native.Torch):
+        native += [name for name in vars(kind) if not name.startswith("_")]
     assert native and all(f"def {name}(" in stub or f"class {name}:" in stub for name in native)

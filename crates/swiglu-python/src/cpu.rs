@@ -59,7 +59,7 @@ fn matrix<'a, T>(
     cols: usize,
     stride: i64,
 ) -> Result<Matrix<&'a [T]>, Failure> {
-    let (len, row_stride) = extent(argument, rows, cols, stride)?;
+    let (len, row_stride) = extent(argument, address, rows, cols, stride)?;
     let data = if len == 0 {
         &[]
     } else {
@@ -76,7 +76,7 @@ fn matrix_mut<'a, T>(
     cols: usize,
     stride: i64,
 ) -> Result<Matrix<&'a mut [T]>, Failure> {
-    let (len, row_stride) = extent(argument, rows, cols, stride)?;
+    let (len, row_stride) = extent(argument, address, rows, cols, stride)?;
     let data = if len == 0 {
         &mut []
     } else {
@@ -87,11 +87,20 @@ fn matrix_mut<'a, T>(
 }
 
 /// Elements from the first to the last, and the row stride.
-fn extent(argument: &'static str, rows: usize, cols: usize, stride: i64) -> Result<(usize, usize), Failure> {
+fn extent(
+    argument: &'static str,
+    address: u64,
+    rows: usize,
+    cols: usize,
+    stride: i64,
+) -> Result<(usize, usize), Failure> {
     let row_stride =
         usize::try_from(stride).map_err(|_| Failure::argument(argument, format!("row stride {stride} is negative")))?;
     if rows == 0 || cols == 0 {
         return Ok((0, row_stride));
+    }
+    if address == 0 {
+        return Err(Failure::argument(argument, "has no memory"));
     }
     let len = (rows - 1).checked_mul(row_stride).and_then(|last| last.checked_add(cols));
     let len = len.ok_or_else(|| Failure::argument(argument, "is larger than the address space"))?;

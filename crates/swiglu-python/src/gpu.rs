@@ -51,6 +51,19 @@ pub(crate) fn refuse_capture(ordinal: u32, stream: u64) -> Result<(), Failure> {
     })
 }
 
+/// Whether GPU `ordinal` is the one on which torch allocates in this thread, as far as the driver can tell.
+pub(crate) fn is_current(ordinal: u32) -> Result<bool, Failure> {
+    library::driver().map_err(|missing| PrepareError::from(swiglu_runtime::gpu::GpuError::from(missing)))?;
+    let current = result::ctx::get_current().map_err(Failure::driver("tell the current context"))?;
+    if current.is_none() {
+        return Ok(ordinal == 0); // CUDA's runtime takes the first GPU in a thread that has chosen none
+    }
+    let mut device = 0;
+    // SAFETY: a context is current, and the number is written in place.
+    let status = unsafe { sys::cuCtxGetDevice(&raw mut device) };
+    Ok(status == sys::CUresult::CUDA_SUCCESS && u32::try_from(device) == Ok(ordinal))
+}
+
 /// Runs `work`, which may change the current context, and restores it: torch reads its current device from there.
 pub(crate) fn keep_current<T>(work: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
     library::driver().map_err(|missing| PrepareError::from(swiglu_runtime::gpu::GpuError::from(missing)))?;

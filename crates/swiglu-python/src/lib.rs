@@ -1,16 +1,21 @@
-//! `swiglu._native`: what `python/swiglu` calls. No libtorch: tensors cross as addresses, strides and a stream handle.
+//! `swiglu._native`: what `python/swiglu` calls. No libtorch: tensors cross as addresses, strides and a stream handle, or are
+//! read by DLPack.
 //!
 //! Nothing of CUDA is touched before the first GPU plan is prepared, so the import needs none of it.
 
 mod call;
 mod cpu;
+mod dlpack;
 mod error;
 mod gpu;
+mod lie;
 mod plans;
+mod straight;
 
 use crate::call::{Call, matrices, tokens};
 use crate::error::{Failure, guarded};
 use crate::plans::{Device, Key, Plan, StepKey};
+use crate::straight::{Layer, Torch};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 use std::fmt::Display;
@@ -24,12 +29,22 @@ fn set_nvrtc_folder(folder: PathBuf) {
     plans::set_nvrtc_folder(folder);
 }
 
-/// A plan for GPU `device`, or for the CPU where it is negative; it stores the pre-activations if `save`. Compiles and loads
-/// what is missing.
+/// A plan for GPU `device`, or for the CPU where it is negative; it stores the pre-activations if `save`, and takes the weights
+/// for static if `static_weights`. Compiles and loads what is missing.
 #[pyfunction]
-#[pyo3(signature = (device, dtype, layout, n, k, save = false))]
-fn prepare(py: Python<'_>, device: i32, dtype: &str, layout: &str, n: u64, k: u64, save: bool) -> PyResult<NativePlan> {
-    let key = key(device, dtype, layout, n, k, save)?;
+#[pyo3(signature = (device, dtype, layout, n, k, save = false, static_weights = false))]
+#[allow(clippy::too_many_arguments, reason = "each is another part of the key")]
+fn prepare(
+    py: Python<'_>,
+    device: i32,
+    dtype: &str,
+    layout: &str,
+    n: u64,
+    k: u64,
+    save: bool,
+    static_weights: bool,
+) -> PyResult<NativePlan> {
+    let key = key(device, dtype, layout, n, k, save, static_weights)?;
     Ok(NativePlan(py.detach(|| guarded(|| plans::get_or_prepare(key)))?))
 }
 
@@ -60,9 +75,10 @@ fn forward(
     saved_gate_stride: i64,
     saved_up: u64,
     saved_up_stride: i64,
+    static_weights: bool,
 ) -> PyResult<bool> {
     let save_preactivations = saved_gate != 0 || saved_up != 0;
-    let key = key(device, dtype, layout, n, k, save_preactivations)?;
+    let key = key(device, dtype, layout, n, k, save_preactivations, static_weights)?;
     let operands = RawForward {
         x,
         x_stride,
@@ -217,24 +233,40 @@ fn run(py: Python<'_>, plan: &Plan, call: &Call) -> PyResult<()> {
     }
 }
 
-fn key(device: i32, dtype: &str, layout: &str, n: u64, k: u64, save_preactivations: bool) -> Result<Key, Failure> {
+fn key(
+    device: i32,
+    dtype: &str,
+    layout: &str,
+    n: u64,
+    k: u64,
+    save_preactivations: bool,
+    static_weights: bool,
+) -> Result<Key, Failure> {
     let layout: WeightLayout = layout.parse().map_err(unknown("layout"))?;
+    let device = u32::try_from(device).map_or(Device::Cpu, Device::Gpu);
+    let (n, k) = (size("n", n)?, size("k", k)?);
+    Ok(forward_key(device, number_format(dtype)?, layout.major(), n, k, save_preactivations, static_weights))
+}
+
+fn forward_key(
+    device: Device,
+    dtype: DType,
+    major: WeightMajor,
+    n: u32,
+    k: u32,
+    save_preactivations: bool,
+    static_weights: bool,
+) -> Key {
     // The halves of a packed weight come as two matrices, of which Python says which is the gate.
-    let layout = match layout.major() {
+    let layout = match major {
         WeightMajor::K => WeightLayout::SeparateNk,
         WeightMajor::N => WeightLayout::SeparateKn,
     };
-    let device = u32::try_from(device).map_or(Device::Cpu, Device::Gpu);
-    let spec = ForwardSpec {
-        dtype: number_format(dtype)?,
-        layout,
-        gate_order: GateOrder::GateFirst,
-        n: size("n", n)?,
-        k: size("k", k)?,
-        save_preactivations,
-        static_weights: false,
-    };
-    Ok(Key { device, spec })
+    // The CPU reads weights when it computes.
+    let static_weights = static_weights && device != Device::Cpu;
+    let spec =
+        ForwardSpec { dtype, layout, gate_order: GateOrder::GateFirst, n, k, save_preactivations, static_weights };
+    Key { device, spec }
 }
 
 fn step_key(device: i32, dtype: &str, op: &str, major: &str, n: u64, k: u64) -> Result<StepKey, Failure> {
@@ -265,6 +297,8 @@ fn unknown<E: Display>(argument: &'static str) -> impl FnOnce(E) -> Failure {
 fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<NativePlan>()?;
+    module.add_class::<Torch>()?;
+    module.add_class::<Layer>()?;
     module.add_function(wrap_pyfunction!(set_nvrtc_folder, module)?)?;
     module.add_function(wrap_pyfunction!(prepare, module)?)?;
     module.add_function(wrap_pyfunction!(forward, module)?)?;

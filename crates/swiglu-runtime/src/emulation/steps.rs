@@ -331,7 +331,9 @@ fn the_down_projection_of_few_tokens_matches_the_oracle() {
     let mut cases: Vec<(Problem, Config)> = Vec::new();
     for (dtype, major) in [(DType::Bf16, WeightMajor::K), (DType::F16, WeightMajor::N)] {
         // Of static weights also more steps than stages.
-        for (op, m, n) in [(Op::Down, 5, 328), (Op::Down, 70, 136), (Op::DownStatic, 5, 1672), (Op::DownStatic, 70, 136)] {
+        for (op, m, n) in
+            [(Op::Down, 5, 328), (Op::Down, 70, 136), (Op::DownStatic, 5, 1672), (Op::DownStatic, 70, 136)]
+        {
             let problem = Problem::forward(dtype, major, m, n, 264).with_op(op);
             let mut all = candidates(&problem, Target::Gpu(arch));
             all.retain(|config| matches!(config, Config::WgmmaGemm(gemm) if gemm.consumers == 1));

@@ -291,7 +291,8 @@ fn down_projections_of_few_tokens_wait_for_each_other() {
         .map(|(rows, scale)| Host::<bf16>::normal(rows as usize, n as usize, 0, scale, &mut rng).data);
     let weights = stream.clone_htod(&weights).unwrap();
     stream.synchronize().unwrap(); // static from here on
-    let of_op = |op| few_token_tiles(&problem.with_op(op), gpu.runtime.gpu().arch).sample(&mut rng, 16).copied().collect();
+    let of_op =
+        |op| few_token_tiles(&problem.with_op(op), gpu.runtime.gpu().arch).sample(&mut rng, 16).copied().collect();
     let [plain, fixed]: [Vec<Config>; 2] = [Op::Down, Op::DownStatic].map(of_op);
     let all = plain.iter().map(|config| (Op::Down, config)).chain(fixed.iter().map(|config| (Op::DownStatic, config)));
     for (op, config) in all {

@@ -1,0 +1,433 @@
+//! Calls of plain tensors in one go: read, checked, allocated for and launched without Python in between.
+//!
+//! Whatever is out of the ordinary is answered with None: Python's general way then names the error, copies or prepares.
+
+use crate::call::Call;
+use crate::dlpack::{Exchange, View};
+use crate::error::guarded;
+use crate::lie::{Lie, down_matrix, is_alike, is_vector, rows, weights, with_last};
+use crate::plans::{self, Device};
+use crate::{forward_key, gpu, run};
+use pyo3::prelude::*;
+use pyo3::types::{PyTuple, PyType};
+use swiglu_runtime::{DType, RawForward, WeightLayout};
+
+/// Torch as native code sees it: how its tensors are read and made.
+#[pyclass(frozen, module = "swiglu._native")]
+pub(crate) struct Torch {
+    exchange: Exchange,
+    empty_cpu: Py<PyAny>,
+    empty_cuda: Py<PyAny>,
+    formats: [(DType, Py<PyAny>); 3],
+    word_of_f32: Py<PyAny>,
+}
+
+/// How the operands of one forward lie: what its backward by addresses relies on.
+#[pyclass(frozen, module = "swiglu._native")]
+pub(crate) struct Layer {
+    shape: Shape,
+    x: Lie,
+    gate: Lie,
+    up: Lie,
+    down: Option<Lie>,
+}
+
+#[pymethods]
+impl Layer {
+    /// CUDA's number of the GPU; -1: the CPU.
+    #[getter]
+    fn device(&self) -> i32 {
+        self.shape.device
+    }
+
+    /// The order of both weights in memory, in the runtime's words.
+    #[getter]
+    fn layout(&self) -> &'static str {
+        self.shape.layout.name()
+    }
+}
+
+/// What a native call takes beside addresses. Strides are of rows, in elements.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    device: i32,
+    /// fp32 as torch's matmul precision had it.
+    dtype: DType,
+    m: i64,
+    n: i64,
+    k: i64,
+    layout: WeightLayout,
+    x_stride: i64,
+    gate_stride: i64,
+    up_stride: i64,
+}
+
+/// The operands of a forward, and the down projection that follows it, if any.
+struct Operands<T> {
+    x: T,
+    gate: T,
+    up: T,
+    gate_bias: Option<T>,
+    up_bias: Option<T>,
+    down: Option<T>,
+    down_bias: Option<T>,
+}
+
+/// What a forward leaves: z, the pre-activations if they are kept, and how all lay.
+type Done = (Py<PyAny>, Option<Py<PyAny>>, Layer);
+
+type Object<'py> = Bound<'py, PyAny>;
+
+#[pymethods]
+impl Torch {
+    /// Of the capsule `torch.Tensor.__dlpack_c_exchange_api__`, the types that are plain, `Tensor.is_neg`, what allocates by
+    /// shape, strides and format, the formats bf16, fp16 and fp32, and the word of fp32 on a GPU by its number.
+    #[new]
+    #[allow(clippy::too_many_arguments, reason = "each is another thing of torch's")]
+    fn new(
+        capsule: &Bound<'_, PyAny>,
+        tensor: Py<PyType>,
+        parameter: Py<PyType>,
+        is_negated: Py<PyAny>,
+        empty_cpu: Py<PyAny>,
+        empty_cuda: Py<PyAny>,
+        bf16: Py<PyAny>,
+        f16: Py<PyAny>,
+        f32: Py<PyAny>,
+        word_of_f32: Py<PyAny>,
+    ) -> PyResult<Self> {
+        let formats = [(DType::Bf16, bf16), (DType::F16, f16), (DType::F32, f32)];
+        let exchange = Exchange::new(capsule, tensor, parameter, is_negated)?;
+        Ok(Self { exchange, empty_cpu, empty_cuda, formats, word_of_f32 })
+    }
+
+    /// Whether each is None or a tensor on a CPU or GPU with memory of its own: no subclass, wrapper or lazy negation.
+    #[pyo3(signature = (*tensors))]
+    fn are_plain(&self, tensors: &Bound<'_, PyTuple>) -> bool {
+        tensors.iter().all(|tensor| {
+            tensor.is_none() || (self.exchange.is_plain(&tensor) && self.exchange.read(&tensor).is_some())
+        })
+    }
+
+    /// `z`, launched. What a down projection takes is only checked.
+    #[allow(clippy::too_many_arguments, reason = "one flat call costs Python less than any structure")]
+    fn forward(
+        &self,
+        py: Python<'_>,
+        x: &Object<'_>,
+        gate: &Object<'_>,
+        up: &Object<'_>,
+        down: Option<&Object<'_>>,
+        gate_bias: Option<&Object<'_>>,
+        up_bias: Option<&Object<'_>>,
+        down_bias: Option<&Object<'_>>,
+        static_weights: bool,
+    ) -> PyResult<Option<Py<PyAny>>> {
+        let operands = Operands { x, gate, up, gate_bias, up_bias, down, down_bias };
+        Ok(self.launch(py, &operands, false, static_weights)?.map(|(z, ..)| z))
+    }
+
+    /// `(z, kept, layer)`, launched: both pre-activations in one tensor, if `keep`, and how the operands lie.
+    #[allow(clippy::too_many_arguments, reason = "one flat call costs Python less than any structure")]
+    fn forward_recorded(
+        &self,
+        py: Python<'_>,
+        x: &Object<'_>,
+        gate: &Object<'_>,
+        up: &Object<'_>,
+        down: Option<&Object<'_>>,
+        gate_bias: Option<&Object<'_>>,
+        up_bias: Option<&Object<'_>>,
+        down_bias: Option<&Object<'_>>,
+        keep: bool,
+    ) -> PyResult<Option<Done>> {
+        let operands = Operands { x, gate, up, gate_bias, up_bias, down, down_bias };
+        self.launch(py, &operands, keep, false)
+    }
+
+    /// `y` unwritten, and what `_native.step` takes for `z @ down.T + bias`: device, dtype, stream, m, major, n, k, left, right,
+    /// out and bias.
+    fn down<'py>(
+        &self,
+        py: Python<'py>,
+        z: &Object<'py>,
+        down: &Object<'py>,
+        bias: Option<&Object<'py>>,
+    ) -> PyResult<Option<Bound<'py, PyTuple>>> {
+        let (Some(z), Some(down), Some(bias)) = (self.plain(z), self.plain(down), self.plain_if_any(bias)) else {
+            return Ok(None);
+        };
+        let Some((m, n, z_stride)) = rows(&z.lie) else { return Ok(None) };
+        let Some((out, layout, stride)) = down_matrix(&down.lie, n, &z.lie) else { return Ok(None) };
+        let (Some(dtype), true) = (self.format(py, &z.lie)?, fits_bias(bias.as_ref(), out, &z.lie)) else {
+            return Ok(None);
+        };
+        let Some(stream) = self.exchange.stream(py, z.lie.device) else { return Ok(None) };
+        let Some((y, address)) = self.allocate(py, &z.lie, &with_last(&z.lie, out), false)? else { return Ok(None) };
+        let (left, right, bias) = ((z.address, z_stride), (down.address, stride), bias.map_or(0, |bias| bias.address));
+        let major = layout.major().name();
+        (y, z.lie.device, dtype.name(), stream, m, major, n, out, left, right, (address, out), bias)
+            .into_pyobject(py)
+            .map(Some)
+    }
+
+    /// An unwritten tensor of the format and on the device of `like`, of its shape unless `shape` is another; rows adjacent, or
+    /// columns if `transposed`. None of what is not plain, and on a GPU that is not the current one.
+    #[pyo3(signature = (like, shape = None, transposed = false))]
+    fn empty<'py>(
+        &self,
+        py: Python<'py>,
+        like: &Object<'py>,
+        shape: Option<Vec<i64>>,
+        transposed: bool,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let Some(view) = self.plain(like) else { return Ok(None) };
+        let shape = shape.as_deref().unwrap_or_else(|| view.lie.shape());
+        Ok(self.allocate(py, &view.lie, shape, transposed)?.map(|(tensor, _)| tensor))
+    }
+
+    /// For the backward of what `layer` is of, if nothing has been exchanged since: what `_steps.backward` takes, and the tensors
+    /// dx, d_gate, d_up and d_down that it writes, where they are needed, with others that must live as long.
+    ///
+    /// `z` is what was computed again, if it was; `d_weights` is for the gradients of both weights, else they are made here.
+    #[allow(clippy::too_many_arguments, reason = "one flat call costs Python less than any structure")]
+    fn backward<'py>(
+        &self,
+        py: Python<'py>,
+        layer: &Layer,
+        dy: &Object<'py>,
+        x: &Object<'py>,
+        gate: &Object<'py>,
+        up: &Object<'py>,
+        down: Option<&Object<'py>>,
+        kept: &Object<'py>,
+        z: Option<&Object<'py>>,
+        d_weights: Option<(Object<'py>, Object<'py>)>,
+        in_place: bool,
+        need_x: bool,
+        need_weights: bool,
+        need_down: bool,
+    ) -> PyResult<Option<Bound<'py, PyTuple>>> {
+        let (Some(dy), Some(x), Some(gate), Some(up), Some(down)) =
+            (self.plain(dy), self.plain(x), self.plain(gate), self.plain(up), self.plain_if_any(down))
+        else {
+            return Ok(None);
+        };
+        let (Some(saved), Some(given)) = (self.plain(kept), self.plain_if_any(z)) else { return Ok(None) };
+        let is_same = x.lie == layer.x
+            && gate.lie == layer.gate
+            && up.lie == layer.up
+            && down.as_ref().map(|down| &down.lie) == layer.down.as_ref();
+        let Shape { device, dtype, m, n, k, layout, x_stride, gate_stride, up_stride } = layer.shape;
+        if !is_same || !is_vector(&saved.lie, 2 * m * n, &layer.x) {
+            return Ok(None);
+        }
+        let of_down = match &down {
+            None => None,
+            Some(down) => match down_matrix(&down.lie, n, &layer.x) {
+                Some((out, layout, stride)) => Some((out, layout, (down.address, stride))),
+                None => return Ok(None),
+            },
+        };
+        let columns = of_down.map_or(n, |(out, ..)| out);
+        let dy_stride = match rows(&dy.lie) {
+            Some((tokens, cols, stride)) if (tokens, cols) == (m, columns) && is_alike(&dy.lie, &layer.x) => stride,
+            _ => return Ok(None),
+        };
+        let Some(stream) = self.exchange.stream(py, device) else { return Ok(None) };
+
+        let make = |shape: &[i64], transposed: bool| self.allocate(py, &layer.x, shape, transposed);
+        let make_if = |needed: bool, shape: &[i64], transposed: bool| {
+            if needed { make(shape, transposed).map(|made| made.map(Some)) } else { Ok(Some(None)) }
+        };
+        let Some(grads) = make_if(!in_place, &[2 * m * n], false)? else { return Ok(None) };
+        let Some(dx) = make_if(need_x, layer.x.shape(), false)? else { return Ok(None) };
+        let is_kn = layout == WeightLayout::SeparateKn;
+        let (d_gate, d_up, d_stride) = match (need_weights, d_weights) {
+            (true, Some((d_gate, d_up))) => {
+                let (Some(first), Some(second)) = (self.exchange.read(&d_gate), self.exchange.read(&d_up)) else {
+                    return Ok(None);
+                };
+                let &[down, across] = first.lie.strides() else { return Ok(None) };
+                let d_stride = if is_kn { across } else { down };
+                (Some((d_gate, first.address)), Some((d_up, second.address)), d_stride)
+            }
+            _ => {
+                let Some(d_gate) = make_if(need_weights, &[n, k], is_kn)? else { return Ok(None) };
+                let Some(d_up) = make_if(need_weights, &[n, k], is_kn)? else { return Ok(None) };
+                (d_gate, d_up, if is_kn { n } else { k })
+            }
+        };
+        let is_down_kn = of_down.is_some_and(|(_, layout, _)| layout == WeightLayout::SeparateKn);
+        let has_down = need_down && of_down.is_some();
+        let Some(d_down) = make_if(has_down, &[columns, n], is_down_kn)? else { return Ok(None) };
+        let Some(new_z) = make_if(has_down && given.is_none(), &[m, n], false)? else { return Ok(None) };
+
+        let half = u64::from(dtype.bytes()) * (m * n).unsigned_abs();
+        let pair = |first: u64| (first, n, first + half, n);
+        let group = |made: &Option<(Object<'py>, u64)>, stride: i64| made.as_ref().map(|made| (made.1, stride));
+        let of_d_weights = match (&d_gate, &d_up) {
+            (Some((_, first)), Some((_, second))) => Some((*first, d_stride, *second, d_stride)),
+            _ => None,
+        };
+        let groups = (
+            (device, dtype.name(), stream, m, n, k, layout.name()),
+            (dy.address, dy_stride),
+            (x.address, x_stride),
+            (gate.address, gate_stride, up.address, up_stride),
+            of_down.map(|(out, layout, group)| (out, layout.major().name(), group)),
+            pair(saved.address),
+            pair(grads.as_ref().map_or(saved.address, |grads| grads.1)),
+            group(&dx, k),
+            of_d_weights,
+            group(&d_down, if is_down_kn { columns } else { n }),
+            group(&new_z, n),
+            given.map(|z| (z.address, n)),
+        );
+        let tensor = |made: Option<(Object<'py>, u64)>| made.map(|made| made.0);
+        let tensors = (tensor(dx), tensor(d_gate), tensor(d_up), tensor(d_down), tensor(grads), tensor(new_z));
+        (groups, tensors).into_pyobject(py).map(Some)
+    }
+}
+
+impl Torch {
+    fn plain(&self, object: &Object<'_>) -> Option<View> {
+        if self.exchange.is_plain(object) { self.exchange.read(object) } else { None }
+    }
+
+    /// None where it is not plain; what is not there is.
+    fn plain_if_any(&self, object: Option<&Object<'_>>) -> Option<Option<View>> {
+        object.map_or(Some(None), |object| self.plain(object).map(Some))
+    }
+
+    /// The runtime's format, of fp32 on a GPU by torch's matmul precision.
+    fn format(&self, py: Python<'_>, lie: &Lie) -> PyResult<Option<DType>> {
+        if lie.dtype != Some(DType::F32) || lie.device < 0 {
+            return Ok(lie.dtype);
+        }
+        let word = self.word_of_f32.bind(py).call1((lie.device,))?;
+        Ok(word.extract::<String>()?.parse().ok())
+    }
+
+    /// As [`Torch::empty`], with its address.
+    fn allocate<'py>(
+        &self,
+        py: Python<'py>,
+        like: &Lie,
+        shape: &[i64],
+        transposed: bool,
+    ) -> PyResult<Option<(Object<'py>, u64)>> {
+        let format = self.formats.iter().find(|(dtype, _)| Some(*dtype) == like.dtype);
+        let Some((_, format)) = format else { return Ok(None) };
+        let allocator = match u32::try_from(like.device) {
+            Err(_) => &self.empty_cpu,
+            Ok(gpu) if guarded(|| gpu::is_current(gpu))? => &self.empty_cuda,
+            Ok(_) => return Ok(None),
+        };
+        let (mut strides, mut next) = (shape.to_vec(), 1_i64);
+        let mut fill = |(stride, &size): (&mut i64, &i64)| {
+            *stride = next;
+            next = next.saturating_mul(size.max(1));
+        };
+        if transposed {
+            strides.iter_mut().zip(shape).for_each(&mut fill);
+        } else {
+            strides.iter_mut().zip(shape).rev().for_each(&mut fill);
+        }
+        let (shape, strides) = (PyTuple::new(py, shape)?, PyTuple::new(py, strides)?);
+        let tensor = allocator.bind(py).call1((shape, strides, format))?;
+        // Torch's device of this thread may be another than CUDA's.
+        let view = self.exchange.read(&tensor).filter(|view| view.lie.device == like.device);
+        Ok(view.map(|view| (tensor, view.address)))
+    }
+
+    fn launch(
+        &self,
+        py: Python<'_>,
+        operands: &Operands<&Object<'_>>,
+        keep: bool,
+        static_weights: bool,
+    ) -> PyResult<Option<Done>> {
+        let Some(views) = self.read_all(operands) else { return Ok(None) };
+        let Some(shape) = shape_of(&views) else { return Ok(None) };
+        let Some(dtype) = self.format(py, &views.x.lie)? else { return Ok(None) };
+        let shape = Shape { dtype, ..shape };
+        let Shape { device, m, n, k, layout, x_stride, gate_stride, up_stride, .. } = shape;
+        let place = u32::try_from(device).map_or(Device::Cpu, Device::Gpu);
+        let (Ok(wide), Ok(deep)) = (u32::try_from(n), u32::try_from(k)) else { return Ok(None) };
+        let key = forward_key(place, dtype, layout.major(), wide, deep, keep, static_weights);
+        let Some(plan) = plans::get(&key) else {
+            return Ok(None);
+        };
+        let Some(stream) = self.exchange.stream(py, device) else { return Ok(None) };
+        let like = &views.x.lie;
+        let Some((z, z_address)) = self.allocate(py, like, &with_last(like, n), false)? else { return Ok(None) };
+        let (kept, saved_gate, saved_up) = if keep {
+            let Some((kept, first)) = self.allocate(py, like, &[2 * m * n], false)? else { return Ok(None) };
+            (Some(kept), first, first + u64::from(dtype.bytes()) * (m * n).unsigned_abs())
+        } else {
+            (None, 0, 0)
+        };
+        let operands = RawForward {
+            x: views.x.address,
+            x_stride,
+            gate: views.gate.address,
+            gate_stride,
+            up: views.up.address,
+            up_stride,
+            gate_bias: views.gate_bias.map_or(0, |bias| bias.address),
+            up_bias: views.up_bias.map_or(0, |bias| bias.address),
+            z: z_address,
+            z_stride: n,
+            saved_gate,
+            saved_gate_stride: n,
+            saved_up,
+            saved_up_stride: n,
+            ..RawForward::default()
+        };
+        run(py, &plan, &Call { stream, m: m.unsigned_abs(), operands })?;
+        let layer = Layer {
+            shape,
+            x: views.x.lie,
+            gate: views.gate.lie,
+            up: views.up.lie,
+            down: views.down.map(|down| down.lie),
+        };
+        Ok(Some((z.unbind(), kept.map(Bound::unbind), layer)))
+    }
+
+    fn read_all(&self, operands: &Operands<&Object<'_>>) -> Option<Operands<View>> {
+        Some(Operands {
+            x: self.plain(operands.x)?,
+            gate: self.plain(operands.gate)?,
+            up: self.plain(operands.up)?,
+            gate_bias: self.plain_if_any(operands.gate_bias)?,
+            up_bias: self.plain_if_any(operands.up_bias)?,
+            down: self.plain_if_any(operands.down)?,
+            down_bias: self.plain_if_any(operands.down_bias)?,
+        })
+    }
+}
+
+/// The shape of operands that fit each other without a copy, and are not empty.
+fn shape_of(views: &Operands<View>) -> Option<Shape> {
+    let (x, gate, up) = (&views.x.lie, &views.gate.lie, &views.up.lie);
+    let (m, cols, x_stride) = rows(x)?;
+    let &[n, k] = gate.shape() else { return None };
+    let fits = k == cols && n > 0 && up.shape() == gate.shape() && is_alike(gate, x) && is_alike(up, x);
+    let (layout, gate_stride, up_stride) = weights(gate, up)?;
+    if !fits || !fits_bias(views.gate_bias.as_ref(), n, x) || !fits_bias(views.up_bias.as_ref(), n, x) {
+        return None;
+    }
+    if let Some(down) = &views.down {
+        let (out, ..) = down_matrix(&down.lie, n, x)?;
+        if !fits_bias(views.down_bias.as_ref(), out, x) {
+            return None;
+        }
+    }
+    Some(Shape { device: x.device, dtype: x.dtype?, m, n, k, layout, x_stride, gate_stride, up_stride })
+}
+
+fn fits_bias(bias: Option<&View>, len: i64, like: &Lie) -> bool {
+    bias.is_none_or(|bias| is_vector(&bias.lie, len, like))
+}

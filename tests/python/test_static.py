@@ -1,0 +1,94 @@
+"""The promise that weights are static: it changes when they are read, and no result."""
+
+import pytest
+import stand_in
+import torch
+from conftest import DEVICES, assert_right, operands, relative_error
+from test_ffn import TOLERANCE, ffn_operands, float64
+
+import swiglu
+from swiglu import _static, _steps
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture
+def launched(monkeypatch, device):
+    """The names of the steps that were launched."""
+    names = []
+    native = _steps._native.step if device == "cuda" else stand_in.step
+    monkeypatch.setattr(_steps._native, "step", lambda *given: names.append(given[4]) or native(*given))
+    if device == "cpu":
+        monkeypatch.setattr(_steps, "run_on", lambda device: True)
+    return names
+
+
+def test_the_promise_ends_with_its_block():
+    with swiglu.static_weights():
+        with swiglu.static_weights():
+            assert _static.is_promised()
+        assert _static.is_promised()
+    assert not _static.is_promised()
+    with pytest.raises(KeyError), swiglu.static_weights():
+        raise KeyError
+    assert not _static.is_promised()
+
+
+@pytest.mark.parametrize("m", [1, 17, 64, 300])
+@pytest.mark.parametrize("general", [False, True])
+def test_the_forward_is_right(m, general, device):
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    inputs = operands(m, 200, 776, dtype, device, True)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    with swiglu.static_weights():
+        call = torch.ops.swiglu.forward if general else swiglu.forward
+        assert_right(call(*inputs), *inputs)
+
+
+@pytest.mark.parametrize("m", [1, 20])
+def test_the_block_launches_its_ops(m, device, launched, monkeypatch):
+    inputs = ffn_operands(m, 64, 32, torch.float32, device, True, 48)
+    if device == "cpu":
+        monkeypatch.setattr(_steps, "is_supported", lambda x: True)
+    else:
+        torch.cuda.synchronize()
+    plain = swiglu.swiglu_ffn(*inputs)
+    with swiglu.static_weights():
+        fixed = swiglu.swiglu_ffn(*inputs)
+    assert launched == ["down", "down_static"]
+    expected = float64(*inputs)
+    for y in (plain, fixed):
+        assert relative_error(y, expected) <= TOLERANCE[y.dtype]
+
+
+@pytest.mark.gpu
+def test_a_graph_keeps_the_promise():
+    mlp = swiglu.SwiGLU(512, 1024, device="cuda", dtype=torch.bfloat16)
+    swiglu.prepare(512, 1024, dtype=torch.bfloat16, device="cuda", static_weights=True)
+    x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    with torch.no_grad():
+        graph = torch.cuda.CUDAGraph()
+        with swiglu.static_weights(), torch.cuda.graph(graph):
+            y = x
+            for _ in range(5):
+                y = mlp(y)
+        for _ in range(3):
+            x.copy_(torch.randn_like(x))
+            graph.replay()
+            expected = x
+            for _ in range(5):
+                expected = mlp(expected)
+            torch.testing.assert_close(y, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.gpu
+def test_a_plan_makes_the_promise():
+    plan = swiglu.prepare(776, 200, dtype=torch.bfloat16, device="cuda", static_weights=True)
+    inputs = operands(5, 200, 776, torch.bfloat16, "cuda")
+    torch.cuda.synchronize()
+    assert_right(plan(*inputs), *inputs)
