@@ -79,9 +79,15 @@ def quack(weights, args) -> Block:
     )
 
 
+def static_weights(*operands):
+    with swiglu.static_weights():
+        return swiglu.swiglu_ffn(*operands)
+
+
 PROVIDERS = {
     harness.OURS: lambda weights, args: Block(swiglu.swiglu_ffn, weights),
     "ours, nothing kept": lambda weights, args: Block(nothing_kept, weights),
+    "ours, static weights": lambda weights, args: Block(static_weights, weights),
     "torch": lambda weights, args: Block(plain, weights),
     "torch.compile": compiled,
     "liger": liger,
