@@ -28,6 +28,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Relative, of the whole; gate, up and their product may each be rounded once.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 OURS = "ours"
+WARM_UPS = 25  # the interpreter, too, is slower the first times
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -96,7 +97,7 @@ def race(providers: dict[str, Callable[[], object]], args: argparse.Namespace) -
     """Times every provider once a round. Of each: ``us``, ``p10_us``, ``p90_us`` and, beside "ours", ``ratio``."""
     clock = _cpu_sample if args.device.type == "cpu" else _paced_sample if args.host else _gpu_sample
     for call in providers.values():
-        for _ in range(3):
+        for _ in range(WARM_UPS):
             call()
     times: dict[str, list[float]] = {name: [] for name in providers}
     for _ in range(args.rounds):
