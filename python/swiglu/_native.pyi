@@ -87,6 +87,7 @@ class Torch:
         f16: torch.dtype,
         f32: torch.dtype,
         word_of_f32: Callable[[int], str],
+        note_new: Callable[..., None],
     ) -> None: ...
     def are_plain(self, *tensors: Tensor | None) -> bool: ...
     def forward(

@@ -14,7 +14,7 @@ from ._library import autocast_dtype, define, register_autocast
 from ._operands import check, lay
 from ._static import is_promised
 from ._straight import empty
-from ._tuning import note_untuned
+from ._tuning import note_new
 
 
 def nvrtc_folder() -> Path | None:
@@ -121,7 +121,7 @@ def _launch(
         static,
     )
     if prepared_now:
-        note_untuned(_native.prepare(device, word, layout, n, k, saved_gate != 0, static), device, n, k, m)
+        note_new(device, word, layout, n, k, saved_gate != 0, static, m)
 
 
 def _fake(x, gate, up, gate_bias=None, up_bias=None):

@@ -14,6 +14,7 @@ from torch._C import _has_storage
 
 from . import _native
 from ._operands import dtype_word
+from ._tuning import note_new
 
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
@@ -35,6 +36,7 @@ def read_by(empty_cpu, empty_cuda) -> _native.Torch:
         torch.float16,
         torch.float32,
         partial(dtype_word, torch.float32),
+        note_new,
     )
 
 

@@ -100,7 +100,7 @@ def test_a_missing_gpu_is_a_sentence(call, words):
     script = f"import torch, swiglu; {call}"
     done = subprocess.run([sys.executable, "-c", script], env=unseen, capture_output=True, text=True)
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("RuntimeError") and (words in last or "NVIDIA driver" in last), done.stderr
+    assert last.startswith("RuntimeError") and (words in last or "driver" in last), done.stderr
 
 
 def test_import_loads_nothing_of_cuda():

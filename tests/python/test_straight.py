@@ -132,10 +132,12 @@ def test_gives_the_gradients_of_the_general_way(dtype, save, device, steps, gene
                         assert torch.equal(a, b) and a.stride() == b.stride()
 
 
-def test_the_first_call_prepares(device, general):
-    inputs = operands(3, 8, 52 if device == "cpu" else 56, device=device)
-    assert general.meets(lambda: swiglu.forward(*inputs))[1]
-    assert not general.meets(lambda: swiglu.forward(*inputs))[1]
+def test_the_first_call_prepares_and_its_backward_goes_straight_too(device, general, steps):
+    x, *rest = operands(3, 8, 52 if device == "cpu" else 56, device=device)
+    z, went_general = general.meets(lambda: swiglu.forward(x.requires_grad_(), *rest))
+    assert not went_general
+    assert not general.meets(lambda: z.backward(torch.ones_like(z)))[1]
+    assert steps == ["gate_backward", "input_grad"]
 
 
 def test_what_has_to_be_copied_or_is_empty_leaves_it(device, general):

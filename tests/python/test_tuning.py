@@ -89,10 +89,8 @@ def test_what_was_tuned_is_not_worth_a_word(nothing_said):
 
 
 def test_the_first_call_asks_and_the_cpu_needs_no_tuning(nothing_said, monkeypatch):
-    from swiglu import _op
-
     asked = []
-    monkeypatch.setattr(_op, "note_untuned", lambda plan, *rest: asked.append((plan.matched(5), *rest)))
+    monkeypatch.setattr(_tuning, "note_untuned", lambda plan, *rest: asked.append((plan.matched(5), *rest)))
     inputs = operands(5, 37, 23)
     swiglu.forward(*inputs)
     swiglu.forward(*inputs)

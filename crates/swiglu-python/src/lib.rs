@@ -97,18 +97,22 @@ fn forward(
         ..RawForward::default()
     };
     let call = Call { stream, m, operands };
+    let (plan, is_new) = plan_of(py, key, stream)?;
+    run(py, &plan, &call).map(|()| is_new)
+}
+
+/// The cached plan, prepared now if there is none, which is then told: not while a CUDA graph is captured on `stream`.
+fn plan_of(py: Python<'_>, key: Key, stream: u64) -> PyResult<(Plan, bool)> {
     if let Some(plan) = plans::get(&key) {
-        return run(py, &plan, &call).map(|()| false);
+        return Ok((plan, false));
     }
-    let plan = py.detach(|| {
-        guarded(|| {
-            if let Device::Gpu(ordinal) = key.device {
-                gpu::refuse_capture(ordinal, stream)?;
-            }
-            plans::get_or_prepare(key)
-        })
-    })?;
-    run(py, &plan, &call).map(|()| true)
+    let prepare = || {
+        if let Device::Gpu(ordinal) = key.device {
+            gpu::refuse_capture(ordinal, stream)?;
+        }
+        plans::get_or_prepare(key)
+    };
+    Ok((py.detach(|| guarded(prepare))?, true))
 }
 
 /// Compiles and loads what [`step`] launches for these sizes on GPU `device`.

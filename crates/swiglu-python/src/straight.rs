@@ -6,8 +6,8 @@ use crate::call::Call;
 use crate::dlpack::{Exchange, View};
 use crate::error::guarded;
 use crate::lie::{Lie, down_matrix, is_alike, is_vector, rows, weights, with_last};
-use crate::plans::{self, Device};
-use crate::{forward_key, gpu, run};
+use crate::plans::Device;
+use crate::{forward_key, gpu, plan_of, run};
 use pyo3::prelude::*;
 use pyo3::types::{PyTuple, PyType};
 use swiglu_runtime::{DType, RawForward, WeightLayout};
@@ -20,6 +20,7 @@ pub(crate) struct Torch {
     empty_cuda: Py<PyAny>,
     formats: [(DType, Py<PyAny>); 3],
     word_of_f32: Py<PyAny>,
+    note_new: Py<PyAny>,
 }
 
 /// How the operands of one forward lie: what its backward by addresses relies on.
@@ -81,7 +82,8 @@ type Object<'py> = Bound<'py, PyAny>;
 #[pymethods]
 impl Torch {
     /// Of the capsule `torch.Tensor.__dlpack_c_exchange_api__`, the types that are plain, `Tensor.is_neg`, what allocates by
-    /// shape, strides and format, the formats bf16, fp16 and fp32, and the word of fp32 on a GPU by its number.
+    /// shape, strides and format, the formats bf16, fp16 and fp32, and the word of fp32 on a GPU by its number, and
+    /// what is told of a plan that a call had to prepare: what `_native.prepare` takes, and M.
     #[new]
     #[allow(clippy::too_many_arguments, reason = "each is another thing of torch's")]
     fn new(
@@ -95,10 +97,11 @@ impl Torch {
         f16: Py<PyAny>,
         f32: Py<PyAny>,
         word_of_f32: Py<PyAny>,
+        note_new: Py<PyAny>,
     ) -> PyResult<Self> {
         let formats = [(DType::Bf16, bf16), (DType::F16, f16), (DType::F32, f32)];
         let exchange = Exchange::new(capsule, tensor, parameter, is_negated)?;
-        Ok(Self { exchange, empty_cpu, empty_cuda, formats, word_of_f32 })
+        Ok(Self { exchange, empty_cpu, empty_cuda, formats, word_of_f32, note_new })
     }
 
     /// Whether each is None or a tensor on a CPU or GPU with memory of its own: no subclass, wrapper or lazy negation.
@@ -356,10 +359,12 @@ impl Torch {
         let place = u32::try_from(device).map_or(Device::Cpu, Device::Gpu);
         let (Ok(wide), Ok(deep)) = (u32::try_from(n), u32::try_from(k)) else { return Ok(None) };
         let key = forward_key(place, dtype, layout.major(), wide, deep, keep, static_weights);
-        let Some(plan) = plans::get(&key) else {
-            return Ok(None);
-        };
         let Some(stream) = self.exchange.stream(py, device) else { return Ok(None) };
+        let (plan, is_new) = plan_of(py, key, stream)?;
+        if is_new {
+            let of_plan = (device, dtype.name(), layout.name(), n, k, keep, static_weights, m);
+            self.note_new.bind(py).call1(of_plan)?;
+        }
         let like = &views.x.lie;
         let Some((z, z_address)) = self.allocate(py, like, &with_last(like, n), false)? else { return Ok(None) };
         let (kept, saved_gate, saved_up) = if keep {
