@@ -6,7 +6,7 @@
 - :class:`SwiGLU`: it as a module; :class:`FusedSwiGLU`: with one packed parameter
 - :mod:`swiglu.liger`, :mod:`swiglu.xformers`: the names that Liger and xformers have for the same
 - :func:`patch`, :func:`unpatch`: the blocks of an existing model, in place
-- :func:`prepare`: compiles ahead, for CUDA graphs and for the shortest call
+- :func:`prepare`: compiles ahead, for CUDA graphs
 - :func:`static_weights`: a promise that makes decoding faster
 - :func:`split_packed`: the gate and up views of one packed weight
 

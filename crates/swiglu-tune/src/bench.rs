@@ -57,7 +57,7 @@ pub(crate) struct BenchArgs {
     /// Hidden size.
     #[arg(long, requires = "n")]
     k: Option<u32>,
-    /// forward or forward_save, whose peer's packed GEMM leaves the pre-activations in either case; or a step of the FFN: a
+    /// forward, forward_static or forward_save, whose peer's packed GEMM leaves the pre-activations in any case; or a step of the FFN: a
     /// GEMM's peer is the library's, for dgated followed by gate_backward; that of gate and gate_backward a copy of as many
     /// bytes.
     #[arg(long, default_value = "forward")]
