@@ -50,9 +50,9 @@ def run_ffn_saving(x, w_gate, w_up, w_down, b_gate, b_up, b_down):
     return project(z, w_down, b_down), g, u
 
 
-def project(z: Tensor, w_down: Tensor, b_down: Tensor | None) -> Tensor:
-    """The down projection; no gradients."""
-    y = _steps.down(z, w_down, b_down)
+def project(z: Tensor, w_down: Tensor, b_down: Tensor | None, static: bool = False) -> Tensor:
+    """The down projection; no gradients. ``static``: nothing that may still run writes ``w_down``."""
+    y = _steps.down(z, w_down, b_down, static)
     return F.linear(z, w_down, b_down) if y is None else y
 
 

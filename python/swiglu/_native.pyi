@@ -32,7 +32,6 @@ def forward(
     saved_gate_stride: int,
     saved_up: int,
     saved_up_stride: int,
-    static_weights: bool,
 ) -> bool: ...
 def prepare_step(device: int, dtype: str, op: str, major: str, n: int, k: int) -> None: ...
 def step(

@@ -12,7 +12,6 @@ from torch import Tensor
 from . import _native
 from ._library import autocast_dtype, define, register_autocast
 from ._operands import check, lay
-from ._static import is_promised
 from ._straight import empty
 from ._tuning import note_new
 
@@ -95,7 +94,6 @@ def _launch(
     device, word, stream, m, n, k, layout, x_stride, gate_stride, up_stride = layer
     gate_bias = None if gate_bias is None else gate_bias.contiguous()
     up_bias = None if up_bias is None else up_bias.contiguous()
-    static = not saved_gate and is_promised()
     prepared_now = _native.forward(
         device,
         word,
@@ -118,10 +116,9 @@ def _launch(
         n,
         saved_up,
         n,
-        static,
     )
     if prepared_now:
-        note_new(device, word, layout, n, k, saved_gate != 0, static, m)
+        note_new(device, word, layout, n, k, saved_gate != 0, m)
 
 
 def _fake(x, gate, up, gate_bias=None, up_bias=None):

@@ -164,12 +164,12 @@ def prepare(
         device = torch.device("cuda", torch.cuda.current_device())
     index = -1 if device.index is None else device.index
     word, sizes = dtype_word(dtype, index), (intermediate_size, hidden_size)
-    native = _native.prepare(index, word, layout, *sizes)
+    native = plain = _native.prepare(index, word, layout, *sizes)
     if training:
         _native.prepare(index, word, layout, *sizes, True)
     if static_weights:
         native = _native.prepare(index, word, layout, *sizes, False, True)
     if index >= 0 and min(sizes) > 0:
         _steps.prepare(index, word, layout.endswith("kn"), *sizes, training, static_weights)
-    note_untuned(native, index, intermediate_size, hidden_size, _MANY_TOKENS)
+    note_untuned(plain, index, intermediate_size, hidden_size, _MANY_TOKENS)
     return Plan(native, device, dtype, layout.endswith("kn"), intermediate_size, hidden_size)

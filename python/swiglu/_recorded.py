@@ -30,9 +30,10 @@ def call(x, gate, up, down, gate_bias, up_bias, down_bias, keep, recording) -> T
     if recording:
         done = None if native is None else native.forward_recorded(*operands, keep)
         return _recorded_call(*operands, keep, done) if done is not None or are_plain(*operands) else None
-    z = None if native is None else native.forward(*operands, is_promised())
+    static = is_promised()
+    z = None if native is None else native.forward(*operands, static)
     if z is not None:
-        return z if down is None else project(z, down, down_bias)
+        return z if down is None else project(z, down, down_bias, static)
     if not are_plain(*operands):
         return None
     if down is None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from . import _native, _straight
 from ._operands import DTYPES, are_halves, as_rows, as_weights, dtype_word, stream_of
-from ._static import is_promised
 from ._straight import empty
 
 _MAJOR = {"separate_nk": "k_major", "separate_kn": "n_major"}
@@ -80,14 +79,14 @@ def gate_backward(dz: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor) -> N
     launch("gate_backward", _ANY_MAJOR, n, n, (dz.data_ptr(), dz_stride), (), saved, out, 0)
 
 
-def down(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """``z @ weight.T + bias``; None where the steps do not serve."""
+def down(z: Tensor, weight: Tensor, bias: Tensor | None, static: bool) -> Tensor | None:
+    """``z @ weight.T + bias``; None where the steps do not serve. ``static``: nothing that may still run writes ``weight``."""
     if not is_supported(z):
         return None
-    op = "down_static" if is_promised() else "down"
     native = _straight.native
     if native is not None and (found := native.down(z, weight, bias)) is not None:
         y, device, dtype, stream, m, major, n, k, left, right, out, shift = found
+        op = "down_static" if static else "down"
         _native.step(device, dtype, stream, m, op, major, n, k, left, right, (), out, shift)
         return y
     if not serves(z, weight):
@@ -99,7 +98,7 @@ def down(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     bias = None if bias is None else bias.contiguous()
     left, right = (rows.data_ptr(), stride), (matrix.data_ptr(), matrix_stride)
     shift = 0 if bias is None else bias.data_ptr()
-    _launcher(y, z.numel() // n)(op, major, n, k, left, right, (), (y.data_ptr(), k), shift)
+    _launcher(y, z.numel() // n)("down", major, n, k, left, right, (), (y.data_ptr(), k), shift)
     return y
 
 

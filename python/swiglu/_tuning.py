@@ -13,9 +13,9 @@ _GUESSED = {"untuned": "the default config", "model": "a config that a model of 
 _said: set[str] = set()
 
 
-def note_new(device: int, word: str, layout: str, n: int, k: int, save: bool, static: bool, m: int) -> None:
+def note_new(device: int, word: str, layout: str, n: int, k: int, save: bool, m: int) -> None:
     """:func:`note_untuned` of the plan that a call with ``m`` tokens had to prepare."""
-    note_untuned(_native.prepare(device, word, layout, n, k, save, static), device, n, k, m)
+    note_untuned(_native.prepare(device, word, layout, n, k, save), device, n, k, m)
 
 
 def note_untuned(plan: _native.Plan, device: int, n: int, k: int, m: int) -> None:

@@ -364,7 +364,7 @@ def test_what_goes_by_address_and_what_leaves_it(block, save, device, steps, mon
         found = torch.autograd.grad(y, wanted, dy, **options)
         return found, not left
 
-    backward(call())  # prepares what it has no plan of yet, the general way
+    backward(call())  # prepares what it has no plan of yet
     expected, by_address = backward(call(), retain_graph=True)
     assert by_address and "input_grad" in steps
 

@@ -271,7 +271,7 @@ impl TuningTable {
 
     /// The tuned M of the (N, K) of `problem`, ascending; without any, those of the nearest (N, K) that
     /// has legal configs. Each config is legal for `problem` at that M. The M of `problem` is not used.
-    /// The answers of [`Op::stand_in`] serve at the M where the op itself was not tuned for the (N, K).
+    /// The answers of [`stand_in`](swiglu_kernels::Op::stand_in) serve at the M where the op itself was not tuned for the (N, K).
     pub fn anchors(&self, device_class: &str, problem: &Problem, target: Target) -> Vec<(u32, Record, Match)> {
         let asked = TuningKey { device_class: device_class.into(), problem: *problem };
         let prefixes = [asked.kind_prefix(), arch_of(device_class).into()];

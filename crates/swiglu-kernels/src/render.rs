@@ -280,8 +280,14 @@ fn context(problem: &Problem, config: &Config, template: &'static str) -> Result
     if let Some(shape) = config.launch_shape(problem).filter(|shape| shape.smem_bytes > 0) {
         context.insert("smem_bytes", &shape.smem_bytes);
     }
-    if let Config::WgmmaTma(_) | Config::WgmmaGemm(_) = config {
-        context.insert("static_weights", &problem.op.has_static_weights());
+    // Tiles of many tokens read them no earlier, and have one source.
+    let reads_ahead = match config {
+        Config::WgmmaTma(tma) => Some(tma.consumers == 1 && tma.cluster_m * tma.cluster_n == 1),
+        Config::WgmmaGemm(gemm) => Some(gemm.consumers == 1 && gemm.cluster_m * gemm.cluster_n == 1),
+        _ => None,
+    };
+    if let Some(reads_ahead) = reads_ahead {
+        context.insert("static_weights", &(reads_ahead && problem.op.has_static_weights()));
     }
     Ok(context)
 }

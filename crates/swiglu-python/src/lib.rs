@@ -75,10 +75,9 @@ fn forward(
     saved_gate_stride: i64,
     saved_up: u64,
     saved_up_stride: i64,
-    static_weights: bool,
 ) -> PyResult<bool> {
     let save_preactivations = saved_gate != 0 || saved_up != 0;
-    let key = key(device, dtype, layout, n, k, save_preactivations, static_weights)?;
+    let key = key(device, dtype, layout, n, k, save_preactivations, false)?;
     let operands = RawForward {
         x,
         x_stride,

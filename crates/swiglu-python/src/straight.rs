@@ -1,6 +1,6 @@
 //! Calls of plain tensors in one go: read, checked, allocated for and launched without Python in between.
 //!
-//! Whatever is out of the ordinary is answered with None: Python's general way then names the error, copies or prepares.
+//! Whatever is out of the ordinary is answered with None: Python's general way then names the error or copies.
 
 use crate::call::Call;
 use crate::dlpack::{Exchange, View};
@@ -83,7 +83,7 @@ type Object<'py> = Bound<'py, PyAny>;
 impl Torch {
     /// Of the capsule `torch.Tensor.__dlpack_c_exchange_api__`, the types that are plain, `Tensor.is_neg`, what allocates by
     /// shape, strides and format, the formats bf16, fp16 and fp32, and the word of fp32 on a GPU by its number, and
-    /// what is told of a plan that a call had to prepare: what `_native.prepare` takes, and M.
+    /// what is told of a plan that a call had to prepare: what `_native.prepare` takes but for static weights, and M.
     #[new]
     #[allow(clippy::too_many_arguments, reason = "each is another thing of torch's")]
     fn new(
@@ -361,8 +361,9 @@ impl Torch {
         let key = forward_key(place, dtype, layout.major(), wide, deep, keep, static_weights);
         let Some(stream) = self.exchange.stream(py, device) else { return Ok(None) };
         let (plan, is_new) = plan_of(py, key, stream)?;
-        if is_new {
-            let of_plan = (device, dtype.name(), layout.name(), n, k, keep, static_weights, m);
+        // What serves static weights is tuned for few tokens only; that is nothing to warn about.
+        if is_new && !static_weights {
+            let of_plan = (device, dtype.name(), layout.name(), n, k, keep, m);
             self.note_new.bind(py).call1(of_plan)?;
         }
         let like = &views.x.lie;

@@ -5,7 +5,6 @@ use crate::cublaslt::CublasLt;
 use crate::library::{self, MissingLibrary};
 use crate::library_call::LibraryCall;
 use crate::nvrtc::Cubin;
-use crate::scratch;
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 use cudarc::driver::{CudaContext, CudaFunction, DriverError};
 use cudarc::nvrtc::Ptx;
@@ -16,9 +15,6 @@ use swiglu_kernels::families::cublaslt::behind;
 use swiglu_kernels::families::{Family, LaunchShape, default_of};
 use swiglu_kernels::render::{KernelSource, SharedSource};
 use swiglu_kernels::{ArchSpec, Config, Problem, Rejected, Target};
-
-/// Drivers of CUDA 11.2 and later have memory pools.
-const POOLS_SINCE: i32 = 11_020;
 
 /// Why a GPU cannot be used.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -131,11 +127,6 @@ impl Gpu {
         // SAFETY: the pointer is to a live integer; a context exists, so the driver is loaded.
         let status = unsafe { sys::cuDriverGetVersion(&raw mut driver_version) };
         status.result().map_err(failed("tell its version"))?;
-        if driver_version >= POOLS_SINCE
-            && let Err(error) = scratch::make_pool(context.cu_device())
-        {
-            tracing::debug!(%error, "no memory pool of our own");
-        }
         Ok(Self {
             arch,
             device: Device { class, name },

@@ -10,6 +10,7 @@ use crate::nvrtc::{CompileError, Nvrtc};
 use crate::operands::ForwardSpec;
 use crate::options::Options;
 use crate::plan::{Choice, Plan, Selection, Serving, StepPlan};
+use crate::scratch;
 use cudarc::driver::CudaContext;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
@@ -95,6 +96,7 @@ impl Runtime {
     pub fn on_gpu(gpu: Gpu, options: &Options, table: TuningTable) -> Result<Self, PrepareError> {
         let nvrtc = Nvrtc::load(options.nvrtc.as_deref())?;
         nvrtc.check_arch(gpu.arch)?;
+        scratch::make_pool(&gpu);
         Ok(Self { gpu, nvrtc, cache: CubinCache::new(options.cubin_dir()), table, library: OnceLock::new() })
     }
 

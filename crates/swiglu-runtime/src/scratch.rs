@@ -1,15 +1,20 @@
 //! Device memory in the order of a stream, from a pool of our own for each GPU.
 //!
-//! The driver's default pool gives everything back at each synchronisation, so that the next launch maps its memory again: some
-//! 35 us of the host. Ours keeps a part.
+//! The driver's default pool gives everything back at each synchronisation, so that the next launch maps its memory again. Ours
+//! keeps a part.
 #![allow(unsafe_code, reason = "makes pools, allocates and frees in the order of the caller's stream")]
 
+use crate::gpu::Gpu;
 use cudarc::driver::{DriverError, sys};
 use std::collections::BTreeMap;
 use std::sync::{PoisonError, RwLock};
 
-/// A pool keeps one part in this many of its GPU's memory.
+/// What a pool keeps at most: parts of two weights of 4096 x 14336 in fp32, say; of a small GPU one part in 64.
+const KEPT_BYTES: u64 = 512 << 20;
 const KEPT_PART: u64 = 64;
+
+/// Drivers of CUDA 11.2 and later have memory pools.
+const POOLS_SINCE: i32 = 11_020;
 
 /// The pools of this process by their GPU, for its whole life: they belong to the device, not to a context.
 static POOLS: RwLock<BTreeMap<sys::CUdevice, Pool>> = RwLock::new(BTreeMap::new());
@@ -34,15 +39,20 @@ struct PoolProperties {
 
 const _: () = assert!(size_of::<PoolProperties>() == size_of::<sys::CUmemPoolProps>());
 
-/// Makes the pool of a GPU, once; not while a graph is captured.
-///
-/// # Errors
-/// Where the driver has no pools: memory then comes as if there were none.
-pub(crate) fn make_pool(device: sys::CUdevice) -> Result<(), DriverError> {
+/// Makes the pool of a GPU, once; not while a graph is captured. Where the driver has none, memory comes from its default pool.
+pub(crate) fn make_pool(gpu: &Gpu) {
+    let device = gpu.context.cu_device();
     let mut pools = POOLS.write().unwrap_or_else(PoisonError::into_inner);
-    if pools.contains_key(&device) {
-        return Ok(());
+    if gpu.driver_version < POOLS_SINCE || pools.contains_key(&device) {
+        return;
     }
+    match new_pool(device) {
+        Ok(pool) => drop(pools.insert(device, Pool(pool))),
+        Err(error) => tracing::debug!(%error, "no memory pool of our own"),
+    }
+}
+
+fn new_pool(device: sys::CUdevice) -> Result<sys::CUmemoryPool, DriverError> {
     let properties = PoolProperties {
         allocation: sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
         handles: 0,
@@ -56,12 +66,11 @@ pub(crate) fn make_pool(device: sys::CUdevice) -> Result<(), DriverError> {
     unsafe { sys::cuDeviceTotalMem_v2(&raw mut total, device) }.result()?;
     // SAFETY: the pointers are to live variables, and the properties have the driver's layout.
     unsafe { sys::cuMemPoolCreate(&raw mut pool, (&raw const properties).cast()) }.result()?;
-    let mut kept = total as u64 / KEPT_PART;
+    let mut kept = KEPT_BYTES.min(total as u64 / KEPT_PART);
     let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-    // SAFETY: the attribute is a u64.
-    unsafe { sys::cuMemPoolSetAttribute(pool, threshold, (&raw mut kept).cast()) }.result()?;
-    pools.insert(device, Pool(pool));
-    Ok(())
+    // SAFETY: the attribute is a u64. Refused, the pool keeps nothing, as the default one.
+    let _ = unsafe { sys::cuMemPoolSetAttribute(pool, threshold, (&raw mut kept).cast()) };
+    Ok(pool)
 }
 
 /// Device memory for the work that is launched while it is held: allocated before that, freed behind it. Graphs capture both.

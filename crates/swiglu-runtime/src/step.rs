@@ -23,7 +23,7 @@ pub struct RawMatrix {
 /// |---|---|---|---|---|
 /// | `gate` | | | gate, up `[M,N]` | z `[M,N]` |
 /// | `gate_backward` | dz `[M,N]` | | gate, up | dgate, dup, z or 0; may be dz, gate or up themselves |
-/// | `down` | z `[M,N]` | Wd | | y `[M,K]` |
+/// | `down`, `down_static` | z `[M,N]` | Wd | | y `[M,K]` |
 /// | `down_input_grad` | dy `[M,K]` | Wd | | dz `[M,N]` |
 /// | `dgated` | dy | Wd | gate, up | dgate, dup, z or 0; may be gate or up themselves |
 /// | `input_grad` | dgate, dup | Wg, Wu | | dx `[M,K]` |

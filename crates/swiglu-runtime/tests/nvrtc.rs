@@ -148,8 +148,13 @@ fn the_down_projections_tiles_of_few_tokens_spill_nothing() {
     let nvrtc = nvrtc();
     let arch = arch::by_name("sm_90a").unwrap();
     let mut rng = SmallRng::seed_from_u64(4);
-    for (dtype, major) in [(DType::Bf16, WeightMajor::K), (DType::F16, WeightMajor::N)] {
-        let problem = Problem::forward(dtype, major, 16, 14336, 4096).with_op(Op::Down);
+    let cases = [
+        (DType::Bf16, WeightMajor::K, Op::Down),
+        (DType::F16, WeightMajor::N, Op::Down),
+        (DType::Bf16, WeightMajor::K, Op::DownStatic),
+    ];
+    for (dtype, major, op) in cases {
+        let problem = Problem::forward(dtype, major, 16, 14336, 4096).with_op(op);
         let mut all = candidates(&problem, Target::Gpu(arch));
         all.retain(|config| matches!(config, Config::WgmmaGemm(gemm) if gemm.consumers == 1));
         assert!(all.len() > 30, "{major}: {}", all.len());

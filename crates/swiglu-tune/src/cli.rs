@@ -122,7 +122,8 @@ struct TuneArgs {
     #[arg(long, value_name = "FILE.toml")]
     shapes: Option<PathBuf>,
     /// What to tune: forward; forward_save, which also stores the pre-activations for a backward pass; forward_static and
-    /// down_static, for decoding: of weights that nothing still running writes; a step of the FFN, e.g. gate, down or dgated; backward, the steps of one; ffn, those and the forward's.
+    /// down_static, for decoding: of weights that nothing still running writes; a step of the FFN, e.g. gate, down or dgated;
+    /// backward, the steps of one; ffn, those and the forward's.
     #[arg(long, value_delimiter = ',', default_value = "forward", value_name = "forward,gate,backward,ffn,...")]
     op: Vec<OpChoice>,
     /// Number formats [default: bf16 on a GPU, f32 on the CPU].
@@ -392,7 +393,7 @@ fn groups(args: &TuneArgs, on_cpu: bool) -> Result<Vec<Group>> {
         None => workload::preset(model, &dtypes, &args.layout),
     };
     let ops = workload::ops(&args.op);
-    if let (true, Some(step)) = (on_cpu, ops.iter().find(|op| !op.is_forward())) {
+    if let (true, Some(step)) = (on_cpu, ops.iter().find(|op| !op.is_forward() || op.has_static_weights())) {
         bail!("`{step}` runs on a GPU; on the CPU only forward and forward_save are tuned");
     }
     Ok(workload::for_ops(&groups?, &ops))

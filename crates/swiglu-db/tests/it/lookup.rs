@@ -67,6 +67,16 @@ fn the_plain_forward_answers_for_the_op_that_saves_until_that_is_tuned() {
 }
 
 #[test]
+fn the_plain_ops_answer_for_those_of_static_weights() {
+    for (plain, asked) in [(Op::Forward, Op::ForwardStatic), (Op::Down, Op::DownStatic)] {
+        let record = measured(CLASS, problem(8, 1024, 4096).with_op(plain), 1.0);
+        let asked = record.problem.with_op(asked);
+        let anchors = table(&[std::slice::from_ref(&record)]).anchors(CLASS, &asked, target());
+        assert_eq!(anchors, [(8, record, Match::OtherOp)]);
+    }
+}
+
+#[test]
 fn nearness_is_measured_in_octaves() {
     let table = table(&[&[at(16, 1024, 4096), at(1024, 1024, 4096), at(1, 65536, 4096), at(8192, 65536, 4096)]]);
     // 100 is 2.6 octaves from 16 and 3.4 from 1024; 200 is 3.6 and 2.4.
