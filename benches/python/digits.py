@@ -43,14 +43,14 @@ def packed(frozen: bool):
     return build
 
 
-def arms() -> dict:
+def arms(args) -> dict:
     found = {
         harness.OURS: packed(frozen=False),
         "ours, frozen": packed(frozen=True),
         "torch": Plain,
         "relu": lambda k, n: nn.Sequential(nn.Linear(k, n, bias=False), nn.ReLU()),
     }
-    if (liger := harness.liger()) is not None:
+    if (liger := harness.liger(args.device)) is not None:
         found["liger"] = lambda k, n: Plain(k, n, liger.LigerSiLUMulFunction.apply)
     return found
 
@@ -153,9 +153,9 @@ def main(argv: list[str]) -> None:
     if args.quick:
         args.epochs, args.hidden = min(args.epochs, 8), 64
     data = load(args)
-    for build in arms().values():  # kernels are compiled and memory is found before the clock runs
+    for build in arms(args).values():  # kernels are compiled and memory is found before the clock runs
         network(build, data[0].shape[1], args.hidden, args.seed).to(args.device, args.dtype)(data[0][: args.batch])
-    rows = [row for name, build in arms().items() for row in train(name, build, data, args)]
+    rows = [row for name, build in arms(args).items() for row in train(name, build, data, args)]
     phases = ("train_ms", "load_ms", "forward_ms", "backward_ms", "optimizer_ms", "inference_ms")
     columns = {"arm": "", "epoch": "d", **dict.fromkeys(phases, ".1f")}
     columns |= {"loss": ".4f", "accuracy": ".4f", "learnt": "d", "parameters": "d"}

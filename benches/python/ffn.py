@@ -50,12 +50,12 @@ def compiled(weights, args) -> Block:
 
 
 def liger(weights, args) -> Block:
-    silu_mul = harness.need_liger().LigerSiLUMulFunction.apply
+    silu_mul = harness.need_liger(args.device).LigerSiLUMulFunction.apply
     return Block(lambda x, gate, up, down: F.linear(silu_mul(F.linear(x, gate), F.linear(x, up)), down), weights)
 
 
 def liger_mlp(weights, args) -> Block:
-    harness.need_liger()
+    harness.need_liger(args.device)
     from liger_kernel.transformers import LigerSwiGLUMLP
 
     n, k = weights[0].shape

@@ -26,7 +26,7 @@ def measure(m: int, n: int, args) -> list[dict]:
         "ours, packed": lambda: swiglu.swiglu_fused(packed),
         "torch": lambda: F.silu(gate) * up,
     }
-    if (liger := harness.liger()) is not None:
+    if (liger := harness.liger(args.device)) is not None:
         forward["liger"] = lambda: liger.LigerSiLUMulFunction.apply(gate, up)
     for name, call in forward.items():
         harness.hold(name, [call()], [expected])

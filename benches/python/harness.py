@@ -66,17 +66,17 @@ def numbers(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
 
 
-def liger():
-    """Liger's swiglu module where it is installed and the device is a GPU, else None."""
+def liger(device: torch.device):
+    """Liger's swiglu module where it is installed and ``device`` a GPU, else None."""
     try:
-        return importlib.import_module("liger_kernel.ops.swiglu") if torch.cuda.is_available() else None
+        return importlib.import_module("liger_kernel.ops.swiglu") if device.type == "cuda" else None
     except ImportError:
         return None
 
 
-def need_liger():
+def need_liger(device: torch.device):
     """The same; ImportError without it."""
-    module = liger()
+    module = liger(device)
     if module is None:
         raise ImportError("liger_kernel is not installed, or there is no GPU")
     return module

@@ -30,7 +30,7 @@ def nothing_kept(x, gate, up):
 
 def providers(args) -> dict:
     functions = {harness.OURS: swiglu.forward, "ours, nothing kept": nothing_kept, "torch": plain}
-    if (liger := harness.liger()) is not None:
+    if (liger := harness.liger(args.device)) is not None:
         functions["liger"] = lambda x, gate, up: liger.LigerSiLUMulFunction.apply(F.linear(x, gate), F.linear(x, up))
     if args.compile:
         functions["torch.compile"] = torch.compile(plain)

@@ -32,22 +32,24 @@ class ForwardOnly(swiglu.SwiGLU):
         return self.w_down(swiglu.forward(x, self.w_gate.weight, self.w_up.weight, save="nothing"))
 
 
-def liger_block(k, n):
-    block = Plain(k, n)
-    function = harness.liger().LigerSiLUMulFunction
-    block.forward = lambda x: block.down(function.apply(block.gate(x), block.up(x)))
-    return block
+def liger_block(function):
+    def build(k, n):
+        block = Plain(k, n)
+        block.forward = lambda x: block.down(function.apply(block.gate(x), block.up(x)))
+        return block
+
+    return build
 
 
-def providers() -> dict:
+def providers(args) -> dict:
     found = {
         harness.OURS: lambda k, n: swiglu.SwiGLU(k, n),
         "ours, nothing kept": lambda k, n: swiglu.SwiGLU(k, n, save="nothing"),
         "ours, forward + linear": ForwardOnly,
         "torch": Plain,
     }
-    if harness.liger() is not None:
-        found["liger"] = liger_block
+    if (liger := harness.liger(args.device)) is not None:
+        found["liger"] = liger_block(liger.LigerSiLUMulFunction)
     return found
 
 
@@ -90,7 +92,7 @@ def main(argv: list[str]) -> None:
     args = harness.parse(flags, argv)
     if args.quick:
         args.layers, args.m, args.k, args.n = 3, 64, 32, 88
-    rows = [measure(name, build, args) for name, build in providers().items()]
+    rows = [measure(name, build, args) for name, build in providers(args).items()]
     columns = {"provider": "", "layers": "d", "m": "d", "k": "d", "n": "d", "kept_mb": ".3f", "peak_mb": ".1f"}
     harness.table("memory; peak: of one step, weights and their gradients included", rows, columns)
     harness.write(args, "memory.py", rows)

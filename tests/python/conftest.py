@@ -1,8 +1,11 @@
 """What the tests share: devices, random operands, the float64 reference."""
 
 import pytest
+import stand_in
 import torch
 import torch.nn.functional as F
+
+from swiglu import _steps
 
 # Relative error against float64, as `DType::tolerance` has it.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 3e-4, torch.bfloat16: 2e-3}
@@ -34,6 +37,22 @@ def own_folders(tmp_path_factory):
     patch.setenv("SWIGLU_CUBIN_CACHE", str(folder / "cubin"))
     yield
     patch.undo()
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture
+def launched(monkeypatch, device):
+    """The names of the steps that were launched: on a GPU the real ones, on the CPU the stand-in."""
+    names = []
+    native = _steps._native.step if device == "cuda" else stand_in.step
+    monkeypatch.setattr(_steps._native, "step", lambda *given: names.append(given[4]) or native(*given))
+    if device == "cpu":
+        monkeypatch.setattr(_steps, "run_on", lambda device: True)
+    return names
 
 
 def operands(m, n, k, dtype=torch.float32, device="cpu", bias=False):

@@ -31,6 +31,17 @@ def rows(load, tmp_path):
     return run
 
 
+def test_liger_takes_no_part_on_the_cpu(load, monkeypatch):
+    module = object()
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.swiglu", module)
+    for package in ("liger_kernel", "liger_kernel.ops"):
+        monkeypatch.setitem(sys.modules, package, object())
+    harness = load("harness")
+    assert harness.liger(torch.device("cpu")) is None and harness.liger(torch.device("cuda")) is module
+    with pytest.raises(ImportError, match="no GPU"):
+        harness.need_liger(torch.device("cpu"))
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_gate(rows, dtype):
     found = rows("gate", "--dtype", dtype)

@@ -1,29 +1,12 @@
 """The promise that weights are static: it changes when they are read, and no result."""
 
 import pytest
-import stand_in
 import torch
-from conftest import DEVICES, assert_right, operands, relative_error
+from conftest import assert_right, operands, relative_error
 from test_ffn import TOLERANCE, ffn_operands, float64
 
 import swiglu
 from swiglu import _op, _static, _steps, _straight
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return request.param
-
-
-@pytest.fixture
-def launched(monkeypatch, device):
-    """The names of the steps that were launched."""
-    names = []
-    native = _steps._native.step if device == "cuda" else stand_in.step
-    monkeypatch.setattr(_steps._native, "step", lambda *given: names.append(given[4]) or native(*given))
-    if device == "cpu":
-        monkeypatch.setattr(_steps, "run_on", lambda device: True)
-    return names
 
 
 def test_the_promise_ends_with_its_block():

@@ -3,10 +3,9 @@
 import itertools
 
 import pytest
-import stand_in
 import torch
 import torch.nn.functional as F
-from conftest import DEVICES, operands, relative_error
+from conftest import operands, relative_error
 from test_ffn import TOLERANCE, ffn_operands, float64
 from torch.utils.checkpoint import checkpoint
 
@@ -17,24 +16,9 @@ OPS = torch.ops.swiglu
 SAVE = ["preactivations", "nothing"]
 
 
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return request.param
-
-
 @pytest.fixture
-def steps(monkeypatch, device):
+def steps(monkeypatch, launched):
     """The names of the steps launched; memory that nobody wrote is not a number."""
-    launched = []
-    native = _steps._native.step if device == "cuda" else stand_in.step
-
-    def step(*arguments):
-        launched.append(arguments[4])
-        return native(*arguments)
-
-    monkeypatch.setattr(_steps._native, "step", step, raising=False)
-    if device == "cpu":
-        monkeypatch.setattr(_steps, "run_on", lambda device: True)
     poison_new_memory(monkeypatch)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield launched

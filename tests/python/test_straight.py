@@ -3,9 +3,8 @@
 import contextlib
 
 import pytest
-import stand_in
 import torch
-from conftest import DEVICES, TOLERANCE, operands, reference, relative_error
+from conftest import TOLERANCE, operands, reference, relative_error
 from test_ffn import ffn_operands, float64
 from test_forward import refusals
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,21 +15,6 @@ from swiglu import _recorded, _steps, _straight
 DTYPES = list(TOLERANCE)
 needs_api = pytest.mark.skipif(_straight.native is None, reason="needs a torch with DLPack's exchange API")
 pytestmark = needs_api
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return request.param
-
-
-@pytest.fixture
-def steps(monkeypatch, device):
-    launched = []
-    native = _steps._native.step if device == "cuda" else stand_in.step
-    monkeypatch.setattr(_steps._native, "step", lambda *given: launched.append(given[4]) or native(*given))
-    if device == "cpu":
-        monkeypatch.setattr(_steps, "run_on", lambda device: True)
-    return launched
 
 
 class General:
@@ -86,7 +70,7 @@ def layouts(gate, up):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n, k", [(24, 16), (1, 7), (7, 1), (1, 1)])
-def test_gives_the_bits_of_the_general_way(n, k, dtype, bias, device, steps, general):
+def test_gives_the_bits_of_the_general_way(n, k, dtype, bias, device, launched, general):
     rows = torch.randn(5, k + 4, device=device).to(dtype)
     inputs = [torch.randn(*shape, k, device=device).to(dtype) for shape in ((), (3,), (2, 3), (2, 1, 3, 2))]
     _, gate, up, *biases = operands(1, n, k, dtype, device, bias)
@@ -108,7 +92,7 @@ SUBSETS = [(True,) * 4, (True, False, False, False), (False, True, True, False),
 
 @pytest.mark.parametrize("save", ["preactivations", "nothing"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gives_the_gradients_of_the_general_way(dtype, save, device, steps, general):
+def test_gives_the_gradients_of_the_general_way(dtype, save, device, launched, general):
     x, gate, up, down, *_ = ffn_operands((2, 3), 24, 16, dtype, device, out=9)
     for weights in layouts(gate, up):
         for matrix in (down, down.t().contiguous().t()):
@@ -132,12 +116,12 @@ def test_gives_the_gradients_of_the_general_way(dtype, save, device, steps, gene
                         assert torch.equal(a, b) and a.stride() == b.stride()
 
 
-def test_the_first_call_prepares_and_its_backward_goes_straight_too(device, general, steps):
+def test_the_first_call_prepares_and_its_backward_goes_straight_too(device, general, launched):
     x, *rest = operands(3, 8, 52 if device == "cpu" else 56, device=device)
     z, went_general = general.meets(lambda: swiglu.forward(x.requires_grad_(), *rest))
     assert not went_general
     assert not general.meets(lambda: z.backward(torch.ones_like(z)))[1]
-    assert steps == ["gate_backward", "input_grad"]
+    assert launched == ["gate_backward", "input_grad"]
 
 
 def test_what_has_to_be_copied_or_is_empty_leaves_it(device, general):
@@ -263,7 +247,7 @@ def test_a_torch_without_the_exchange_api(monkeypatch):
         assert made.shape == (3, 4) and made.stride() == (1, 3)
 
 
-def test_memory_exchanged_between_forward_and_backward(device, steps, general):
+def test_memory_exchanged_between_forward_and_backward(device, launched, general):
     inputs = [t.requires_grad_() for t in ffn_operands(6, 12, 8, device=device, out=10)[:4]]
     dy = torch.randn(6, 10, device=device)
 

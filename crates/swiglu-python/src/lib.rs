@@ -14,7 +14,7 @@ mod straight;
 
 use crate::call::{Call, matrices, tokens};
 use crate::error::{Failure, guarded};
-use crate::plans::{Device, Key, Plan, StepKey};
+use crate::plans::{Device, Key, Plan, Prepared, StepKey};
 use crate::straight::{Layer, Torch};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
@@ -101,12 +101,12 @@ fn forward(
 }
 
 /// The cached plan, prepared now if there is none, which is then told: not while a CUDA graph is captured on `stream`.
-fn plan_of(py: Python<'_>, key: Key, stream: u64) -> PyResult<(Plan, bool)> {
+fn plan_of<K: Prepared>(py: Python<'_>, key: K, stream: u64) -> PyResult<(K::Plan, bool)> {
     if let Some(plan) = plans::get(&key) {
         return Ok((plan, false));
     }
     let prepare = || {
-        if let Device::Gpu(ordinal) = key.device {
+        if let Device::Gpu(ordinal) = key.device() {
             gpu::refuse_capture(ordinal, stream)?;
         }
         plans::get_or_prepare(key)
@@ -151,15 +151,7 @@ fn step(
         out: matrices("out", out)?,
         bias,
     };
-    let plan = match plans::get(&key) {
-        Some(plan) => plan,
-        None => py.detach(|| {
-            guarded(|| {
-                gpu::refuse_capture(key.gpu, stream)?;
-                plans::get_or_prepare(key)
-            })
-        })?,
-    };
+    let (plan, _) = plan_of(py, key, stream)?;
     guarded(|| gpu::launch_step(&plan, stream, &args))
 }
 

@@ -45,9 +45,11 @@ pub(crate) enum Plan {
 }
 
 /// Something that is prepared once and kept for the life of the process.
-pub(crate) trait Prepared: Copy + Eq + Hash + 'static {
-    type Plan: Clone + 'static;
+pub(crate) trait Prepared: Copy + Eq + Hash + Send + Sync + 'static {
+    type Plan: Clone + Send + 'static;
 
+    /// Where the plan runs.
+    fn device(&self) -> Device;
     fn plans() -> &'static RwLock<HashMap<Self, Self::Plan>>;
     fn prepare(&self, runtimes: &mut Runtimes) -> Result<Self::Plan, Failure>;
 }
@@ -87,6 +89,10 @@ pub(crate) fn get_or_prepare<K: Prepared>(key: K) -> Result<K::Plan, Failure> {
 impl Prepared for Key {
     type Plan = Plan;
 
+    fn device(&self) -> Device {
+        self.device
+    }
+
     fn plans() -> &'static RwLock<HashMap<Self, Plan>> {
         static PLANS: LazyLock<RwLock<HashMap<Key, Plan>>> = LazyLock::new(RwLock::default);
         &PLANS
@@ -105,6 +111,10 @@ impl Prepared for Key {
 
 impl Prepared for StepKey {
     type Plan = Arc<StepPlan>;
+
+    fn device(&self) -> Device {
+        Device::Gpu(self.gpu)
+    }
 
     fn plans() -> &'static RwLock<HashMap<Self, Arc<StepPlan>>> {
         static PLANS: LazyLock<RwLock<HashMap<StepKey, Arc<StepPlan>>>> = LazyLock::new(RwLock::default);

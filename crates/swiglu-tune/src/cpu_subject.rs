@@ -7,7 +7,7 @@ use rand::rngs::SmallRng;
 use rand_distr::{Distribution, StandardNormal};
 use std::collections::BTreeMap;
 use std::time::Instant;
-use swiglu_kernels::{Config, DType, GateOrder, Op, Problem, WeightLayout, WeightMajor, oracle};
+use swiglu_kernels::{Config, DType, GateOrder, Problem, WeightLayout, WeightMajor, oracle};
 use swiglu_runtime::cpu::CpuPlan;
 use swiglu_runtime::{Element, Forward, ForwardSpec, Matrix, Preactivations, Weights};
 
@@ -99,7 +99,6 @@ impl<T: Element> Typed<T> {
                 WeightMajor::N => WeightLayout::SeparateKn,
             };
             let save_preactivations = self.problem.op.saves_preactivations();
-            let static_weights = self.problem.op == Op::ForwardStatic;
             let spec = ForwardSpec {
                 dtype,
                 layout,
@@ -107,7 +106,7 @@ impl<T: Element> Typed<T> {
                 n,
                 k,
                 save_preactivations,
-                static_weights,
+                static_weights: false,
             };
             let plan = CpuPlan::new(spec, &[(m, *cpu)]).map_err(|error| Failure::new("compile", error))?;
             self.plans.insert(*config, (plan, 1));

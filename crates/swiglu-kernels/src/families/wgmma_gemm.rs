@@ -3,7 +3,7 @@
 //! Design: `docs/kernels/wgmma_gemm.md`. Template: `templates/wgmma_gemm/kernel.cu.tera`.
 
 use super::wgmma_tma::{
-    ORDERS, STATIC_PREFETCH_KIB, box_cols, check_blocks_per_sm, is_split, one, smem_budget, stages_that_fit,
+    ORDERS, box_cols, check_blocks_per_sm, is_split, one, smem_budget, stages_that_fit, stream_prefetches,
 };
 use super::{LaunchShape, Raster, Rejected, Schedule, check_block, check_sizes, ensure};
 use crate::arch::ArchSpec;
@@ -322,12 +322,8 @@ fn stream_tiles(is_static: bool) -> impl Iterator<Item = WgmmaGemmConfig> {
     });
     let tiles = tiles.filter(|tile| tile.fill * tile.stages * tile.step_bytes() >= IN_FLIGHT_BYTES);
     tiles.flat_map(move |tile| {
-        let prefetches = if is_static {
-            STATIC_PREFETCH_KIB.map(|kib| kib * 1024 / tile.step_bytes()).to_vec()
-        } else {
-            vec![tile.prefetch]
-        };
-        prefetches.into_iter().map(move |prefetch| WgmmaGemmConfig { prefetch, ..tile })
+        let prefetches = stream_prefetches(is_static, tile.prefetch, tile.step_bytes()).into_iter();
+        prefetches.map(move |prefetch| WgmmaGemmConfig { prefetch, ..tile })
     })
 }
 

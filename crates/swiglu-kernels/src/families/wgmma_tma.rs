@@ -436,13 +436,11 @@ fn stream_tiles(dtype: DType) -> impl Iterator<Item = WgmmaTmaConfig> {
 }
 
 /// KiB that a tile of static weights asks into L2 beyond its stages.
-pub(super) const STATIC_PREFETCH_KIB: [u32; 3] = [0, 48, 96];
+const STATIC_PREFETCH_KIB: [u32; 3] = [0, 48, 96];
 
-fn static_stream_tiles(dtype: DType) -> impl Iterator<Item = WgmmaTmaConfig> {
-    stream_tiles(dtype).flat_map(move |tile| {
-        let k_tile_bytes = 2 * tile.block_n * tile.block_k * dtype.bytes();
-        STATIC_PREFETCH_KIB.map(|kib| WgmmaTmaConfig { prefetch: kib * 1024 / k_tile_bytes, ..tile })
-    })
+/// What a tile for few tokens may ask into L2, in K tiles of that many bytes: `usual` of weights that are not static.
+pub(super) fn stream_prefetches(is_static: bool, usual: u32, k_tile_bytes: u32) -> Vec<u32> {
+    if is_static { STATIC_PREFETCH_KIB.map(|kib| kib * 1024 / k_tile_bytes).into() } else { vec![usual] }
 }
 
 pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaTmaConfig> + use<> {
@@ -460,9 +458,12 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaTmaConfig> +
         })
     });
     let is_static = problem.op.has_static_weights();
-    let (streams, statics) = (stream_tiles(dtype), static_stream_tiles(dtype));
-    let streams = streams.filter(move |_| !is_static).chain(statics.filter(move |_| is_static));
-    tiles.chain(streams.filter(move |_| !is_promoted(dtype)))
+    let streams = stream_tiles(dtype).filter(move |_| !is_promoted(dtype)).flat_map(move |tile| {
+        let k_tile_bytes = 2 * tile.block_n * tile.block_k * dtype.bytes();
+        let prefetches = stream_prefetches(is_static, tile.prefetch, k_tile_bytes).into_iter();
+        prefetches.map(move |prefetch| WgmmaTmaConfig { prefetch, ..tile })
+    });
+    tiles.chain(streams)
 }
 
 /// Preferred configs when nothing was tuned, best first.
