@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _steps
+from . import _native, _steps
 from ._ffn import ffn_op, ffn_saving_op
 from ._gate import gate_gradients, gate_op
 from ._library import define, is_batch, is_plain_call, is_transformed, register_gradients
@@ -108,7 +108,8 @@ def _launched(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, together=F
     of_down, _matrix = (None, None) if down is None else _steps.lay_down(down)
     dx, d_gate, d_up, d_down, d_stride, down_stride = _new_gradients(x, gate, up, down, layer.layout, needs, together)
     new_z = empty(x, (layer.m, n)) if need_down and z is None else None
-    _steps.backward(
+    _native.backward(
+        _native.step,
         layer,
         (dy.data_ptr(), dy_stride),
         (rows.data_ptr(), layer.x_stride),

@@ -1,7 +1,7 @@
 """The native half. Addresses and strides are integers, strides in elements; a bias address of 0 means none."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -48,6 +48,21 @@ def step(
     saved: tuple[int, ...],
     out: tuple[int, ...],
     bias: int,
+) -> None: ...
+def backward(
+    step: Callable[..., None],
+    layer: tuple[int | str, ...],
+    of_dy: tuple[int, int],
+    of_x: tuple[int, int],
+    of_weights: tuple[int, int, int, int],
+    of_down: tuple[int, str, tuple[int, int]] | None,
+    of_saved: tuple[int, int, int, int],
+    of_grads: tuple[int, int, int, int],
+    of_dx: tuple[int, int] | None,
+    of_d_weights: tuple[int, int, int, int] | None,
+    of_d_down: tuple[int, int] | None,
+    of_new_z: tuple[int, int] | None,
+    of_z: tuple[int, int] | None,
 ) -> None: ...
 
 @final
@@ -111,10 +126,13 @@ class Torch:
         down_bias: Tensor | None,
         keep: bool,
     ) -> tuple[Tensor, Tensor | None, Layer] | None: ...
-    def down(self, z: Tensor, down: Tensor, bias: Tensor | None) -> tuple[Any, ...] | None: ...
+    def down(
+        self, step: Callable[..., None], z: Tensor, down: Tensor, bias: Tensor | None, static_weights: bool
+    ) -> Tensor | None: ...
     def empty(self, like: Tensor, shape: Sequence[int] | None = None, transposed: bool = False) -> Tensor | None: ...
     def backward(
         self,
+        step: Callable[..., None],
         layer: Layer,
         dy: Tensor,
         x: Tensor,
@@ -128,7 +146,7 @@ class Torch:
         need_x: bool,
         need_weights: bool,
         need_down: bool,
-    ) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]] | None: ...
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None: ...
 
 @final
 class Layer:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph
 
-from . import _steps, _straight
+from . import _native, _steps, _straight
 from ._backward import are_of_steps, down_bias_gradient, gradients
 from ._ffn import check_ffn, project, run_ffn
 from ._library import is_undisturbed_backward, recorded
@@ -70,7 +70,7 @@ def _backward(ctx, dy):
     if layer is not None and not again and is_undisturbed_backward():
         found = _by_address(layer, dy, saved, in_place, needs)
         if found is not None:
-            dx, d_gate, d_up, d_down, *_ = found
+            dx, d_gate, d_up, d_down = found
             return dx, d_gate, d_up, d_down, None, None, d_down_bias, None, None
     g = u = None
     if kept is not None and not again:  # it has no gradients of its own: from the operands again
@@ -80,7 +80,7 @@ def _backward(ctx, dy):
 
 
 def _by_address(layer, dy, saved, in_place, needs):
-    """The gradients of x, gate, up and down, and more.
+    """The gradients of x, gate, up and down.
 
     None where the steps do not serve those needed, or anything lies otherwise than in the forward: whoever swaps a tensor's
     memory, or unpacks another, may do so.
@@ -99,15 +99,10 @@ def _by_address(layer, dy, saved, in_place, needs):
     if need_weights and gate._is_view():
         pair = _steps.new_pair(gate, up, layer.layout, True)[:2]
     more = (x, gate, up, down, kept, z, pair, in_place, need_x, need_weights, need_down)
-    found = native.backward(layer, dy, *more)
+    found = native.backward(_native.step, layer, dy, *more)
     if found is None and are_plain(dy) and not dy.is_contiguous():
-        dy = dy.contiguous()
-        found = native.backward(layer, dy, *more)
-    if found is None:
-        return None
-    groups, gradients = found
-    _steps.backward(*groups)
-    return gradients
+        found = native.backward(_native.step, layer, dy.contiguous(), *more)
+    return found
 
 
 _recorded_call = recorded("swiglu_recorded", _forward, _backward)

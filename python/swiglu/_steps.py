@@ -84,10 +84,7 @@ def down(z: Tensor, weight: Tensor, bias: Tensor | None, static: bool) -> Tensor
     if not is_supported(z):
         return None
     native = _straight.native
-    if native is not None and (found := native.down(z, weight, bias)) is not None:
-        y, device, dtype, stream, m, major, n, k, left, right, out, shift = found
-        op = "down_static" if static else "down"
-        _native.step(device, dtype, stream, m, op, major, n, k, left, right, (), out, shift)
+    if native is not None and (y := native.down(_native.step, z, weight, bias, static)) is not None:
         return y
     if not serves(z, weight):
         return None
@@ -102,8 +99,7 @@ def down(z: Tensor, weight: Tensor, bias: Tensor | None, static: bool) -> Tensor
     return y
 
 
-Group = tuple[int, ...]  # the address and row stride of each of its matrices in turn
-Down = tuple[int, str, Group]  # rows of a down projection, the step's word for its order, its group
+Down = tuple[int, str, tuple[int, int]]  # rows of a down projection, the step's word for its order, address and row stride
 Gradients = tuple["Tensor | None", ...]
 
 
@@ -111,45 +107,6 @@ def lay_down(weight: Tensor) -> tuple[Down, Tensor]:
     """How a down projection lies, and the matrix that lies so: keep it until the last launch."""
     matrix, stride, major = _as_weight(weight)
     return (weight.shape[0], major, (matrix.data_ptr(), stride)), matrix
-
-
-def backward(
-    layer: tuple,
-    of_dy: Group,
-    of_x: Group,
-    of_weights: Group,
-    of_down: Down | None,
-    of_saved: Group,
-    of_grads: Group,
-    of_dx: Group | None,
-    of_d_weights: Group | None,
-    of_d_down: Group | None,
-    of_new_z: Group | None,
-    of_z: Group | None,
-) -> None:
-    """Writes the gradients that are given: by two launches of the forward's, three of the block's, or fewer.
-
-    ``layer`` begins as :class:`Layer` does, up to the layout. The pre-activations are ``of_saved``, their gradients are
-    written ``of_grads``, which may be the same. Where the gradient of down is given, z is read ``of_z`` or computed again and
-    written ``of_new_z``. Gradients of weights lie in memory as their weights do.
-    """
-    device, dtype, stream, m, n, k, layout, *_ = layer
-    launch, major = _native.step, _MAJOR[layout]
-    if of_down is None:
-        launch(device, dtype, stream, m, "gate_backward", _ANY_MAJOR, n, n, of_dy, (), of_saved, of_grads, 0)
-    else:
-        rows, down_major, of_matrix = of_down
-        out = of_grads if of_new_z is None else of_grads + of_new_z
-        launch(device, dtype, stream, m, "dgated", down_major, n, rows, of_dy, of_matrix, of_saved, out, 0)
-    if of_dx is not None:
-        launch(device, dtype, stream, m, "input_grad", major, n, k, of_grads, of_weights, (), of_dx, 0)
-    if of_d_weights is not None:
-        left, right = (of_grads, of_x) if layout == "separate_nk" else (of_x, of_grads)
-        launch(device, dtype, stream, m, "weight_grad", major, n, k, left, right, (), of_d_weights, 0)
-    if of_down is not None and of_d_down is not None:
-        z = of_new_z or of_z or ()
-        left, right = (of_dy, z) if down_major == "k_major" else (z, of_dy)
-        launch(device, dtype, stream, m, "down_weight_grad", down_major, n, rows, left, right, (), of_d_down, 0)
 
 
 def new_pair(gate: Tensor, up: Tensor, layout: str, together: bool) -> tuple[Tensor, Tensor, int]:

@@ -13,6 +13,7 @@ pub mod simt;
 pub mod simt_gemm;
 pub mod weight_only_tma;
 pub mod wgmma_gemm;
+pub mod wgmma_stream;
 pub mod wgmma_tma;
 
 use crate::arch::ArchSpec;
@@ -32,6 +33,7 @@ pub use simt::SimtConfig;
 pub use simt_gemm::SimtGemmConfig;
 pub use weight_only_tma::WeightOnlyTmaConfig;
 pub use wgmma_gemm::WgmmaGemmConfig;
+pub use wgmma_stream::WgmmaStreamConfig;
 pub use wgmma_tma::{Schedule, WgmmaTmaConfig};
 
 /// Where a kernel is to run.
@@ -58,6 +60,8 @@ pub enum Family {
     WeightOnlyTma,
     /// `ldmatrix` + `mma.sync` tensor cores, compute capability 8.0 and later.
     MmaSync,
+    /// TMA + `wgmma` with the weights on the rows of a product, for few tokens, compute capability 9.0.
+    WgmmaStream,
     /// TMA + warp-specialised `wgmma`, compute capability 9.0.
     WgmmaTma,
     /// The gate and its backward in one pass over memory, any GPU.
@@ -78,18 +82,19 @@ pub enum Family {
 
 names!(Family, "family", Family::Simt => "simt", Family::MmaDirect => "mma_direct",
     Family::WeightOnlyTma => "weight_only_tma", Family::MmaSync => "mma_sync",
-    Family::WgmmaTma => "wgmma_tma", Family::Elementwise => "elementwise",
+    Family::WgmmaStream => "wgmma_stream", Family::WgmmaTma => "wgmma_tma", Family::Elementwise => "elementwise",
     Family::ColumnSum => "column_sum", Family::SimtGemm => "simt_gemm",
     Family::MmaGemm => "mma_gemm", Family::WgmmaGemm => "wgmma_gemm",
     Family::Cublaslt => "cublaslt", Family::Cpu => "cpu");
 
 impl Family {
     /// Families that are CUDA source.
-    pub const GPU: [Self; 10] = [
+    pub const GPU: [Self; 11] = [
         Self::Simt,
         Self::MmaDirect,
         Self::WeightOnlyTma,
         Self::MmaSync,
+        Self::WgmmaStream,
         Self::WgmmaTma,
         Self::Elementwise,
         Self::ColumnSum,
@@ -101,9 +106,13 @@ impl Family {
     /// Whether it has kernels for `op`.
     pub const fn computes(self, op: Op) -> bool {
         match self {
-            Self::Simt | Self::MmaDirect | Self::WeightOnlyTma | Self::MmaSync | Self::WgmmaTma | Self::Cpu => {
-                op.is_forward()
-            }
+            Self::Simt
+            | Self::MmaDirect
+            | Self::WeightOnlyTma
+            | Self::MmaSync
+            | Self::WgmmaStream
+            | Self::WgmmaTma
+            | Self::Cpu => op.is_forward(),
             Self::Elementwise => op.is_elementwise(),
             Self::ColumnSum => op.is_column_sum(),
             Self::SimtGemm | Self::MmaGemm | Self::WgmmaGemm => {
@@ -131,6 +140,8 @@ pub enum Config {
     WeightOnlyTma(WeightOnlyTmaConfig),
     /// See [`mma_sync`].
     MmaSync(MmaSyncConfig),
+    /// See [`wgmma_stream`].
+    WgmmaStream(WgmmaStreamConfig),
     /// See [`wgmma_tma`].
     WgmmaTma(WgmmaTmaConfig),
     /// See [`elementwise`].
@@ -219,6 +230,7 @@ impl Config {
             Self::MmaDirect(_) => Family::MmaDirect,
             Self::WeightOnlyTma(_) => Family::WeightOnlyTma,
             Self::MmaSync(_) => Family::MmaSync,
+            Self::WgmmaStream(_) => Family::WgmmaStream,
             Self::WgmmaTma(_) => Family::WgmmaTma,
             Self::Elementwise(_) => Family::Elementwise,
             Self::ColumnSum(_) => Family::ColumnSum,
@@ -245,6 +257,7 @@ impl Config {
             (Self::MmaDirect(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::WeightOnlyTma(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::MmaSync(config), Target::Gpu(arch)) => config.check(problem, arch),
+            (Self::WgmmaStream(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::WgmmaTma(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::Elementwise(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::ColumnSum(config), Target::Gpu(arch)) => config.check(problem, arch),
@@ -269,6 +282,7 @@ impl Config {
             Self::MmaDirect(config) => Some(config.launch_shape()),
             Self::WeightOnlyTma(config) => Some(config.launch_shape(problem)),
             Self::MmaSync(config) => Some(config.launch_shape(problem.dtype)),
+            Self::WgmmaStream(config) => Some(config.launch_shape()),
             Self::WgmmaTma(config) => Some(config.launch_shape(problem.dtype)),
             Self::Elementwise(config) => Some(config.launch_shape(problem)),
             Self::ColumnSum(config) => Some(config.launch_shape(problem.dtype)),
@@ -287,6 +301,7 @@ impl fmt::Display for Config {
             Self::MmaDirect(config) => config.fmt(f),
             Self::WeightOnlyTma(config) => config.fmt(f),
             Self::MmaSync(config) => config.fmt(f),
+            Self::WgmmaStream(config) => config.fmt(f),
             Self::WgmmaTma(config) => config.fmt(f),
             Self::Elementwise(config) => config.fmt(f),
             Self::ColumnSum(config) => config.fmt(f),
@@ -316,8 +331,10 @@ pub fn space(problem: &Problem, target: Target) -> Vec<Config> {
             let mma_direct = mma_direct::space(problem).map(Config::MmaDirect);
             let weight_only_tma = weight_only_tma::space(problem).map(Config::WeightOnlyTma);
             let mma_sync = mma_sync::space(problem).map(Config::MmaSync);
+            let wgmma_stream = wgmma_stream::space(problem).map(Config::WgmmaStream);
             let wgmma_tma = wgmma_tma::space(problem).map(Config::WgmmaTma);
-            simt.chain(mma_direct).chain(weight_only_tma).chain(mma_sync).chain(wgmma_tma).chain(cublaslt()).collect()
+            let before = simt.chain(mma_direct).chain(weight_only_tma).chain(mma_sync);
+            before.chain(wgmma_stream).chain(wgmma_tma).chain(cublaslt()).collect()
         }
         Target::Cpu { threads } => cpu::space(threads).map(Config::Cpu).collect(),
     }
@@ -346,7 +363,9 @@ pub fn default_config(problem: &Problem, arch: &'static ArchSpec) -> Result<Conf
         DType::F32 if problem.m > 256 => &[Family::WgmmaTma, Family::Simt, Family::MmaSync],
         DType::F32 => &[Family::Simt, Family::MmaSync, Family::WgmmaTma],
         // Up to a tile's worth of tokens reading the weights decides, and small blocks read them better.
-        DType::Tf32 | DType::F16 | DType::Bf16 if problem.m <= 64 => &[Family::MmaSync, Family::WgmmaTma, Family::Simt],
+        DType::Tf32 | DType::F16 | DType::Bf16 if problem.m <= 64 => {
+            &[Family::WgmmaStream, Family::MmaSync, Family::WgmmaTma, Family::Simt]
+        }
         DType::Tf32 | DType::F16 | DType::Bf16 => &[Family::WgmmaTma, Family::MmaSync, Family::Simt],
     };
     let mut rejected = Rejected { rule: "the family runs on this kind of device", reason: arch.to_string() };
@@ -370,6 +389,7 @@ pub fn default_of(family: Family, problem: &Problem, arch: &'static ArchSpec) ->
         Family::MmaDirect => mma_direct::defaults(problem).map(Config::MmaDirect).to_vec(),
         Family::WeightOnlyTma => weight_only_tma::defaults(problem).map(Config::WeightOnlyTma).to_vec(),
         Family::MmaSync => mma_sync::defaults(problem).into_iter().map(Config::MmaSync).collect(),
+        Family::WgmmaStream => wgmma_stream::defaults(problem).map(Config::WgmmaStream).to_vec(),
         Family::WgmmaTma => wgmma_tma::defaults(problem).map(Config::WgmmaTma).to_vec(),
         Family::Elementwise => vec![Config::Elementwise(elementwise::default(problem))],
         Family::ColumnSum => vec![Config::ColumnSum(column_sum::default(problem))],

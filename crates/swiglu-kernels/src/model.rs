@@ -3,7 +3,7 @@
 
 use crate::arch::{self, ArchSpec};
 use crate::families::wgmma_tma::is_split;
-use crate::families::{self, Config, Family, LaunchShape, Raster, Schedule, Staging, Target};
+use crate::families::{self, Config, Family, LaunchShape, Raster, Schedule, Staging, Target, WgmmaStreamConfig};
 use crate::problem::{DType, Format, INT4_GROUP, Problem};
 
 /// What decides speed, as far as a device's class tells it.
@@ -197,6 +197,8 @@ fn efficiency(config: &Config) -> f64 {
             let schedule = if config.schedule == Schedule::Pingpong { 1.0 } else { 0.95 };
             schedule * cols / (cols + 20.0)
         }
+        // A product of few columns takes as long as one of eight more.
+        Config::WgmmaStream(config) => f64::from(config.block_m) / f64::from(config.block_m + 8),
         Config::MmaSync(config) => {
             let served = serves(config.block_m / config.warps_m.max(1), 2 * config.block_n / config.warps_n.max(1));
             let staging = if config.staging == Staging::Tma { 1.0 } else { 0.92 };
@@ -226,6 +228,9 @@ fn efficiency(config: &Config) -> f64 {
 fn in_flight(config: &Config, element: f64) -> f64 {
     let stage = |block_m: u32, block_n: u32, block_k: u32| f64::from((block_m + 2 * block_n) * block_k) * element;
     match config {
+        Config::WgmmaStream(config) => {
+            f64::from(config.stages) * stage(config.block_m, config.block_n, WgmmaStreamConfig::BLOCK_K)
+        }
         Config::WgmmaTma(config) => f64::from(config.stages) * stage(config.block_m, config.block_n, config.block_k),
         Config::MmaSync(config) => {
             f64::from(config.stages.saturating_sub(1)) * stage(config.block_m, config.block_n, config.block_k)

@@ -68,13 +68,14 @@ macro_rules! template {
     };
 }
 
-const TEMPLATES: [(&str, &str); 13] = [
+const TEMPLATES: [(&str, &str); 14] = [
     template!("simt/kernel.cu.tera"),
     template!("mma_direct/kernel.cu.tera"),
     template!("mma_direct/weight_only.cu.tera"),
     template!("weight_only_tma/kernel.cu.tera"),
     template!("mma_sync/cp_async.cu.tera"),
     template!("mma_sync/tma.cu.tera"),
+    template!("wgmma_stream/kernel.cu.tera"),
     template!("wgmma_tma/kernel.cu.tera"),
     template!("elementwise/kernel.cu.tera"),
     template!("column_sum/kernel.cu.tera"),
@@ -84,7 +85,7 @@ const TEMPLATES: [(&str, &str); 13] = [
     template!("support/kernels.cu.tera"),
 ];
 
-const HEADERS: [(&str, &str); 34] = [
+const HEADERS: [(&str, &str); 35] = [
     template!("shared/types.cuh"),
     template!("shared/activation.cuh"),
     template!("shared/params.cuh"),
@@ -117,6 +118,7 @@ const HEADERS: [(&str, &str); 34] = [
     template!("shared/ptx/hopper.cuh"),
     template!("shared/ptx/mbarrier.cuh"),
     template!("shared/ptx/tma.cuh"),
+    template!("shared/ptx/transpose.cuh"),
     template!("shared/ptx/wgmma.cuh"),
     template!("shared/ptx/mma_sync.cuh"),
 ];
@@ -227,6 +229,7 @@ fn template_of(problem: &Problem, config: &Config) -> Result<&'static str, Rende
             Staging::CpAsync => Ok("mma_sync/cp_async.cu.tera"),
             Staging::Tma => Ok("mma_sync/tma.cu.tera"),
         },
+        Config::WgmmaStream(_) => Ok("wgmma_stream/kernel.cu.tera"),
         Config::WgmmaTma(_) => Ok("wgmma_tma/kernel.cu.tera"),
         Config::Elementwise(_) => Ok("elementwise/kernel.cu.tera"),
         Config::ColumnSum(_) => Ok("column_sum/kernel.cu.tera"),
@@ -262,6 +265,7 @@ fn context(problem: &Problem, config: &Config, template: &'static str) -> Result
         Config::MmaDirect(config) => Context::from_serialize(config),
         Config::WeightOnlyTma(config) => Context::from_serialize(config),
         Config::MmaSync(config) => Context::from_serialize(config),
+        Config::WgmmaStream(config) => Context::from_serialize(config),
         Config::WgmmaTma(config) => Context::from_serialize(config),
         Config::Elementwise(config) => Context::from_serialize(config),
         Config::ColumnSum(config) => Context::from_serialize(config),
@@ -282,6 +286,7 @@ fn context(problem: &Problem, config: &Config, template: &'static str) -> Result
     }
     // Tiles of many tokens read them no earlier, and have one source.
     let reads_ahead = match config {
+        Config::WgmmaStream(_) => Some(true),
         Config::WgmmaTma(tma) => Some(tma.consumers == 1 && tma.cluster_m * tma.cluster_n == 1),
         Config::WgmmaGemm(gemm) => Some(gemm.consumers == 1 && gemm.cluster_m * gemm.cluster_n == 1),
         _ => None,

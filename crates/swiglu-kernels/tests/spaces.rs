@@ -6,7 +6,7 @@ use swiglu_kernels::arch::{self, ARCHES};
 use swiglu_kernels::families::{
     self, ColumnSumConfig, CublasltConfig, ElementwiseConfig, Family, MmaDirectConfig, MmaGemmConfig, MmaSyncConfig,
     Raster, Schedule, SimtConfig, SimtGemmConfig, Staging, Target, WeightOnlyTmaConfig, WgmmaGemmConfig,
-    WgmmaTmaConfig,
+    WgmmaStreamConfig, WgmmaTmaConfig,
 };
 use swiglu_kernels::{Config, DType, Format, Op, Problem, WeightMajor, render};
 
@@ -193,6 +193,7 @@ proptest! {
             Config::MmaSync(MmaSyncConfig { staging, block_m: a, block_n: b, block_k: c, stages: d, warps_m: e, warps_n: f, access_bytes: g, fast_silu: tma, raster: Raster::AlongM, raster_group: h }),
             Config::MmaDirect(MmaDirectConfig { block_m: a, block_n: b, warps: c, loads: d, fast_silu: tma }),
             Config::WeightOnlyTma(WeightOnlyTmaConfig { block_m: a, block_n: b, warps_n: c, warps_k: d, stages: e, blocks_per_sm: f, prefetch: g, fast_silu: tma }),
+            Config::WgmmaStream(WgmmaStreamConfig { block_m: a, block_n: b, stages: c, cluster_k: d, blocks_per_sm: e, fill: f, prefetch: g, fast_silu: tma }),
             Config::WgmmaTma(WgmmaTmaConfig { block_m: a, block_n: b, block_k: c, stages: d, consumers: e, schedule: if tma { Schedule::Pingpong } else { Schedule::Cooperative }, cluster_m: f, cluster_n: g, cluster_k: 1 + f % 2, store_cols: h, store_buffers: e, blocks_per_sm: 1 + b % 2, fill: 1 + c % 2, prefetch: a, fast_silu: tma, raster: Raster::AlongM, raster_group: d }),
             Config::Simt(SimtConfig { block_m: a, block_n: b, block_k: c, thread_m: d, thread_n: e, stages: f, access_bytes: g, raster: Raster::AlongN, raster_group: h }),
             Config::Elementwise(ElementwiseConfig { threads: a, rows: b, access_bytes: c }),

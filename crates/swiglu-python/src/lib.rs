@@ -10,18 +10,18 @@ mod error;
 mod gpu;
 mod lie;
 mod plans;
+mod steps;
 mod straight;
 
-use crate::call::{Call, matrices, tokens};
+use crate::call::Call;
 use crate::error::{Failure, guarded};
 use crate::plans::{Device, Key, Plan, Prepared, StepKey};
 use crate::straight::{Layer, Torch};
 use pyo3::prelude::*;
-use pyo3::types::PyTuple;
 use std::fmt::Display;
 use std::path::PathBuf;
 use swiglu_kernels::{Op, Problem, WeightMajor};
-use swiglu_runtime::{DType, ForwardSpec, GateOrder, RawForward, RawStep, WeightLayout};
+use swiglu_runtime::{DType, ForwardSpec, GateOrder, RawForward, WeightLayout};
 
 /// Tells where NVRTC lies unless `SWIGLU_NVRTC` says so; without effect once a GPU plan was prepared.
 #[pyfunction]
@@ -112,47 +112,6 @@ fn plan_of<K: Prepared>(py: Python<'_>, key: K, stream: u64) -> PyResult<(K::Pla
         plans::get_or_prepare(key)
     };
     Ok((py.detach(|| guarded(prepare))?, true))
-}
-
-/// Compiles and loads what [`step`] launches for these sizes on GPU `device`.
-#[pyfunction]
-fn prepare_step(py: Python<'_>, device: i32, dtype: &str, op: &str, major: &str, n: u64, k: u64) -> PyResult<()> {
-    let key = step_key(device, dtype, op, major, n, k)?;
-    py.detach(|| guarded(|| plans::get_or_prepare(key))).map(|_| ())
-}
-
-/// Launches a step of the FFN on `m` tokens, through a plan that is kept as that of [`forward`] is. `left`, `right`, `saved`
-/// and `out` are what `RawStep` names so: of each matrix an address and a row stride in turn; what the op has none of is left
-/// out.
-#[pyfunction]
-#[allow(clippy::too_many_arguments, reason = "one flat call costs Python less than any structure")]
-fn step(
-    py: Python<'_>,
-    device: i32,
-    dtype: &str,
-    stream: u64,
-    m: u64,
-    op: &str,
-    major: &str,
-    n: u64,
-    k: u64,
-    left: &Bound<'_, PyTuple>,
-    right: &Bound<'_, PyTuple>,
-    saved: &Bound<'_, PyTuple>,
-    out: &Bound<'_, PyTuple>,
-    bias: u64,
-) -> PyResult<()> {
-    let key = step_key(device, dtype, op, major, n, k)?;
-    let args = RawStep {
-        m: tokens(m)?,
-        left: matrices("left", left)?,
-        right: matrices("right", right)?,
-        saved: matrices("saved", saved)?,
-        out: matrices("out", out)?,
-        bias,
-    };
-    let (plan, _) = plan_of(py, key, stream)?;
-    guarded(|| gpu::launch_step(&plan, stream, &args))
 }
 
 /// A prepared forward.
@@ -264,11 +223,9 @@ fn forward_key(
     Key { device, spec }
 }
 
-fn step_key(device: i32, dtype: &str, op: &str, major: &str, n: u64, k: u64) -> Result<StepKey, Failure> {
+fn step_key(device: i32, dtype: DType, op: Op, major: WeightMajor, n: u64, k: u64) -> Result<StepKey, Failure> {
     let gpu = u32::try_from(device).map_err(|_| Failure::argument("device", "is the CPU; a step runs on a GPU"))?;
-    let op: Op = op.parse().map_err(unknown("op"))?;
-    let major: WeightMajor = major.parse().map_err(unknown("major"))?;
-    let problem = Problem::forward(number_format(dtype)?, major, 1, size("n", n)?, size("k", k)?).with_op(op);
+    let problem = Problem::forward(dtype, major, 1, size("n", n)?, size("k", k)?).with_op(op);
     Ok(StepKey { gpu, problem })
 }
 
@@ -297,6 +254,5 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(set_nvrtc_folder, module)?)?;
     module.add_function(wrap_pyfunction!(prepare, module)?)?;
     module.add_function(wrap_pyfunction!(forward, module)?)?;
-    module.add_function(wrap_pyfunction!(prepare_step, module)?)?;
-    module.add_function(wrap_pyfunction!(step, module)?)
+    steps::add_to(module)
 }

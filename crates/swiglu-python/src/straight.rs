@@ -7,10 +7,12 @@ use crate::dlpack::{Exchange, View};
 use crate::error::guarded;
 use crate::lie::{Lie, down_matrix, is_alike, is_vector, rows, weights, with_last};
 use crate::plans::Device;
+use crate::steps::{Backward, Down, Steps, one, outputs};
 use crate::{forward_key, gpu, plan_of, run};
 use pyo3::prelude::*;
 use pyo3::types::{PyTuple, PyType};
-use swiglu_runtime::{DType, RawForward, WeightLayout};
+use swiglu_kernels::{Op, WeightMajor};
+use swiglu_runtime::{DType, RawForward, RawStep, WeightLayout};
 
 /// Torch as native code sees it: how its tensors are read and made.
 #[pyclass(frozen, module = "swiglu._native")]
@@ -148,15 +150,16 @@ impl Torch {
         self.launch(py, &operands, keep, false)
     }
 
-    /// `y` unwritten, and what `_native.step` takes for `z @ down.T + bias`: device, dtype, stream, m, major, n, k, left, right,
-    /// out and bias.
+    /// `y = z @ down.T + bias`, launched by `step`, which is `_native.step` or stands in for it.
     fn down<'py>(
         &self,
         py: Python<'py>,
+        step: &Object<'py>,
         z: &Object<'py>,
         down: &Object<'py>,
         bias: Option<&Object<'py>>,
-    ) -> PyResult<Option<Bound<'py, PyTuple>>> {
+        static_weights: bool,
+    ) -> PyResult<Option<Object<'py>>> {
         let (Some(z), Some(down), Some(bias)) = (self.plain(z), self.plain(down), self.plain_if_any(bias)) else {
             return Ok(None);
         };
@@ -167,11 +170,17 @@ impl Torch {
         };
         let Some(stream) = self.exchange.stream(py, z.lie.device) else { return Ok(None) };
         let Some((y, address)) = self.allocate(py, &z.lie, &with_last(&z.lie, out), false)? else { return Ok(None) };
-        let (left, right, bias) = ((z.address, z_stride), (down.address, stride), bias.map_or(0, |bias| bias.address));
-        let major = layout.major().name();
-        (y, z.lie.device, dtype.name(), stream, m, major, n, out, left, right, (address, out), bias)
-            .into_pyobject(py)
-            .map(Some)
+        let args = RawStep {
+            left: one((z.address, z_stride)),
+            right: one((down.address, stride)),
+            out: outputs(one((address, out))),
+            bias: bias.map_or(0, |bias| bias.address),
+            ..RawStep::default()
+        };
+        let steps = Steps::new(py, step, z.lie.device, dtype, stream, m.unsigned_abs());
+        let op = if static_weights { Op::DownStatic } else { Op::Down };
+        steps.launch(op, layout.major(), n.unsigned_abs(), out.unsigned_abs(), args)?;
+        Ok(Some(y))
     }
 
     /// An unwritten tensor of the format and on the device of `like`, of its shape unless `shape` is another; rows adjacent, or
@@ -189,14 +198,15 @@ impl Torch {
         Ok(self.allocate(py, &view.lie, shape, transposed)?.map(|(tensor, _)| tensor))
     }
 
-    /// For the backward of what `layer` is of, if nothing has been exchanged since: what `_steps.backward` takes, and the tensors
-    /// dx, d_gate, d_up and d_down that it writes, where they are needed, with others that must live as long.
+    /// The backward of what `layer` is of, if nothing has been exchanged since, launched by `step`, which is `_native.step` or
+    /// stands in for it: dx, d_gate, d_up and d_down, where they are needed.
     ///
     /// `z` is what was computed again, if it was; `d_weights` is for the gradients of both weights, else they are made here.
     #[allow(clippy::too_many_arguments, reason = "one flat call costs Python less than any structure")]
     fn backward<'py>(
         &self,
         py: Python<'py>,
+        step: &Object<'py>,
         layer: &Layer,
         dy: &Object<'py>,
         x: &Object<'py>,
@@ -228,7 +238,7 @@ impl Torch {
         let of_down = match &down {
             None => None,
             Some(down) => match down_matrix(&down.lie, n, &layer.x) {
-                Some((out, layout, stride)) => Some((out, layout, (down.address, stride))),
+                Some((out, layout, stride)) => Some((out, layout.major(), (down.address, stride))),
                 None => return Ok(None),
             },
         };
@@ -261,7 +271,7 @@ impl Torch {
                 (d_gate, d_up, if is_kn { n } else { k })
             }
         };
-        let is_down_kn = of_down.is_some_and(|(_, layout, _)| layout == WeightLayout::SeparateKn);
+        let is_down_kn = of_down.is_some_and(|(_, major, _)| major == WeightMajor::N);
         let has_down = need_down && of_down.is_some();
         let Some(d_down) = make_if(has_down, &[columns, n], is_down_kn)? else { return Ok(None) };
         let Some(new_z) = make_if(has_down && given.is_none(), &[m, n], false)? else { return Ok(None) };
@@ -273,23 +283,25 @@ impl Torch {
             (Some((_, first)), Some((_, second))) => Some((*first, d_stride, *second, d_stride)),
             _ => None,
         };
-        let groups = (
-            (device, dtype.name(), stream, m, n, k, layout.name()),
-            (dy.address, dy_stride),
-            (x.address, x_stride),
-            (gate.address, gate_stride, up.address, up_stride),
-            of_down.map(|(out, layout, group)| (out, layout.major().name(), group)),
-            pair(saved.address),
-            pair(grads.as_ref().map_or(saved.address, |grads| grads.1)),
-            group(&dx, k),
+        let backward = Backward {
+            major: layout.major(),
+            n: n.unsigned_abs(),
+            k: k.unsigned_abs(),
+            of_dy: (dy.address, dy_stride),
+            of_x: (x.address, x_stride),
+            of_weights: (gate.address, gate_stride, up.address, up_stride),
+            of_down: of_down.map(|(out, major, group)| Down { rows: out.unsigned_abs(), major, group }),
+            of_saved: pair(saved.address),
+            of_grads: pair(grads.as_ref().map_or(saved.address, |grads| grads.1)),
+            of_dx: group(&dx, k),
             of_d_weights,
-            group(&d_down, if is_down_kn { columns } else { n }),
-            group(&new_z, n),
-            given.map(|z| (z.address, n)),
-        );
+            of_d_down: group(&d_down, if is_down_kn { columns } else { n }),
+            of_new_z: group(&new_z, n),
+            of_z: given.map(|z| (z.address, n)),
+        };
+        backward.launch(&Steps::new(py, step, device, dtype, stream, m.unsigned_abs()))?;
         let tensor = |made: Option<(Object<'py>, u64)>| made.map(|made| made.0);
-        let tensors = (tensor(dx), tensor(d_gate), tensor(d_up), tensor(d_down), tensor(grads), tensor(new_z));
-        (groups, tensors).into_pyobject(py).map(Some)
+        (tensor(dx), tensor(d_gate), tensor(d_up), tensor(d_down)).into_pyobject(py).map(Some)
     }
 }
 

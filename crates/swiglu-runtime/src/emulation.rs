@@ -323,6 +323,7 @@ impl Case {
                 let saved = tensor_map::of_preactivations(config, problem, &args).into_iter().filter(|_| saves);
                 tensor_map::of_wgmma_tma(config, &of_maps, &operands).into_iter().chain(saved).collect()
             }
+            Config::WgmmaStream(config) => tensor_map::of_wgmma_stream(config, problem, &args).to_vec(),
             Config::WeightOnlyTma(config) => {
                 let scales = tensor_map::of_int4_scales(config, problem, &args).into_iter();
                 let scales = scales.filter(|_| problem.dtype.weights() == Format::Int4);
@@ -422,9 +423,17 @@ fn way(config: &Config) -> Way {
             cluster([gemm.cluster_m, gemm.cluster_n, gemm.cluster_k], gemm.blocks_per_sm),
         ),
         Config::MmaDirect(direct) => (Family::MmaDirect, None, None, direct.loads.min(5)),
+        Config::WgmmaStream(stream) => {
+            let row_blocks = stream.block_n.div_ceil(64);
+            (Family::WgmmaStream, None, None, cluster([0, row_blocks, stream.cluster_k], 1))
+        }
         Config::WeightOnlyTma(tma) => (Family::WeightOnlyTma, None, None, tma.warps_k.min(2)),
         _ => (config.family(), None, None, 1),
     }
+}
+
+fn is_for_few_tokens(config: &Config) -> bool {
+    matches!(config, Config::WgmmaStream(_)) || matches!(config, Config::WgmmaTma(tma) if tma.consumers == 1)
 }
 
 #[test]
@@ -465,12 +474,12 @@ fn static_weights_come_before_x() {
     for (major, k) in WeightMajor::ALL.into_iter().flat_map(|major| [(major, 200), (major, 1616)]) {
         let problem = Problem::forward(DType::Bf16, major, 20, 264, k).with_op(Op::ForwardStatic);
         let mut all = candidates(&problem, Target::Gpu(arch));
-        all.retain(|config| matches!(config, Config::WgmmaTma(tma) if tma.consumers == 1));
+        all.retain(is_for_few_tokens);
         for this in ways(&all) {
             cases.extend(one_of(&all, this, &mut rng).map(|config| (problem, config)));
         }
     }
-    assert!(cases.len() >= 12, "{} cases", cases.len());
+    assert!(cases.len() >= 20, "{} cases", cases.len());
     let wrong: Vec<String> =
         cases.par_iter().filter_map(|(problem, config)| check(*problem, config, arch).err()).collect();
     assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));

@@ -229,6 +229,12 @@ unsafe fn forward_function(
             // SAFETY: by this function's own contract.
             unsafe { wgmma_tma(config, problem, function, stream, args, &maps, params) }
         }
+        Config::WgmmaStream(config) => {
+            let mut maps = tensor_map::encode(&tensor_map::of_wgmma_stream(config, problem, args))?;
+            let [x, gate, up] = maps.each_mut().map(pointer);
+            // SAFETY: the kernel takes three tensor maps and a `Params` by value, all alive here; addresses by contract.
+            unsafe { launch(problem, function, stream, args.m, &mut [x, gate, up, params]) }
+        }
         Config::WeightOnlyTma(config) => {
             let mut maps = tensor_map::encode(&tensor_map::of_weight_only_tma(config, problem, args))?;
             let [x, gate, up] = maps.each_mut().map(pointer);
@@ -378,6 +384,7 @@ unsafe fn step_function(
         | Config::MmaDirect(_)
         | Config::WeightOnlyTma(_)
         | Config::MmaSync(_)
+        | Config::WgmmaStream(_)
         | Config::WgmmaTma(_)
         | Config::Cublaslt(_)
         | Config::Cpu(_) => Err(invalid().into()),

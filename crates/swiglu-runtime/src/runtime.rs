@@ -433,6 +433,7 @@ impl CpuRuntime {
                 | Config::MmaDirect(_)
                 | Config::WeightOnlyTma(_)
                 | Config::MmaSync(_)
+                | Config::WgmmaStream(_)
                 | Config::WgmmaTma(_)
                 | Config::Elementwise(_)
                 | Config::ColumnSum(_)

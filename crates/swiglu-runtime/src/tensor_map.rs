@@ -8,7 +8,9 @@ use crate::launch::RawForward;
 use crate::step::{RawMatrix, RawStep};
 use cudarc::driver::{DriverError, sys};
 use std::mem::MaybeUninit;
-use swiglu_kernels::families::{MmaSyncConfig, WeightOnlyTmaConfig, WgmmaGemmConfig, WgmmaTmaConfig};
+use swiglu_kernels::families::{
+    MmaSyncConfig, WeightOnlyTmaConfig, WgmmaGemmConfig, WgmmaStreamConfig, WgmmaTmaConfig,
+};
 use swiglu_kernels::problem::{INT4_GROUP, MAX_ACCESS_BYTES, OperandMajor, Product};
 use swiglu_kernels::{Format, Problem, WeightMajor};
 
@@ -65,6 +67,13 @@ fn output(config: &WgmmaTmaConfig, problem: &Problem, m: u32, address: u64, row_
         box_cols: config.store_cols,
         swizzled: true,
     }
+}
+
+/// x, gate and up for `templates/wgmma_stream/kernel.cu.tera`.
+pub(crate) fn of_wgmma_stream(config: &WgmmaStreamConfig, problem: &Problem, args: &RawForward) -> [BoxedMatrix; 3] {
+    let block_k = WgmmaStreamConfig::BLOCK_K;
+    let tile = InputBoxes { x_rows: config.block_m, block_n: config.block_n, block_k, weight_cols: block_k };
+    tile.of(problem, args)
 }
 
 /// x, gate and up for `templates/mma_sync/tma.cu.tera`.

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use half::{bf16, f16};
+use rand::seq::IndexedRandom;
 use rand::{SeedableRng, rngs::SmallRng};
 use rand_distr::{Distribution, StandardNormal};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -288,6 +289,21 @@ fn few_tokens_match_the_oracle_in_every_config_that_is_made_for_them() {
             let plan = gpu.runtime.prepare_config(&spec, config).unwrap();
             for (m, gap) in [(1, 0), (7, 8), (33, 0)] {
                 Case::<bf16>::new(spec, m, gap, m == 7, 13).check(&gpu, &plan, &config.to_string());
+            }
+        }
+    }
+    let mut rng = SmallRng::seed_from_u64(23);
+    for (dtype, save_preactivations) in [(DType::Bf16, false), (DType::Bf16, true), (DType::F16, false)] {
+        let spec = ForwardSpec { save_preactivations, ..spec(dtype, WeightLayout::SeparateNk, 1000, 776) };
+        let all = candidates(&spec.problem(1), Target::Gpu(arch)).into_iter();
+        let streams: Vec<Config> = all.filter(|config| config.family() == Family::WgmmaStream).collect();
+        for config in streams.sample(&mut rng, 30) {
+            let plan = gpu.runtime.prepare_config(&spec, *config).unwrap();
+            for (m, gap) in [(1, 0), (7, 8), (33, 0), (130, 8)] {
+                match dtype {
+                    DType::F16 => Case::<f16>::new(spec, m, gap, m == 7, 13).check(&gpu, &plan, &config.to_string()),
+                    _ => Case::<bf16>::new(spec, m, gap, m == 7, 13).check(&gpu, &plan, &config.to_string()),
+                }
             }
         }
     }

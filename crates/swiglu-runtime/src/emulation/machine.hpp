@@ -37,6 +37,7 @@ struct Thread {
     std::unique_ptr<char[]> stack;
     Index index;
     int cta, warp, lane;
+    unsigned cluster_generation = 0;  // of the cluster's barrier when this thread arrived
     bool done = false;
 };
 

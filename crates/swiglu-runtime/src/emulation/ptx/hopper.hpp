@@ -2,8 +2,17 @@
 inline u32 cluster_cta_rank() { return machine::current->cta; }
 inline u32 map_to_cta(u32 address, u32 rank) { return (address & 0xffffff) | rank << 24; }
 
+inline void cluster_arrive() {
+    machine::current->cluster_generation = machine::cluster_barrier.generation;
+    machine::arrive(machine::cluster_barrier, int(machine::threads.size()));
+}
+
+inline void cluster_wait() {
+    while (machine::cluster_barrier.generation == machine::current->cluster_generation) machine::wait();
+}
+
 template <int kCtas> void cluster_sync() {
-    if (kCtas > 1) machine::sync(machine::cluster_barrier, int(machine::threads.size()));
+    if (kCtas > 1) cluster_arrive(), cluster_wait();
     else __syncthreads();
 }
 

@@ -1,0 +1,245 @@
+//! Launches of the FFN's steps, and of all that a backward takes.
+
+use crate::call::{matrices, tokens};
+use crate::error::guarded;
+use crate::{gpu, number_format, plan_of, plans, step_key, unknown};
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyTuple;
+use swiglu_kernels::{Op, WeightMajor};
+use swiglu_runtime::{DType, RawMatrix, RawStep, WeightLayout};
+
+/// [`step`] as Python sees it.
+static OWN_STEP: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+
+/// Tells [`Steps`] which step is our own.
+pub(crate) fn add_to(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(prepare_step, module)?)?;
+    module.add_function(wrap_pyfunction!(step, module)?)?;
+    module.add_function(wrap_pyfunction!(backward, module)?)?;
+    OWN_STEP.get_or_try_init(module.py(), || module.getattr("step").map(Bound::unbind)).map(|_| ())
+}
+
+/// Compiles and loads what [`step`] launches for these sizes on GPU `device`.
+#[pyfunction]
+fn prepare_step(py: Python<'_>, device: i32, dtype: &str, op: &str, major: &str, n: u64, k: u64) -> PyResult<()> {
+    let key = step_key(device, number_format(dtype)?, op.parse().map_err(unknown("op"))?, major_of(major)?, n, k)?;
+    py.detach(|| guarded(|| plans::get_or_prepare(key))).map(|_| ())
+}
+
+/// Launches a step of the FFN on `m` tokens, through a plan that is kept as that of the forward is. `left`, `right`, `saved`
+/// and `out` are what `RawStep` names so: of each matrix an address and a row stride in turn; what the op has none of is left
+/// out.
+#[pyfunction]
+#[allow(clippy::too_many_arguments, reason = "one flat call costs Python less than any structure")]
+fn step(
+    py: Python<'_>,
+    device: i32,
+    dtype: &str,
+    stream: u64,
+    m: u64,
+    op: &str,
+    major: &str,
+    n: u64,
+    k: u64,
+    left: &Bound<'_, PyTuple>,
+    right: &Bound<'_, PyTuple>,
+    saved: &Bound<'_, PyTuple>,
+    out: &Bound<'_, PyTuple>,
+    bias: u64,
+) -> PyResult<()> {
+    let args = RawStep {
+        m: 0,
+        left: matrices("left", left)?,
+        right: matrices("right", right)?,
+        saved: matrices("saved", saved)?,
+        out: matrices("out", out)?,
+        bias,
+    };
+    let steps = Steps { py, instead: None, device, dtype: number_format(dtype)?, stream, m };
+    steps.launch(op.parse().map_err(unknown("op"))?, major_of(major)?, n, k, args)
+}
+
+/// Launches what [`Backward::launch`] does. `step` is our own, or what stands in for it; `layer` begins with device, dtype,
+/// stream, m, n, k and layout, `of_down` with the rows of a down projection and the step's word for its order.
+#[pyfunction]
+#[allow(clippy::too_many_arguments, reason = "one flat call costs Python less than any structure")]
+fn backward(
+    py: Python<'_>,
+    step: &Bound<'_, PyAny>,
+    layer: &Bound<'_, PyTuple>,
+    of_dy: One,
+    of_x: One,
+    of_weights: Two,
+    of_down: Option<(u64, String, One)>,
+    of_saved: Two,
+    of_grads: Two,
+    of_dx: Option<One>,
+    of_d_weights: Option<Two>,
+    of_d_down: Option<One>,
+    of_new_z: Option<One>,
+    of_z: Option<One>,
+) -> PyResult<()> {
+    let (device, dtype, stream, m) = layer.get_slice(0, 4).extract::<(i32, String, u64, u64)>()?;
+    let (n, k, layout) = layer.get_slice(4, 7).extract::<(u64, u64, String)>()?;
+    let layout: WeightLayout = layout.parse().map_err(unknown("layout"))?;
+    let of_down = match of_down {
+        None => None,
+        Some((rows, major, group)) => Some(Down { rows, major: major_of(&major)?, group }),
+    };
+    let steps = Steps::new(py, step, device, number_format(&dtype)?, stream, m);
+    let groups = Backward {
+        major: layout.major(),
+        n,
+        k,
+        of_dy,
+        of_x,
+        of_weights,
+        of_down,
+        of_saved,
+        of_grads,
+        of_dx,
+        of_d_weights,
+        of_d_down,
+        of_new_z,
+        of_z,
+    };
+    groups.launch(&steps)
+}
+
+fn major_of(word: &str) -> PyResult<WeightMajor> {
+    Ok(word.parse().map_err(unknown("major"))?)
+}
+
+/// Launches on `m` tokens, one after another.
+pub(crate) struct Steps<'py> {
+    py: Python<'py>,
+    /// What launches instead, called as [`step`] is: tests have no GPU, or want to see.
+    instead: Option<Bound<'py, PyAny>>,
+    device: i32,
+    dtype: DType,
+    stream: u64,
+    m: u64,
+}
+
+impl<'py> Steps<'py> {
+    pub(crate) fn new(
+        py: Python<'py>,
+        step: &Bound<'py, PyAny>,
+        device: i32,
+        dtype: DType,
+        stream: u64,
+        m: u64,
+    ) -> Self {
+        let is_own = OWN_STEP.get(py).is_some_and(|own| step.is(own));
+        let instead = (!is_own).then(|| step.clone());
+        Self { py, instead, device, dtype, stream, m }
+    }
+
+    /// `args` but for M.
+    pub(crate) fn launch(&self, op: Op, major: WeightMajor, n: u64, k: u64, args: RawStep) -> PyResult<()> {
+        let &Self { py, device, dtype, stream, m, .. } = self;
+        if let Some(step) = &self.instead {
+            let groups = [&args.left[..], &args.right, &args.saved, &args.out].map(|group| tuple(py, group));
+            let [left, right, saved, out] = groups;
+            let given = (device, dtype.name(), stream, m, op.name(), major.name(), n, k).into_pyobject(py)?;
+            let operands = (left?, right?, saved?, out?, args.bias).into_pyobject(py)?;
+            let all = given.as_sequence().concat(operands.as_sequence())?;
+            return step.call1(all.to_tuple()?).map(|_| ());
+        }
+        let key = step_key(device, dtype, op, major, n, k)?;
+        let args = RawStep { m: tokens(m)?, ..args };
+        let (plan, _) = plan_of(py, key, stream)?;
+        guarded(|| gpu::launch_step(&plan, stream, &args))
+    }
+}
+
+/// As [`step`] takes them: the address and row stride of each matrix that is there.
+fn tuple<'py>(py: Python<'py>, group: &[RawMatrix]) -> PyResult<Bound<'py, PyTuple>> {
+    let there = group.iter().filter(|matrix| matrix.address != 0);
+    let numbers: Vec<i128> = there.flat_map(|matrix| [i128::from(matrix.address), i128::from(matrix.stride)]).collect();
+    PyTuple::new(py, numbers)
+}
+
+/// A matrix's address and row stride.
+pub(crate) type One = (u64, i64);
+/// Those of two.
+pub(crate) type Two = (u64, i64, u64, i64);
+
+/// A down projection.
+pub(crate) struct Down {
+    pub(crate) rows: u64,
+    pub(crate) major: WeightMajor,
+    pub(crate) group: One,
+}
+
+/// What a backward reads, and the gradients that it writes, those that are wanted.
+///
+/// The pre-activations are `of_saved`, their gradients are written `of_grads`, which may be the same. Where the gradient of
+/// down is wanted, z is read `of_z` or computed again and written `of_new_z`. Gradients of weights lie in memory as their
+/// weights do.
+pub(crate) struct Backward {
+    pub(crate) major: WeightMajor,
+    pub(crate) n: u64,
+    pub(crate) k: u64,
+    pub(crate) of_dy: One,
+    pub(crate) of_x: One,
+    pub(crate) of_weights: Two,
+    pub(crate) of_down: Option<Down>,
+    pub(crate) of_saved: Two,
+    pub(crate) of_grads: Two,
+    pub(crate) of_dx: Option<One>,
+    pub(crate) of_d_weights: Option<Two>,
+    pub(crate) of_d_down: Option<One>,
+    pub(crate) of_new_z: Option<One>,
+    pub(crate) of_z: Option<One>,
+}
+
+impl Backward {
+    /// Two launches of the forward's, three of the block's, or fewer.
+    pub(crate) fn launch(&self, steps: &Steps<'_>) -> PyResult<()> {
+        let &Self { major, n, k, .. } = self;
+        let (dy, x, weights, grads) = (one(self.of_dy), one(self.of_x), two(self.of_weights), two(self.of_grads));
+        let gated = RawStep { saved: two(self.of_saved), left: dy, ..RawStep::default() };
+        let out = [grads[0], grads[1], self.of_new_z.map_or_else(RawMatrix::default, matrix)];
+        match &self.of_down {
+            // Without weights either order is the op's.
+            None => steps.launch(Op::GateBackward, WeightMajor::K, n, n, RawStep { out, ..gated })?,
+            Some(down) => {
+                steps.launch(Op::Dgated, down.major, n, down.rows, RawStep { right: one(down.group), out, ..gated })?;
+            }
+        }
+        if let Some(dx) = self.of_dx {
+            let args = RawStep { left: grads, right: weights, out: outputs(one(dx)), ..RawStep::default() };
+            steps.launch(Op::InputGrad, major, n, k, args)?;
+        }
+        if let Some(d_weights) = self.of_d_weights {
+            let (left, right) = if major == WeightMajor::K { (grads, x) } else { (x, grads) };
+            let args = RawStep { left, right, out: outputs(two(d_weights)), ..RawStep::default() };
+            steps.launch(Op::WeightGrad, major, n, k, args)?;
+        }
+        if let (Some(down), Some(d_down)) = (&self.of_down, self.of_d_down) {
+            let z = self.of_new_z.or(self.of_z).map_or_else(Default::default, one);
+            let (left, right) = if down.major == WeightMajor::K { (dy, z) } else { (z, dy) };
+            let args = RawStep { left, right, out: outputs(one(d_down)), ..RawStep::default() };
+            steps.launch(Op::DownWeightGrad, down.major, n, down.rows, args)?;
+        }
+        Ok(())
+    }
+}
+
+pub(crate) fn matrix((address, stride): One) -> RawMatrix {
+    RawMatrix { address, stride }
+}
+
+pub(crate) fn one(group: One) -> [RawMatrix; 2] {
+    [matrix(group), RawMatrix::default()]
+}
+
+fn two((first, first_stride, second, second_stride): Two) -> [RawMatrix; 2] {
+    [matrix((first, first_stride)), matrix((second, second_stride))]
+}
+
+pub(crate) fn outputs([first, second]: [RawMatrix; 2]) -> [RawMatrix; 3] {
+    [first, second, RawMatrix::default()]
+}
