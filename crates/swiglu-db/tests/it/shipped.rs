@@ -82,7 +82,7 @@ device = { class = "sm_90a-sm132-l2_60m-smem227k-bus6144", name = "NVIDIA H200" 
 
 [[record]]
 problem = { op = "forward", activation = "silu", dtype = "bf16", weight_major = "k_major", alignment = 16, n = 1024, k = 4096, m = 1 }
-config = { family = "mma_sync", "#;
+config = { family = "wgmma_stream", "#;
     assert!(text.starts_with(expected), "{text}");
     let measurement =
         "measurement = { median_us = 12.346, p10_us = 12.222, p90_us = 12.469, samples = 50, error = 0.000123 }";

@@ -135,7 +135,7 @@ fn tile(dtype: DType, [block_m, block_n]: [u32; 2], cluster_k: u32, blocks_per_s
 }
 
 /// KiB of static weights asked into L2 beyond the stages.
-const STATIC_PREFETCH_KIB: [u32; 3] = [0, 56, 112];
+const STATIC_PREFETCH_KIB: [u32; 4] = [0, 32, 64, 112];
 
 pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaStreamConfig> + use<> {
     let is_static = problem.op.has_static_weights();
