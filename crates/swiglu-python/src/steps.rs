@@ -60,7 +60,7 @@ fn step(
     steps.launch(op.parse().map_err(unknown("op"))?, major_of(major)?, n, k, args)
 }
 
-/// Launches what [`Backward::launch`] does. `step` is our own, or what stands in for it; `layer` begins with device, dtype,
+/// All launches of a backward, of the gradients that are given. `step` is our own, or what stands in for it; `layer` begins with device, dtype,
 /// stream, m, n, k and layout, `of_down` with the rows of a down projection and the step's word for its order.
 #[pyfunction]
 #[allow(clippy::too_many_arguments, reason = "one flat call costs Python less than any structure")]
@@ -88,23 +88,19 @@ fn backward(
         Some((rows, major, group)) => Some(Down { rows, major: major_of(&major)?, group }),
     };
     let steps = Steps::new(py, step, device, number_format(&dtype)?, stream, m);
-    let groups = Backward {
-        major: layout.major(),
-        n,
-        k,
-        of_dy,
-        of_x,
-        of_weights,
-        of_down,
-        of_saved,
-        of_grads,
-        of_dx,
-        of_d_weights,
-        of_d_down,
-        of_new_z,
-        of_z,
-    };
-    groups.launch(&steps)
+    let major = layout.major();
+    let backward = Backward { major, n, k, of_dy, of_x, of_weights, of_down, of_saved, of_grads };
+    backward.gated(&steps, of_new_z)?;
+    if let Some(dx) = of_dx {
+        backward.input_grad(&steps, dx)?;
+    }
+    if let Some(d_weights) = of_d_weights {
+        backward.weight_grad(&steps, d_weights)?;
+    }
+    if let (Some(d_down), Some(z)) = (of_d_down, of_new_z.or(of_z)) {
+        backward.down_weight_grad(&steps, z, d_down)?;
+    }
+    Ok(())
 }
 
 fn major_of(word: &str) -> PyResult<WeightMajor> {
@@ -173,11 +169,10 @@ pub(crate) struct Down {
     pub(crate) group: One,
 }
 
-/// What a backward reads, and the gradients that it writes, those that are wanted.
+/// What a backward reads; it begins with [`Backward::gated`], the others come in any order.
 ///
-/// The pre-activations are `of_saved`, their gradients are written `of_grads`, which may be the same. Where the gradient of
-/// down is wanted, z is read `of_z` or computed again and written `of_new_z`. Gradients of weights lie in memory as their
-/// weights do.
+/// The pre-activations are `of_saved`, their gradients are written `of_grads`, which may be the same. Gradients of weights lie
+/// in memory as their weights do.
 pub(crate) struct Backward {
     pub(crate) major: WeightMajor,
     pub(crate) n: u64,
@@ -188,43 +183,44 @@ pub(crate) struct Backward {
     pub(crate) of_down: Option<Down>,
     pub(crate) of_saved: Two,
     pub(crate) of_grads: Two,
-    pub(crate) of_dx: Option<One>,
-    pub(crate) of_d_weights: Option<Two>,
-    pub(crate) of_d_down: Option<One>,
-    pub(crate) of_new_z: Option<One>,
-    pub(crate) of_z: Option<One>,
 }
 
 impl Backward {
-    /// Two launches of the forward's, three of the block's, or fewer.
-    pub(crate) fn launch(&self, steps: &Steps<'_>) -> PyResult<()> {
-        let &Self { major, n, k, .. } = self;
-        let (dy, x, weights, grads) = (one(self.of_dy), one(self.of_x), two(self.of_weights), two(self.of_grads));
-        let gated = RawStep { saved: two(self.of_saved), left: dy, ..RawStep::default() };
-        let out = [grads[0], grads[1], self.of_new_z.map_or_else(RawMatrix::default, matrix)];
+    /// The gradients of the pre-activations; z is computed again if `new_z` says where.
+    pub(crate) fn gated(&self, steps: &Steps<'_>, new_z: Option<One>) -> PyResult<()> {
+        let [gate, up] = two(self.of_grads);
+        let out = [gate, up, new_z.map_or_else(RawMatrix::default, matrix)];
+        let args = RawStep { left: one(self.of_dy), saved: two(self.of_saved), out, ..RawStep::default() };
         match &self.of_down {
             // Without weights either order is the op's.
-            None => steps.launch(Op::GateBackward, WeightMajor::K, n, n, RawStep { out, ..gated })?,
+            None => steps.launch(Op::GateBackward, WeightMajor::K, self.n, self.n, args),
             Some(down) => {
-                steps.launch(Op::Dgated, down.major, n, down.rows, RawStep { right: one(down.group), out, ..gated })?;
+                let args = RawStep { right: one(down.group), ..args };
+                steps.launch(Op::Dgated, down.major, self.n, down.rows, args)
             }
         }
-        if let Some(dx) = self.of_dx {
-            let args = RawStep { left: grads, right: weights, out: outputs(one(dx)), ..RawStep::default() };
-            steps.launch(Op::InputGrad, major, n, k, args)?;
-        }
-        if let Some(d_weights) = self.of_d_weights {
-            let (left, right) = if major == WeightMajor::K { (grads, x) } else { (x, grads) };
-            let args = RawStep { left, right, out: outputs(two(d_weights)), ..RawStep::default() };
-            steps.launch(Op::WeightGrad, major, n, k, args)?;
-        }
-        if let (Some(down), Some(d_down)) = (&self.of_down, self.of_d_down) {
-            let z = self.of_new_z.or(self.of_z).map_or_else(Default::default, one);
-            let (left, right) = if down.major == WeightMajor::K { (dy, z) } else { (z, dy) };
-            let args = RawStep { left, right, out: outputs(one(d_down)), ..RawStep::default() };
-            steps.launch(Op::DownWeightGrad, down.major, n, down.rows, args)?;
-        }
-        Ok(())
+    }
+
+    pub(crate) fn input_grad(&self, steps: &Steps<'_>, dx: One) -> PyResult<()> {
+        let (left, right) = (two(self.of_grads), two(self.of_weights));
+        let args = RawStep { left, right, out: outputs(one(dx)), ..RawStep::default() };
+        steps.launch(Op::InputGrad, self.major, self.n, self.k, args)
+    }
+
+    pub(crate) fn weight_grad(&self, steps: &Steps<'_>, d_weights: Two) -> PyResult<()> {
+        let (grads, x) = (two(self.of_grads), one(self.of_x));
+        let (left, right) = if self.major == WeightMajor::K { (grads, x) } else { (x, grads) };
+        let args = RawStep { left, right, out: outputs(two(d_weights)), ..RawStep::default() };
+        steps.launch(Op::WeightGrad, self.major, self.n, self.k, args)
+    }
+
+    /// Nothing without a down projection.
+    pub(crate) fn down_weight_grad(&self, steps: &Steps<'_>, z: One, d_down: One) -> PyResult<()> {
+        let Some(down) = &self.of_down else { return Ok(()) };
+        let (dy, z) = (one(self.of_dy), one(z));
+        let (left, right) = if down.major == WeightMajor::K { (dy, z) } else { (z, dy) };
+        let args = RawStep { left, right, out: outputs(one(d_down)), ..RawStep::default() };
+        steps.launch(Op::DownWeightGrad, down.major, self.n, down.rows, args)
     }
 }
 

@@ -9,6 +9,7 @@ use crate::lie::{Lie, down_matrix, is_alike, is_vector, rows, weights, with_last
 use crate::plans::Device;
 use crate::steps::{Backward, Down, Steps, one, outputs};
 use crate::{forward_key, gpu, plan_of, run};
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyTuple, PyType};
 use swiglu_kernels::{Op, WeightMajor};
@@ -249,40 +250,32 @@ impl Torch {
         };
         let Some(stream) = self.exchange.stream(py, device) else { return Ok(None) };
 
-        let make = |shape: &[i64], transposed: bool| self.allocate(py, &layer.x, shape, transposed);
-        let make_if = |needed: bool, shape: &[i64], transposed: bool| {
-            if needed { make(shape, transposed).map(|made| made.map(Some)) } else { Ok(Some(None)) }
+        let make = |needed: bool, shape: &[i64], transposed: bool| {
+            if needed {
+                self.allocate(py, &layer.x, shape, transposed).map(|made| made.map(Some))
+            } else {
+                Ok(Some(None))
+            }
         };
-        let Some(grads) = make_if(!in_place, &[2 * m * n], false)? else { return Ok(None) };
-        let Some(dx) = make_if(need_x, layer.x.shape(), false)? else { return Ok(None) };
         let is_kn = layout == WeightLayout::SeparateKn;
-        let (d_gate, d_up, d_stride) = match (need_weights, d_weights) {
-            (true, Some((d_gate, d_up))) => {
+        let has_down = need_down && of_down.is_some();
+        let Some(grads) = make(!in_place, &[2 * m * n], false)? else { return Ok(None) };
+        let Some(new_z) = make(has_down && given.is_none(), &[m, n], false)? else { return Ok(None) };
+        let d_pair = match d_weights {
+            Some((d_gate, d_up)) if need_weights => {
                 let (Some(first), Some(second)) = (self.exchange.read(&d_gate), self.exchange.read(&d_up)) else {
                     return Ok(None);
                 };
                 let &[down, across] = first.lie.strides() else { return Ok(None) };
-                let d_stride = if is_kn { across } else { down };
-                (Some((d_gate, first.address)), Some((d_up, second.address)), d_stride)
+                Some(((d_gate, first.address), (d_up, second.address), if is_kn { across } else { down }))
             }
-            _ => {
-                let Some(d_gate) = make_if(need_weights, &[n, k], is_kn)? else { return Ok(None) };
-                let Some(d_up) = make_if(need_weights, &[n, k], is_kn)? else { return Ok(None) };
-                (d_gate, d_up, if is_kn { n } else { k })
-            }
-        };
-        let is_down_kn = of_down.is_some_and(|(_, major, _)| major == WeightMajor::N);
-        let has_down = need_down && of_down.is_some();
-        let Some(d_down) = make_if(has_down, &[columns, n], is_down_kn)? else { return Ok(None) };
-        let Some(new_z) = make_if(has_down && given.is_none(), &[m, n], false)? else { return Ok(None) };
-
-        let half = u64::from(dtype.bytes()) * (m * n).unsigned_abs();
-        let pair = |first: u64| (first, n, first + half, n);
-        let group = |made: &Option<(Object<'py>, u64)>, stride: i64| made.as_ref().map(|made| (made.1, stride));
-        let of_d_weights = match (&d_gate, &d_up) {
-            (Some((_, first)), Some((_, second))) => Some((*first, d_stride, *second, d_stride)),
             _ => None,
         };
+        // What is to be overwritten is safe until one output is there.
+        let Some(mut dx) = make(in_place && need_x, layer.x.shape(), false)? else { return Ok(None) };
+        let half = u64::from(dtype.bytes()) * (m * n).unsigned_abs();
+        let pair = |first: u64| (first, n, first + half, n);
+        let is_down_kn = of_down.is_some_and(|(_, major, _)| major == WeightMajor::N);
         let backward = Backward {
             major: layout.major(),
             n: n.unsigned_abs(),
@@ -293,13 +286,35 @@ impl Torch {
             of_down: of_down.map(|(out, major, group)| Down { rows: out.unsigned_abs(), major, group }),
             of_saved: pair(saved.address),
             of_grads: pair(grads.as_ref().map_or(saved.address, |grads| grads.1)),
-            of_dx: group(&dx, k),
-            of_d_weights,
-            of_d_down: group(&d_down, if is_down_kn { columns } else { n }),
-            of_new_z: group(&new_z, n),
-            of_z: given.map(|z| (z.address, n)),
         };
-        backward.launch(&Steps::new(py, step, device, dtype, stream, m.unsigned_abs()))?;
+        let steps = Steps::new(py, step, device, dtype, stream, m.unsigned_abs());
+        let of_z = new_z.as_ref().map_or_else(|| given.map(|z| z.address), |made| Some(made.1)).map(|z| (z, n));
+
+        // The GPU begins before the other outputs are allocated.
+        backward.gated(&steps, new_z.as_ref().map(|made| (made.1, n)))?;
+        let make = |needed: bool, shape: &[i64], transposed: bool| {
+            let gone = || PyRuntimeError::new_err("torch's current device changed during a backward");
+            make(needed, shape, transposed)?.ok_or_else(gone)
+        };
+        if dx.is_none() {
+            dx = make(need_x, layer.x.shape(), false)?;
+        }
+        if let Some((_, address)) = &dx {
+            backward.input_grad(&steps, (*address, k))?;
+        }
+        let (d_gate, d_up, d_stride) = match d_pair {
+            Some((d_gate, d_up, d_stride)) => (Some(d_gate), Some(d_up), d_stride),
+            None => {
+                (make(need_weights, &[n, k], is_kn)?, make(need_weights, &[n, k], is_kn)?, if is_kn { n } else { k })
+            }
+        };
+        if let (Some((_, first)), Some((_, second))) = (&d_gate, &d_up) {
+            backward.weight_grad(&steps, (*first, d_stride, *second, d_stride))?;
+        }
+        let d_down = make(has_down, &[columns, n], is_down_kn)?;
+        if let (Some((_, address)), Some(z)) = (&d_down, of_z) {
+            backward.down_weight_grad(&steps, z, (*address, if is_down_kn { columns } else { n }))?;
+        }
         let tensor = |made: Option<(Object<'py>, u64)>| made.map(|made| made.0);
         (tensor(dx), tensor(d_gate), tensor(d_up), tensor(d_down)).into_pyobject(py).map(Some)
     }
