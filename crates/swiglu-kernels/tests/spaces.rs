@@ -177,6 +177,31 @@ fn refusals_name_the_rule() {
     assert_eq!(on_cpu.rule, "the family runs on this kind of device");
 }
 
+#[test]
+fn tiles_with_weights_on_the_rows_say_what_they_cannot() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    let problem = Problem::forward(DType::Bf16, WeightMajor::K, 8, 512, 512);
+    let Config::WgmmaStream(good) = families::default_config(&problem, arch).unwrap() else { panic!("wgmma_stream") };
+    let rule = |config: WgmmaStreamConfig, problem: &Problem, arch: &str| {
+        let target = Target::Gpu(arch::by_name(arch).unwrap());
+        Config::WgmmaStream(config).check(problem, target).unwrap_err().rule
+    };
+    for (config, expected) in [
+        (WgmmaStreamConfig { block_m: 24, ..good }, "tokens are 8, 16, 32 or 64 columns of a product"),
+        (WgmmaStreamConfig { block_n: 20, ..good }, "rows of weights are whole swizzle atoms, 16 to 128 of them"),
+        (WgmmaStreamConfig { cluster_k: 3, ..good }, "a cluster is at most a pair"),
+        (WgmmaStreamConfig { stages: 2, ..good }, "at least 3 stages"),
+        (WgmmaStreamConfig { fill: 2, ..good }, "no more blocks are launched than fit"),
+    ] {
+        assert_eq!(rule(config, &problem, "sm_90a"), expected);
+    }
+    assert_eq!(rule(good, &problem, "sm_80"), "wgmma_stream needs compute capability 9.0");
+    let n_major = Problem { weight_major: WeightMajor::N, ..problem };
+    assert_eq!(rule(good, &n_major, "sm_90a"), "wgmma_stream reads weights along K");
+    let tf32 = Problem { dtype: DType::Tf32, ..problem };
+    assert_eq!(rule(good, &tf32, "sm_90a"), "wgmma_stream multiplies fp16 and bf16");
+}
+
 /// Numbers a damaged or hostile file may hold.
 fn size() -> impl Strategy<Value = u32> {
     prop_oneof![0..=300u32, Just(u32::MAX), Just(1 << 31), (0..32u32).prop_map(|shift| 1 << shift)]

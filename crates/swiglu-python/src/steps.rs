@@ -1,7 +1,7 @@
 //! Launches of the FFN's steps, and of all that a backward takes.
 
 use crate::call::{matrices, tokens};
-use crate::error::guarded;
+use crate::error::{Failure, guarded};
 use crate::{gpu, number_format, plan_of, plans, step_key, unknown};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -60,8 +60,8 @@ fn step(
     steps.launch(op.parse().map_err(unknown("op"))?, major_of(major)?, n, k, args)
 }
 
-/// All launches of a backward, of the gradients that are given. `step` is our own, or what stands in for it; `layer` begins with device, dtype,
-/// stream, m, n, k and layout, `of_down` with the rows of a down projection and the step's word for its order.
+/// All launches of a backward, of the gradients that are given. `step` is our own, or what stands in for it; `layer` begins with
+/// device, dtype, stream, m, n, k and layout, `of_down` with the rows of a down projection and the step's word for its order.
 #[pyfunction]
 #[allow(clippy::too_many_arguments, reason = "one flat call costs Python less than any structure")]
 fn backward(
@@ -97,10 +97,11 @@ fn backward(
     if let Some(d_weights) = of_d_weights {
         backward.weight_grad(&steps, d_weights)?;
     }
-    if let (Some(d_down), Some(z)) = (of_d_down, of_new_z.or(of_z)) {
-        backward.down_weight_grad(&steps, z, d_down)?;
+    match (of_d_down, of_new_z.or(of_z)) {
+        (None, _) => Ok(()),
+        (Some(d_down), Some(z)) => backward.down_weight_grad(&steps, z, d_down),
+        (Some(_), None) => Err(Failure::argument("of_d_down", "needs z: `of_new_z` or `of_z`").into()),
     }
-    Ok(())
 }
 
 fn major_of(word: &str) -> PyResult<WeightMajor> {
@@ -214,9 +215,9 @@ impl Backward {
         steps.launch(Op::WeightGrad, self.major, self.n, self.k, args)
     }
 
-    /// Nothing without a down projection.
     pub(crate) fn down_weight_grad(&self, steps: &Steps<'_>, z: One, d_down: One) -> PyResult<()> {
-        let Some(down) = &self.of_down else { return Ok(()) };
+        let missing = || Failure::argument("of_down", "is missing where its gradient is asked for");
+        let down = self.of_down.as_ref().ok_or_else(missing)?;
         let (dy, z) = (one(self.of_dy), one(z));
         let (left, right) = if down.major == WeightMajor::K { (dy, z) } else { (z, dy) };
         let args = RawStep { left, right, out: outputs(one(d_down)), ..RawStep::default() };
@@ -224,7 +225,7 @@ impl Backward {
     }
 }
 
-pub(crate) fn matrix((address, stride): One) -> RawMatrix {
+fn matrix((address, stride): One) -> RawMatrix {
     RawMatrix { address, stride }
 }
 

@@ -271,8 +271,10 @@ impl Torch {
             }
             _ => None,
         };
-        // What is to be overwritten is safe until one output is there.
+        // What is to be overwritten is safe until one output is there: a thread that gets one gets all.
+        let makes_weights = need_weights && d_pair.is_none();
         let Some(mut dx) = make(in_place && need_x, layer.x.shape(), false)? else { return Ok(None) };
+        let Some(mut d_gate) = make(in_place && !need_x && makes_weights, &[n, k], is_kn)? else { return Ok(None) };
         let half = u64::from(dtype.bytes()) * (m * n).unsigned_abs();
         let pair = |first: u64| (first, n, first + half, n);
         let is_down_kn = of_down.is_some_and(|(_, major, _)| major == WeightMajor::N);
@@ -293,8 +295,8 @@ impl Torch {
         // The GPU begins before the other outputs are allocated.
         backward.gated(&steps, new_z.as_ref().map(|made| (made.1, n)))?;
         let make = |needed: bool, shape: &[i64], transposed: bool| {
-            let gone = || PyRuntimeError::new_err("torch's current device changed during a backward");
-            make(needed, shape, transposed)?.ok_or_else(gone)
+            let none = || PyRuntimeError::new_err("an output could not be allocated after the backward had begun");
+            make(needed, shape, transposed)?.ok_or_else(none)
         };
         if dx.is_none() {
             dx = make(need_x, layer.x.shape(), false)?;
@@ -305,7 +307,10 @@ impl Torch {
         let (d_gate, d_up, d_stride) = match d_pair {
             Some((d_gate, d_up, d_stride)) => (Some(d_gate), Some(d_up), d_stride),
             None => {
-                (make(need_weights, &[n, k], is_kn)?, make(need_weights, &[n, k], is_kn)?, if is_kn { n } else { k })
+                if d_gate.is_none() {
+                    d_gate = make(need_weights, &[n, k], is_kn)?;
+                }
+                (d_gate, make(need_weights, &[n, k], is_kn)?, if is_kn { n } else { k })
             }
         };
         if let (Some((_, first)), Some((_, second))) = (&d_gate, &d_up) {

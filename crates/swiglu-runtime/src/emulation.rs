@@ -181,8 +181,13 @@ struct Case {
     weight_scales: Option<[Scales; 2]>,
 }
 
-/// Elements between rows: the problem stays aligned to 16 bytes.
+/// Elements between rows, at least.
 const GAP: usize = 16;
+
+/// Elements from row to row, whatever their length: aligned to 16 bytes.
+fn pitch(len: usize) -> usize {
+    (len + GAP).next_multiple_of(16)
+}
 
 impl Case {
     /// `shift` moves the middle of x and the weights away from 0, in their standard deviations.
@@ -191,8 +196,8 @@ impl Case {
         let (m, n, k) = (problem.m as usize, problem.n as usize, problem.k as usize);
         let dtype = problem.dtype;
         let (rows, row) = match problem.weight_major {
-            WeightMajor::K => (n, k + GAP),
-            WeightMajor::N => (k.div_ceil(dtype.weights().numbers() as usize), n + GAP),
+            WeightMajor::K => (n, pitch(k)),
+            WeightMajor::N => (k.div_ceil(dtype.weights().numbers() as usize), pitch(n)),
         };
         let weight = 1.0 / (k as f32).sqrt();
         // Of e4m3 the codes are 100 times as large, and the scales as much smaller.
@@ -201,7 +206,7 @@ impl Case {
         let normal = |format, count, scale: f32, shift: f32, rng: &mut SmallRng| {
             Numbers::new(format, count, || scale * (Distribution::<f32>::sample(&StandardNormal, rng) + shift))
         };
-        let x = normal(dtype.x(), m * (k + GAP), x_codes, shift, &mut rng);
+        let x = normal(dtype.x(), m * pitch(k), x_codes, shift, &mut rng);
         let weights = [(); 2].map(|()| match dtype.weights() {
             Format::Int4 => Numbers::int4(rows * row, &mut rng),
             format => {
@@ -223,7 +228,7 @@ impl Case {
                 Some([(); 2].map(|()| scales(Format::F32, count, weight / weight_codes, each, &mut rng)))
             }
             Format::Int4 => {
-                let count = k.div_ceil(INT4_GROUP as usize) * (n + GAP);
+                let count = k.div_ceil(INT4_GROUP as usize) * pitch(n);
                 Some([(); 2].map(|()| scales(dtype.output(), count, weight / 4.6, true, &mut rng)))
             }
             Format::F32 | Format::F16 | Format::Bf16 => None,
@@ -237,13 +242,13 @@ impl Case {
         let stored = &self.weights[which];
         let numbers = stored.format.numbers() as usize;
         let number = match self.problem.weight_major {
-            WeightMajor::K => stored.at(row * (k + GAP) + at, 0),
-            WeightMajor::N => stored.at(at / numbers * (n + GAP) + row, at % numbers),
+            WeightMajor::K => stored.at(row * pitch(k) + at, 0),
+            WeightMajor::N => stored.at(at / numbers * pitch(n) + row, at % numbers),
         };
         let scale = self.weight_scales.as_ref().map_or(1.0, |scales| {
             let Scales { of, each } = &scales[which];
             match stored.format {
-                Format::Int4 => of.at(at / INT4_GROUP as usize * (n + GAP) + row, 0),
+                Format::Int4 => of.at(at / INT4_GROUP as usize * pitch(n) + row, 0),
                 _ => of.at(if *each { row } else { 0 }, 0),
             }
         });
@@ -258,7 +263,7 @@ impl Case {
             self.x_scales.as_ref().map_or(1.0, |scales| scales.of.at(if scales.each { row } else { 0 }, 0))
         };
         oracle::preactivations(&oracle::Forward {
-            x: &(0..m * k).map(|i| x_scale(i / k) * self.x.at(i / k * (k + GAP) + i % k, 0)).collect::<Vec<_>>(),
+            x: &(0..m * k).map(|i| x_scale(i / k) * self.x.at(i / k * pitch(k) + i % k, 0)).collect::<Vec<_>>(),
             gate: &all(0),
             up: &all(1),
             gate_bias: Some(&bias(&self.biases[0])),
@@ -274,7 +279,7 @@ impl Case {
             x: self.x_scales.as_ref().map_or(0, |scales| scales.of.address()),
             gate,
             up,
-            stride: if int4 { i64::from(self.problem.n) + GAP as i64 } else { 0 },
+            stride: if int4 { pitch(self.problem.n as usize) as i64 } else { 0 },
             x_rows: self.x_scales.as_ref().is_some_and(|scales| scales.each),
             weight_rows: !int4 && self.weight_scales.as_ref().is_some_and(|scales| scales[0].each),
         }
@@ -290,14 +295,14 @@ impl Case {
         let run = unsafe { library.get::<Run>(b"run") }.unwrap();
 
         let (m, n, k) = (problem.m as usize, problem.n as usize, problem.k as usize);
-        let mut outputs = [(); 3].map(|()| Numbers::new(problem.dtype.output(), m * (n + GAP), || f32::NAN));
-        let weight_stride = if problem.weight_major == WeightMajor::K { k } else { n } + GAP;
+        let mut outputs = [(); 3].map(|()| Numbers::new(problem.dtype.output(), m * pitch(n), || f32::NAN));
+        let weight_stride = pitch(if problem.weight_major == WeightMajor::K { k } else { n });
         let [z, saved_gate, saved_up] = outputs.each_mut().map(|output| output.bytes.as_mut_ptr() as u64);
         let saves = problem.op.saves_preactivations();
         let args = RawForward {
             m: problem.m,
             x: self.x.address(),
-            x_stride: (k + GAP) as i64,
+            x_stride: pitch(k) as i64,
             gate: self.weights[0].address(),
             gate_stride: weight_stride as i64,
             up: self.weights[1].address(),
@@ -305,11 +310,11 @@ impl Case {
             gate_bias: self.biases[0].address(),
             up_bias: self.biases[1].address(),
             z,
-            z_stride: (n + GAP) as i64,
+            z_stride: pitch(n) as i64,
             saved_gate: if saves { saved_gate } else { 0 },
-            saved_gate_stride: (n + GAP) as i64,
+            saved_gate_stride: pitch(n) as i64,
             saved_up: if saves { saved_up } else { 0 },
-            saved_up_stride: (n + GAP) as i64,
+            saved_up_stride: pitch(n) as i64,
             scales: self.raw_scales(),
         };
         let shape = config.launch_shape(problem).unwrap();
@@ -358,20 +363,20 @@ impl Case {
         for ((output, reference), name) in
             outputs.iter().zip(&references).zip(["z", "gate", "up"]).take(problem.op.outputs() as usize)
         {
-            let inside = (0..m * (n + GAP)).filter(|i| i % (n + GAP) < n).map(|i| output.at(i, 0));
+            let inside = (0..m * pitch(n)).filter(|i| i % pitch(n) < n).map(|i| output.at(i, 0));
             let error = oracle::relative_error(inside, reference.iter().copied());
             if error.is_nan() || error > tolerance {
                 return Err(format!("{name} has error {error:.2e}"));
             }
             // Small rows must not hide behind large ones.
             for row in 0..m {
-                let inside = (0..n).map(|column| output.at(row * (n + GAP) + column, 0));
+                let inside = (0..n).map(|column| output.at(row * pitch(n) + column, 0));
                 let error = oracle::relative_error(inside, reference[row * n..][..n].iter().copied());
                 if error.is_nan() || error > 4.0 * tolerance {
                     return Err(format!("row {row} of {name} has error {error:.2e}"));
                 }
             }
-            if (0..m * (n + GAP)).any(|i| i % (n + GAP) >= n && !output.at(i, 0).is_nan()) {
+            if (0..m * pitch(n)).any(|i| i % pitch(n) >= n && !output.at(i, 0).is_nan()) {
                 return Err(format!("wrote between the rows of {name}"));
             }
         }
@@ -485,6 +490,30 @@ fn static_weights_come_before_x() {
     assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
 }
 
+/// Columns that are no whole eights, an odd one, a K tile or less for a pair to share: strides are aligned all the same.
+#[test]
+fn few_tokens_match_the_oracle_at_ragged_edges() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    let mut rng = SmallRng::seed_from_u64(13);
+    let mut cases: Vec<(Problem, Config)> = Vec::new();
+    for (op, m, n, k) in [
+        (Op::Forward, 20, 259, 40),
+        (Op::ForwardSave, 9, 133, 201),
+        (Op::ForwardStatic, 1, 1, 1),
+        (Op::ForwardStatic, 65, 70, 64),
+    ] {
+        let problem = Problem { alignment: 16, ..Problem::forward(DType::Bf16, WeightMajor::K, m, n, k).with_op(op) };
+        let mut all = candidates(&problem, Target::Gpu(arch));
+        all.retain(|config| config.family() == Family::WgmmaStream);
+        let ways = ways(&all);
+        assert_eq!(ways.len(), 4, "{problem:?}");
+        cases.extend(ways.into_iter().filter_map(|this| Some((problem, one_of(&all, this, &mut rng)?))));
+    }
+    let wrong: Vec<String> =
+        cases.par_iter().filter_map(|(problem, config)| check(*problem, config, arch).err()).collect();
+    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
+}
+
 /// Rows and columns of magnitudes far from 1, zeros, infinities and NaN: all as the formula says.
 #[test]
 fn fp32_in_parts_keeps_its_range_and_what_is_not_finite() {
@@ -498,16 +527,16 @@ fn fp32_in_parts_keeps_its_range_and_what_is_not_finite() {
         for row in 0..problem.m as usize {
             let scale = 2.0_f32.powi(if row % 3 == 1 { -60 } else { 20 * (row as i32 % 3) });
             for at in 0..k {
-                let value = case.x.at(row * (k + GAP) + at, 0) as f32 * scale;
-                case.x.put(row * (k + GAP) + at, if row == 6 { 0.0 } else { value });
+                let value = case.x.at(row * pitch(k) + at, 0) as f32 * scale;
+                case.x.put(row * pitch(k) + at, if row == 6 { 0.0 } else { value });
             }
         }
         let place = |column: usize, at: usize| match major {
-            WeightMajor::K => column * (k + GAP) + at,
-            WeightMajor::N => at * (n + GAP) + column,
+            WeightMajor::K => column * pitch(k) + at,
+            WeightMajor::N => at * pitch(n) + column,
         };
-        case.x.put(9 * (k + GAP) + 3, f32::INFINITY);
-        case.x.put(20 * (k + GAP) + 103, f32::NAN);
+        case.x.put(9 * pitch(k) + 3, f32::INFINITY);
+        case.x.put(20 * pitch(k) + 103, f32::NAN);
         case.weights[0].put(place(17, 40), f32::NEG_INFINITY);
         case.weights[1].put(place(39, 0), f32::NAN);
         case.check(config, arch, problem.dtype.tolerance()).unwrap();

@@ -279,7 +279,7 @@ fn a_seeded_sample_of_every_space_matches_the_oracle() {
 
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
-fn few_tokens_match_the_oracle_in_every_config_that_is_made_for_them() {
+fn few_tokens_match_the_oracle_in_configs_that_are_made_for_them() {
     let gpu = gpu();
     let arch = gpu.runtime.gpu().arch;
     for layout in [WeightLayout::SeparateNk, WeightLayout::PackedKn] {
@@ -297,6 +297,7 @@ fn few_tokens_match_the_oracle_in_every_config_that_is_made_for_them() {
         let spec = ForwardSpec { save_preactivations, ..spec(dtype, WeightLayout::SeparateNk, 1000, 776) };
         let all = candidates(&spec.problem(1), Target::Gpu(arch)).into_iter();
         let streams: Vec<Config> = all.filter(|config| config.family() == Family::WgmmaStream).collect();
+        assert!(streams.len() > 100 || !arch.has_wgmma, "{}", streams.len());
         for config in streams.sample(&mut rng, 30) {
             let plan = gpu.runtime.prepare_config(&spec, *config).unwrap();
             for (m, gap) in [(1, 0), (7, 8), (33, 0), (130, 8)] {
