@@ -410,6 +410,12 @@ pub fn default_of(family: Family, problem: &Problem, arch: &'static ArchSpec) ->
     Err(rejected)
 }
 
+/// The first of `widths` at which `columns` take no more blocks than an H200 has multiprocessors.
+pub(crate) fn narrowest_wave(columns: u32, widths: &[u32]) -> Option<u32> {
+    const MULTIPROCESSORS: u32 = 132;
+    widths.iter().copied().find(|&width| columns.div_ceil(width) <= MULTIPROCESSORS)
+}
+
 /// Products of sizes up to `most` do not overflow, and none divides by zero.
 pub(crate) fn check_sizes(sizes: &[u32], most: u32) -> Result<(), Rejected> {
     ensure(sizes.iter().all(|&size| (1..=most).contains(&size)), "sizes are positive and small", || {

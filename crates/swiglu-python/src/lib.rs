@@ -15,12 +15,12 @@ mod straight;
 
 use crate::call::Call;
 use crate::error::{Failure, guarded};
-use crate::plans::{Device, Key, Plan, Prepared, StepKey};
+use crate::plans::{Device, Key, Plan, Prepared};
 use crate::straight::{Layer, Torch};
 use pyo3::prelude::*;
 use std::fmt::Display;
 use std::path::PathBuf;
-use swiglu_kernels::{Op, Problem, WeightMajor};
+use swiglu_kernels::WeightMajor;
 use swiglu_runtime::{DType, ForwardSpec, GateOrder, RawForward, WeightLayout};
 
 /// Tells where NVRTC lies unless `SWIGLU_NVRTC` says so; without effect once a GPU plan was prepared.
@@ -221,12 +221,6 @@ fn forward_key(
     let spec =
         ForwardSpec { dtype, layout, gate_order: GateOrder::GateFirst, n, k, save_preactivations, static_weights };
     Key { device, spec }
-}
-
-fn step_key(device: i32, dtype: DType, op: Op, major: WeightMajor, n: u64, k: u64) -> Result<StepKey, Failure> {
-    let gpu = u32::try_from(device).map_err(|_| Failure::argument("device", "is the CPU; a step runs on a GPU"))?;
-    let problem = Problem::forward(dtype, major, 1, size("n", n)?, size("k", k)?).with_op(op);
-    Ok(StepKey { gpu, problem })
 }
 
 fn number_format(word: &str) -> Result<DType, Failure> {

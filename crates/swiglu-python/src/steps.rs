@@ -2,11 +2,12 @@
 
 use crate::call::{matrices, tokens};
 use crate::error::{Failure, guarded};
-use crate::{gpu, number_format, plan_of, plans, step_key, unknown};
+use crate::plans::StepKey;
+use crate::{gpu, number_format, plan_of, plans, size, unknown};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyTuple;
-use swiglu_kernels::{Op, WeightMajor};
+use swiglu_kernels::{Op, Problem, WeightMajor};
 use swiglu_runtime::{DType, RawMatrix, RawStep, WeightLayout};
 
 /// [`step`] as Python sees it.
@@ -102,6 +103,12 @@ fn backward(
         (Some(d_down), Some(z)) => backward.down_weight_grad(&steps, z, d_down),
         (Some(_), None) => Err(Failure::argument("of_d_down", "needs z: `of_new_z` or `of_z`").into()),
     }
+}
+
+fn step_key(device: i32, dtype: DType, op: Op, major: WeightMajor, n: u64, k: u64) -> Result<StepKey, Failure> {
+    let gpu = u32::try_from(device).map_err(|_| Failure::argument("device", "is the CPU; a step runs on a GPU"))?;
+    let problem = Problem::forward(dtype, major, 1, size("n", n)?, size("k", k)?).with_op(op);
+    Ok(StepKey { gpu, problem })
 }
 
 fn major_of(word: &str) -> PyResult<WeightMajor> {

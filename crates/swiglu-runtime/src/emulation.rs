@@ -391,6 +391,12 @@ fn check(problem: Problem, config: &Config, arch: &'static ArchSpec) -> Result<(
     seeds.iter().try_for_each(check).map_err(|why| format!("{problem:?} {config}: {why}"))
 }
 
+fn check_all(cases: &[(Problem, Config)], arch: &'static ArchSpec) {
+    let wrong: Vec<String> =
+        cases.par_iter().filter_map(|(problem, config)| check(*problem, config, arch).err()).collect();
+    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
+}
+
 fn cluster([m, n, k]: [u32; 3], blocks_per_sm: u32) -> u32 {
     m + 4 * n + 16 * k + 128 * blocks_per_sm
 }
@@ -465,9 +471,7 @@ fn every_way_through_every_template_matches_the_oracle() {
         }
     }
     assert!(cases.len() > 20, "{} cases", cases.len());
-    let wrong: Vec<String> =
-        cases.par_iter().filter_map(|(problem, config)| check(*problem, config, arch).err()).collect();
-    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
+    check_all(&cases, arch);
 }
 
 /// Fewer K tiles than stages, more, and several output tiles a CTA: what comes before the wait is counted once.
@@ -485,9 +489,7 @@ fn static_weights_come_before_x() {
         }
     }
     assert!(cases.len() >= 20, "{} cases", cases.len());
-    let wrong: Vec<String> =
-        cases.par_iter().filter_map(|(problem, config)| check(*problem, config, arch).err()).collect();
-    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
+    check_all(&cases, arch);
 }
 
 /// Columns that are no whole eights, an odd one, a K tile or less for a pair to share: strides are aligned all the same.
@@ -509,9 +511,7 @@ fn few_tokens_match_the_oracle_at_ragged_edges() {
         assert_eq!(ways.len(), 4, "{problem:?}");
         cases.extend(ways.into_iter().filter_map(|this| Some((problem, one_of(&all, this, &mut rng)?))));
     }
-    let wrong: Vec<String> =
-        cases.par_iter().filter_map(|(problem, config)| check(*problem, config, arch).err()).collect();
-    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
+    check_all(&cases, arch);
 }
 
 /// Rows and columns of magnitudes far from 1, zeros, infinities and NaN: all as the formula says.
@@ -559,9 +559,7 @@ fn weights_in_few_bits_by_tma_match_the_oracle_at_every_edge() {
         cases.extend(of_family.sample(&mut rng, 2).map(|&config| (problem, config)));
     }
     assert_eq!(cases.len(), 12);
-    let wrong: Vec<String> =
-        cases.par_iter().filter_map(|(problem, config)| check(*problem, config, arch).err()).collect();
-    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
+    check_all(&cases, arch);
 }
 
 /// Positive numbers add up to a sum against which each product is small: what is cut off of it is lost, unless fp32 takes

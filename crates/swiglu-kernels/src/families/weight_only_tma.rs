@@ -4,7 +4,9 @@
 //! Design: `docs/kernels/weight_only_tma.md`. Template: `templates/weight_only_tma/kernel.cu.tera`.
 
 use super::wgmma_tma::{RESERVED_BYTES, smem_budget, stages_that_fit};
-use super::{LaunchShape, Raster, Rejected, check_block, check_fast_silu, check_registers, check_sizes, ensure};
+use super::{
+    LaunchShape, Raster, Rejected, check_block, check_fast_silu, check_registers, check_sizes, ensure, narrowest_wave,
+};
 use crate::arch::ArchSpec;
 use crate::problem::{DType, Format, INT4_GROUP, MAX_ACCESS_BYTES, Problem, WeightMajor};
 use serde::{Deserialize, Serialize};
@@ -201,9 +203,7 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WeightOnlyTmaConf
 
 /// Preferred configs when nothing was tuned, best first: one wave of blocks as narrow as it goes.
 pub(super) fn defaults(problem: &Problem) -> [WeightOnlyTmaConfig; 2] {
-    const MULTIPROCESSORS: u32 = 132;
-    let one_wave = [64, 128, 192].into_iter().find(|&block_n| problem.n.div_ceil(block_n) <= MULTIPROCESSORS);
-    let block_n = one_wave.unwrap_or(224);
+    let block_n = narrowest_wave(problem.n, &[64, 128, 192]).unwrap_or(224);
     // Columns that all warps hold: what registers and stages allow.
     let columns = match problem.dtype.weights() {
         Format::Int4 if block_m(problem) == 32 => 224,

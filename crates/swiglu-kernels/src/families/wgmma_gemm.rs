@@ -3,7 +3,8 @@
 //! Design: `docs/kernels/wgmma_gemm.md`. Template: `templates/wgmma_gemm/kernel.cu.tera`.
 
 use super::wgmma_tma::{
-    ORDERS, box_cols, check_blocks_per_sm, is_split, one, smem_budget, stages_that_fit, stream_prefetches,
+    ORDERS, STATIC_PREFETCH_KIB, box_cols, check_blocks_per_sm, is_split, one, smem_budget, stages_that_fit,
+    stream_prefetch, stream_prefetches,
 };
 use super::{LaunchShape, Raster, Rejected, Schedule, check_block, check_sizes, ensure};
 use crate::arch::ArchSpec;
@@ -300,9 +301,8 @@ fn stream_tile(block_m: u32, block_n: u32, (cluster_n, cluster_k): (u32, u32), b
         blocks_per_sm,
         ..tile(op, dtype, (Schedule::Cooperative, block_m, block_n, 1), 1)
     };
-    // Some 100 KiB a block of half a multiprocessor; 140 where the launch ahead has to end first.
-    let ahead = if blocks_per_sm == 2 { 100 << 10 } else { 140 << 10 };
-    WgmmaGemmConfig { prefetch: ahead / config.step_bytes(), ..config }.with_most_stages(op, dtype, 24)
+    let prefetch = stream_prefetch(blocks_per_sm, config.step_bytes());
+    WgmmaGemmConfig { prefetch, ..config }.with_most_stages(op, dtype, 24)
 }
 
 /// Bytes on their way in a multiprocessor that memory's rate takes (docs/kernels/wgmma_tma.md).
@@ -322,7 +322,8 @@ fn stream_tiles(is_static: bool) -> impl Iterator<Item = WgmmaGemmConfig> {
     });
     let tiles = tiles.filter(|tile| tile.fill * tile.stages * tile.step_bytes() >= IN_FLIGHT_BYTES);
     tiles.flat_map(move |tile| {
-        let prefetches = stream_prefetches(is_static, tile.prefetch, tile.step_bytes()).into_iter();
+        let prefetches =
+            stream_prefetches(is_static, &STATIC_PREFETCH_KIB, tile.prefetch, tile.step_bytes()).into_iter();
         prefetches.map(move |prefetch| WgmmaGemmConfig { prefetch, ..tile })
     })
 }

@@ -3,8 +3,8 @@
 //!
 //! Design: `docs/kernels/wgmma_stream.md`. Template: `templates/wgmma_stream/kernel.cu.tera`.
 
-use super::wgmma_tma::{check_blocks_per_sm, one, smem_budget, stages_that_fit};
-use super::{LaunchShape, Raster, Rejected, check_block, check_fast_silu, check_sizes, ensure};
+use super::wgmma_tma::{check_blocks_per_sm, one, smem_budget, stages_that_fit, stream_prefetch, stream_prefetches};
+use super::{LaunchShape, Raster, Rejected, check_block, check_fast_silu, check_sizes, ensure, narrowest_wave};
 use crate::arch::ArchSpec;
 use crate::problem::{DType, Format, MAX_ACCESS_BYTES, Problem, WeightMajor};
 use serde::{Deserialize, Serialize};
@@ -45,6 +45,11 @@ impl WgmmaStreamConfig {
 
     /// Threads per CTA: a warpgroup that multiplies, a warp that loads weights and one that loads tokens.
     pub const THREADS: u32 = 128 + 64;
+
+    /// Bytes of the weights of one K tile.
+    const fn k_tile_bytes(&self) -> u32 {
+        2 * self.block_n * ROW_BYTES
+    }
 
     /// Products side by side of each weight.
     const fn row_blocks(&self) -> u32 {
@@ -125,13 +130,12 @@ fn tile(dtype: DType, [block_m, block_n]: [u32; 2], cluster_k: u32, blocks_per_s
         cluster_k,
         blocks_per_sm,
         fill: 1,
-        // Some 100 KiB a multiprocessor; 140 where the launch ahead has to end first.
-        prefetch: if blocks_per_sm == 2 { 400 } else { 560 } / block_n,
+        prefetch: 0,
         fast_silu: dtype.output() == Format::Bf16,
     };
     let stage = WgmmaStreamConfig { stages: 1, ..none }.smem_bytes() - none.smem_bytes();
     let stages = stages_that_fit(smem_budget(blocks_per_sm), none.smem_bytes(), stage, 16);
-    WgmmaStreamConfig { stages, ..none }
+    WgmmaStreamConfig { stages, prefetch: stream_prefetch(blocks_per_sm, none.k_tile_bytes()), ..none }
 }
 
 /// KiB of static weights asked into L2 beyond the stages.
@@ -151,18 +155,15 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaStreamConfig
         })
     });
     tiles.filter(|tile| tile.stages >= 4).flat_map(move |tile| {
-        let beyond = STATIC_PREFETCH_KIB.map(|kib| kib * 1024 / (2 * tile.block_n * ROW_BYTES));
-        let prefetches = if is_static { beyond.to_vec() } else { vec![tile.prefetch] };
+        let prefetches = stream_prefetches(is_static, &STATIC_PREFETCH_KIB, tile.prefetch, tile.k_tile_bytes());
         prefetches.into_iter().map(move |prefetch| WgmmaStreamConfig { prefetch, ..tile })
     })
 }
 
 /// Preferred configs when nothing was tuned, best first: all tokens, up to 64, and one wave of CTAs as narrow as it goes.
 pub(super) fn defaults(problem: &Problem) -> [WgmmaStreamConfig; 2] {
-    const MULTIPROCESSORS: u32 = 132;
-    let one_wave = COLUMNS.into_iter().find(|&block_n| problem.n.div_ceil(block_n) <= MULTIPROCESSORS);
     let block_m = problem.m.clamp(8, 64).next_power_of_two();
-    [one_wave.unwrap_or(56), 56].map(|block_n| tile(problem.dtype, [block_m, block_n], 1, 1))
+    [narrowest_wave(problem.n, &COLUMNS).unwrap_or(56), 56].map(|block_n| tile(problem.dtype, [block_m, block_n], 1, 1))
 }
 
 impl fmt::Display for WgmmaStreamConfig {

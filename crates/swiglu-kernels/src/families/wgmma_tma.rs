@@ -198,6 +198,11 @@ impl WgmmaTmaConfig {
         ring + staging + sums + 16 * self.stages
     }
 
+    /// Bytes of the weights of one K tile.
+    const fn k_tile_bytes(&self, dtype: DType) -> u32 {
+        2 * self.block_n * self.block_k * dtype.bytes()
+    }
+
     /// Registers a thread of the sums; twice where tensor cores sum few K tiles and fp32 the rest.
     const fn accumulators(&self, dtype: DType) -> u32 {
         let copies = if is_promoted(dtype) { 2 } else { 1 };
@@ -415,11 +420,10 @@ fn stream_tile(
         store_cols,
         store_buffers: 1,
         blocks_per_sm,
-        // Some 100 KiB a multiprocessor; 140 where the launch ahead has to end first.
-        prefetch: if blocks_per_sm == 2 { 400 } else { 560 } / block_n,
         ..tile(Schedule::Cooperative, block_m, block_n, 1, dtype)
     };
-    config.with_most_stages(12, dtype)
+    let prefetch = stream_prefetch(blocks_per_sm, config.k_tile_bytes(dtype));
+    WgmmaTmaConfig { prefetch, ..config }.with_most_stages(12, dtype)
 }
 
 fn stream_tiles(dtype: DType) -> impl Iterator<Item = WgmmaTmaConfig> {
@@ -436,11 +440,19 @@ fn stream_tiles(dtype: DType) -> impl Iterator<Item = WgmmaTmaConfig> {
 }
 
 /// KiB that a tile of static weights asks into L2 beyond its stages.
-const STATIC_PREFETCH_KIB: [u32; 3] = [0, 48, 96];
+pub(super) const STATIC_PREFETCH_KIB: [u32; 3] = [0, 48, 96];
 
-/// What a tile for few tokens may ask into L2, in K tiles of that many bytes: `usual` of weights that are not static.
-pub(super) fn stream_prefetches(is_static: bool, usual: u32, k_tile_bytes: u32) -> Vec<u32> {
-    if is_static { STATIC_PREFETCH_KIB.map(|kib| kib * 1024 / k_tile_bytes).into() } else { vec![usual] }
+/// K tiles of that many bytes that a tile for few tokens asks into L2: some 100 KiB where it has half a multiprocessor, 140 where
+/// it has a whole one, so that the launch ahead has to end first.
+pub(super) const fn stream_prefetch(blocks_per_sm: u32, k_tile_bytes: u32) -> u32 {
+    let ahead = if blocks_per_sm == 2 { 100 << 10 } else { 140 << 10 };
+    ahead / k_tile_bytes
+}
+
+/// What such a tile may ask: `usual`, of static weights as many KiB as each of `static_kib`.
+pub(super) fn stream_prefetches(is_static: bool, static_kib: &[u32], usual: u32, k_tile_bytes: u32) -> Vec<u32> {
+    let beyond = static_kib.iter().map(|kib| kib * 1024 / k_tile_bytes);
+    if is_static { beyond.collect() } else { vec![usual] }
 }
 
 pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaTmaConfig> + use<> {
@@ -459,9 +471,9 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaTmaConfig> +
     });
     let is_static = problem.op.has_static_weights();
     let streams = stream_tiles(dtype).filter(move |_| !is_promoted(dtype)).flat_map(move |tile| {
-        let k_tile_bytes = 2 * tile.block_n * tile.block_k * dtype.bytes();
-        let prefetches = stream_prefetches(is_static, tile.prefetch, k_tile_bytes).into_iter();
-        prefetches.map(move |prefetch| WgmmaTmaConfig { prefetch, ..tile })
+        let k_tile_bytes = tile.k_tile_bytes(dtype);
+        let prefetches = stream_prefetches(is_static, &STATIC_PREFETCH_KIB, tile.prefetch, k_tile_bytes);
+        prefetches.into_iter().map(move |prefetch| WgmmaTmaConfig { prefetch, ..tile })
     });
     tiles.chain(streams)
 }
