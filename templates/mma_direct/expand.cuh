@@ -9,7 +9,8 @@ template <bool kBf16, bool kInt4> struct Expand;
 // of two makes up for the exponents' biases, for the numbers below the normal ones too. NaN codes read as +-480.
 template <bool kBf16> struct Expand<kBf16, false> {
     static constexpr int kPairs = 2;
-    static constexpr float kUnit = 1.0f;  // what 1 in a pair stands for
+    static constexpr float kUnit = 1.0f;   // what 1 in a pair stands for
+    static constexpr float kRaise = 0.0f;  // by which every other pair of apply_raised is too large
 
     __device__ __forceinline__ static u32 pair(u32 word) {  // of its upper bytes
         const u32 bits = (word & 0x80008000u) | (kBf16 ? word >> 4 & 0x07f007f0u : word >> 1 & 0x3f803f80u);
@@ -20,6 +21,8 @@ template <bool kBf16> struct Expand<kBf16, false> {
         pairs[0] = pair(word << 8);
         pairs[1] = pair(word);
     }
+
+    __device__ __forceinline__ static void apply_raised(u32 word, u32 (&pairs)[kPairs]) { apply(word, pairs); }
 };
 
 // A word of eight int4, stored plus 8, to (i, i + 4) for i from 0 to 3, in units of kUnit. As bf16 the last eight bits are a number
@@ -27,6 +30,7 @@ template <bool kBf16> struct Expand<kBf16, false> {
 template <bool kBf16> struct Expand<kBf16, true> {
     static constexpr int kPairs = 4;
     static constexpr float kUnit = kBf16 ? 0x1p9f : 1.0f;
+    static constexpr float kRaise = kBf16 ? 0x1.1p-2f : 0.0f;
 
     __device__ __forceinline__ static void apply(u32 word, u32 (&pairs)[kPairs]) {
 #pragma unroll
@@ -40,6 +44,16 @@ template <bool kBf16> struct Expand<kBf16, true> {
             } else {  // 1024 + 16 v, to be divided by 16
                 pairs[i] = fma_pair<false>(and_or<0x00f000f0u, 0x64006400u>(low), 0x2c002c00u, 0xd480d480u);
             }
+        }
+    }
+
+    // As apply, with kRaise on top of the even pairs of bf16: 1/4 + v / 512 takes one operation, and whoever knows the sum of x
+    // there takes the rest off.
+    __device__ __forceinline__ static void apply_raised(u32 word, u32 (&pairs)[kPairs]) {
+        apply(word, pairs);
+        if constexpr (kBf16) {
+            pairs[0] = and_or<0x000f000fu, 0x3e803e80u>(word);
+            pairs[2] = and_or<0x000f000fu, 0x3e803e80u>(word >> 8);
         }
     }
 };

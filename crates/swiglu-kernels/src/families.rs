@@ -410,9 +410,11 @@ pub fn default_of(family: Family, problem: &Problem, arch: &'static ArchSpec) ->
     Err(rejected)
 }
 
+/// Multiprocessors of an H200, which spaces are cut for.
+pub(crate) const MULTIPROCESSORS: u32 = 132;
+
 /// The first of `widths` at which `columns` take no more blocks than an H200 has multiprocessors.
 pub(crate) fn narrowest_wave(columns: u32, widths: &[u32]) -> Option<u32> {
-    const MULTIPROCESSORS: u32 = 132;
     widths.iter().copied().find(|&width| columns.div_ceil(width) <= MULTIPROCESSORS)
 }
 

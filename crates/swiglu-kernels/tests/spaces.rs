@@ -192,6 +192,7 @@ fn tiles_with_weights_on_the_rows_say_what_they_cannot() {
         (WgmmaStreamConfig { cluster_k: 3, ..good }, "a cluster is at most a pair"),
         (WgmmaStreamConfig { stages: 2, ..good }, "at least 3 stages"),
         (WgmmaStreamConfig { fill: 2, ..good }, "no more blocks are launched than fit"),
+        (WgmmaStreamConfig { stagger: 0, ..good }, "sizes are positive and small"),
     ] {
         assert_eq!(rule(config, &problem, "sm_90a"), expected);
     }
@@ -217,8 +218,8 @@ proptest! {
         let configs = [
             Config::MmaSync(MmaSyncConfig { staging, block_m: a, block_n: b, block_k: c, stages: d, warps_m: e, warps_n: f, access_bytes: g, fast_silu: tma, raster: Raster::AlongM, raster_group: h }),
             Config::MmaDirect(MmaDirectConfig { block_m: a, block_n: b, warps: c, loads: d, fast_silu: tma }),
-            Config::WeightOnlyTma(WeightOnlyTmaConfig { block_m: a, block_n: b, warps_n: c, warps_k: d, stages: e, blocks_per_sm: f, prefetch: g, fast_silu: tma }),
-            Config::WgmmaStream(WgmmaStreamConfig { block_m: a, block_n: b, stages: c, cluster_k: d, blocks_per_sm: e, fill: f, prefetch: g, fast_silu: tma }),
+            Config::WeightOnlyTma(WeightOnlyTmaConfig { block_m: a, block_n: b, warps_n: c, warps_k: d, order_warps: h, stages: e, blocks_per_sm: f, prefetch: g, fast_silu: tma }),
+            Config::WgmmaStream(WgmmaStreamConfig { block_m: a, block_n: b, stages: c, cluster_k: d, blocks_per_sm: e, fill: f, prefetch: g, stagger: h, fast_silu: tma }),
             Config::WgmmaTma(WgmmaTmaConfig { block_m: a, block_n: b, block_k: c, stages: d, consumers: e, schedule: if tma { Schedule::Pingpong } else { Schedule::Cooperative }, cluster_m: f, cluster_n: g, cluster_k: 1 + f % 2, store_cols: h, store_buffers: e, blocks_per_sm: 1 + b % 2, fill: 1 + c % 2, prefetch: a, fast_silu: tma, raster: Raster::AlongM, raster_group: d }),
             Config::Simt(SimtConfig { block_m: a, block_n: b, block_k: c, thread_m: d, thread_n: e, stages: f, access_bytes: g, raster: Raster::AlongN, raster_group: h }),
             Config::Elementwise(ElementwiseConfig { threads: a, rows: b, access_bytes: c }),

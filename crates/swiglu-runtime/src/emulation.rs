@@ -436,9 +436,9 @@ fn way(config: &Config) -> Way {
         Config::MmaDirect(direct) => (Family::MmaDirect, None, None, direct.loads.min(5)),
         Config::WgmmaStream(stream) => {
             let row_blocks = stream.block_n.div_ceil(64);
-            (Family::WgmmaStream, None, None, cluster([0, row_blocks, stream.cluster_k], 1))
+            (Family::WgmmaStream, None, None, cluster([stream.stagger, row_blocks, stream.cluster_k], 1))
         }
-        Config::WeightOnlyTma(tma) => (Family::WeightOnlyTma, None, None, tma.warps_k.min(2)),
+        Config::WeightOnlyTma(tma) => (Family::WeightOnlyTma, None, None, tma.warps_k.min(2) + 2 * tma.order_warps),
         _ => (config.family(), None, None, 1),
     }
 }
@@ -556,9 +556,13 @@ fn weights_in_few_bits_by_tma_match_the_oracle_at_every_edge() {
         let problem = Problem::forward(dtype, major, m, n, k);
         let all = candidates(&problem, Target::Gpu(arch)).into_iter();
         let of_family: Vec<Config> = all.filter(|config| config.family() == Family::WeightOnlyTma).collect();
-        cases.extend(of_family.sample(&mut rng, 2).map(|&config| (problem, config)));
+        let in_order = |config: &&Config| matches!(config, Config::WeightOnlyTma(tma) if tma.order_warps > 0);
+        let (by_a_warp, by_each): (Vec<&Config>, Vec<&Config>) = of_family.iter().partition(in_order);
+        for some in [by_a_warp, by_each] {
+            cases.extend(some.sample(&mut rng, 2).map(|&&config| (problem, config)));
+        }
     }
-    assert_eq!(cases.len(), 12);
+    assert_eq!(cases.len(), 24);
     check_all(&cases, arch);
 }
 

@@ -23,6 +23,9 @@ pub struct WeightOnlyTmaConfig {
     pub warps_n: u32,
     /// Groups of such warps, which take the K tiles in turn.
     pub warps_k: u32,
+    /// 1: a warp of its own puts x in the order of the weights; 0: each warp that multiplies does so for itself.
+    #[serde(default)]
+    pub order_warps: u32,
     /// K tiles in flight between global and shared memory.
     pub stages: u32,
     /// Blocks that fit on one multiprocessor.
@@ -35,6 +38,9 @@ pub struct WeightOnlyTmaConfig {
 
 /// Bytes of a number of x and of a scale of int4.
 const TOKEN_BYTES: u32 = 2;
+
+/// A stage's barriers: full, empty, and x that is to be put in order.
+const BARRIER_BYTES: u32 = 3 * 8;
 
 /// Columns of gate (and of up) that the four lanes of a row and the eight rows of a fragment read at a time.
 const fn columns_at_a_time(weights: Format) -> u32 {
@@ -50,7 +56,7 @@ impl WeightOnlyTmaConfig {
 
     /// Threads per block.
     pub const fn threads(&self) -> u32 {
-        32 * (self.warps_n * self.warps_k + 1)
+        32 * (self.warps_n * self.warps_k + 1 + self.order_warps)
     }
 
     /// Bytes of gate, or of up, in a stage.
@@ -65,15 +71,17 @@ impl WeightOnlyTmaConfig {
             _ => 0,
         };
         let x = self.block_m * Self::BLOCK_K * TOKEN_BYTES;
-        (x + 2 * self.half_bytes(weights) + 2 * scales).next_multiple_of(1024)
+        // Of each token what its sums begin with.
+        let surplus = if matches!(weights, Format::Int4) && self.order_warps > 0 { self.block_m * 4 } else { 0 };
+        (x + 2 * self.half_bytes(weights) + 2 * scales + surplus).next_multiple_of(1024)
     }
 
-    /// Shared memory: the ring, in whose place the sums meet at the end (their rows up to four numbers apart), and two barriers
+    /// Shared memory: the ring, in whose place the sums meet at the end (their rows up to four numbers apart), and three barriers
     /// a stage.
     pub const fn smem_bytes(&self, weights: Format) -> u32 {
         let ring = self.stages * self.stage_bytes(weights);
         let sums = self.warps_k * 2 * self.block_m * (self.block_n + 4) * 4;
-        (if ring > sums { ring } else { sums }) + 16 * self.stages
+        (if ring > sums { ring } else { sums }) + BARRIER_BYTES * self.stages
     }
 
     pub(super) fn launch_shape(&self, problem: &Problem) -> LaunchShape {
@@ -92,8 +100,8 @@ impl WeightOnlyTmaConfig {
     }
 
     pub(super) fn check(&self, problem: &Problem, arch: &ArchSpec) -> Result<(), Rejected> {
-        let &Self { block_m, block_n, warps_n, warps_k, stages, blocks_per_sm, prefetch, .. } = self;
-        let sizes = [block_m, block_n, warps_n, warps_k, stages, blocks_per_sm, prefetch.max(1)];
+        let &Self { block_m, block_n, warps_n, warps_k, order_warps, stages, blocks_per_sm, prefetch, .. } = self;
+        let sizes = [block_m, block_n, warps_n, warps_k, order_warps.max(1), stages, blocks_per_sm, prefetch.max(1)];
         check_sizes(&sizes, 256)?;
         ensure(arch.has_tma, "weight_only_tma needs compute capability 9.0", || format!("{arch} is older"))?;
         let weights = problem.dtype.weights();
@@ -117,6 +125,7 @@ impl WeightOnlyTmaConfig {
             "a warp holds whole fragments of weights and tokens",
             || format!("{block_m}x{block_n} by {warps_n} warps of {columns} columns at a time"),
         )?;
+        ensure(order_warps <= 1, "one warp puts x in order, or none", || format!("{order_warps} of them"))?;
         ensure(stages >= 2 && stages.is_multiple_of(warps_k), "a stage belongs to one group of warps", || {
             format!("{stages} stages, {warps_k} groups")
         })?;
@@ -159,12 +168,11 @@ const fn block_m(problem: &Problem) -> u32 {
     }
 }
 
-/// A tile with the most stages that fit.
+/// A tile, and its warps along N, along K and for x, with the most stages that fit.
 fn tile(
     dtype: DType,
     [block_m, block_n]: [u32; 2],
-    warps_n: u32,
-    warps_k: u32,
+    [warps_n, warps_k, order_warps]: [u32; 3],
     blocks_per_sm: u32,
 ) -> WeightOnlyTmaConfig {
     let weights = dtype.weights();
@@ -173,12 +181,13 @@ fn tile(
         block_n,
         warps_n,
         warps_k,
+        order_warps,
         stages: 0,
         blocks_per_sm,
         prefetch: 0,
         fast_silu: dtype.output() == Format::Bf16,
     };
-    let stages = stages_that_fit(smem_budget(blocks_per_sm), 0, none.stage_bytes(weights) + 16, 16);
+    let stages = stages_that_fit(smem_budget(blocks_per_sm), 0, none.stage_bytes(weights) + BARRIER_BYTES, 16);
     // What wgmma_tma found best: 100 KiB a multiprocessor; 140 where the launch ahead has to end first.
     let ahead = if blocks_per_sm == 2 { 50 << 10 } else { 140 << 10 };
     WeightOnlyTmaConfig {
@@ -195,8 +204,9 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WeightOnlyTmaConf
         let warps = WARPS_K.into_iter().flat_map(|warps_k| [1, 2].map(|blocks_per_sm| (warps_k, blocks_per_sm)));
         let enough =
             warps.filter(move |(warps_k, blocks)| WARPS_PER_SM.contains(&(block_n / columns * warps_k * blocks)));
-        enough.map(move |(warps_k, blocks_per_sm)| {
-            tile(dtype, [block_m, block_n], block_n / columns, warps_k, blocks_per_sm)
+        let all = enough.flat_map(|(warps_k, blocks)| [0, 1].map(|order_warps| (warps_k, order_warps, blocks)));
+        all.map(move |(warps_k, order_warps, blocks_per_sm)| {
+            tile(dtype, [block_m, block_n], [block_n / columns, warps_k, order_warps], blocks_per_sm)
         })
     })
 }
@@ -211,19 +221,21 @@ pub(super) fn defaults(problem: &Problem) -> [WeightOnlyTmaConfig; 2] {
         _ => 256,
     };
     let block_m = block_m(problem);
+    // Of 32 tokens the sums leave no registers for one warp more.
+    let order_warps = u32::from(block_m <= 16);
     [block_n, 64].map(|block_n| {
         let most = WARPS_K.into_iter().rev().find(|warps_k| warps_k * block_n <= columns);
-        tile(problem.dtype, [block_m, block_n], block_n / 32, most.unwrap_or(1), 1)
+        tile(problem.dtype, [block_m, block_n], [block_n / 32, most.unwrap_or(1), order_warps], 1)
     })
 }
 
 impl fmt::Display for WeightOnlyTmaConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { block_m, block_n, warps_n, warps_k, stages, blocks_per_sm, prefetch, fast_silu } = self;
+        let Self { block_m, block_n, warps_n, warps_k, order_warps, stages, blocks_per_sm, prefetch, fast_silu } = self;
         let fast_silu = if *fast_silu { " fast_silu" } else { "" };
         write!(
             f,
-            "weight_only_tma {block_m}x{block_n} warps {warps_n}x{warps_k} stages {stages} blocks {blocks_per_sm} \
+            "weight_only_tma {block_m}x{block_n} warps {warps_n}x{warps_k}+{order_warps} stages {stages} blocks {blocks_per_sm} \
              prefetch {prefetch}{fast_silu}"
         )
     }
