@@ -187,7 +187,7 @@ fn tiles_with_weights_on_the_rows_say_what_they_cannot() {
         Config::WgmmaStream(config).check(problem, target).unwrap_err().rule
     };
     for (config, expected) in [
-        (WgmmaStreamConfig { block_m: 24, ..good }, "tokens are 8, 16, 32 or 64 columns of a product"),
+        (WgmmaStreamConfig { block_m: 24, ..good }, "tokens are 8, 16 or 32 columns of a product, or its 64 rows"),
         (WgmmaStreamConfig { block_n: 20, ..good }, "rows of weights are whole swizzle atoms, 16 to 128 of them"),
         (WgmmaStreamConfig { cluster_k: 3, ..good }, "a cluster is at most a pair"),
         (WgmmaStreamConfig { stages: 2, ..good }, "at least 3 stages"),
@@ -201,6 +201,35 @@ fn tiles_with_weights_on_the_rows_say_what_they_cannot() {
     assert_eq!(rule(good, &n_major, "sm_90a"), "wgmma_stream reads weights along K");
     let tf32 = Problem { dtype: DType::Tf32, ..problem };
     assert_eq!(rule(good, &tf32, "sm_90a"), "wgmma_stream multiplies fp16 and bf16");
+}
+
+#[test]
+fn a_warp_that_puts_x_in_order_takes_whole_passes() {
+    let target = Target::Gpu(arch::by_name("sm_90a").unwrap());
+    for (dtype, major) in [(DType::Bf16E4m3, WeightMajor::K), (DType::Bf16Int4, WeightMajor::N)] {
+        let problem = Problem::forward(dtype, major, 64, 512, 512);
+        let good = WeightOnlyTmaConfig {
+            block_m: 8,
+            block_n: 64,
+            warps_n: 2,
+            warps_k: 1,
+            order_warps: 1,
+            stages: 4,
+            blocks_per_sm: 1,
+            prefetch: 1,
+            fast_silu: true,
+        };
+        let check = |config| Config::WeightOnlyTma(config).check(&problem, target).map_err(|why| why.rule);
+        for block_m in [8, 16, 32] {
+            assert_eq!(check(WeightOnlyTmaConfig { block_m, ..good }), Ok(()), "{dtype} {block_m}");
+        }
+        for block_m in [24, 40] {
+            let refused = "a warp that puts x in order takes half of 8 tokens, or 16, at a time";
+            assert_eq!(check(WeightOnlyTmaConfig { block_m, ..good }), Err(refused), "{dtype} {block_m}");
+            assert_eq!(check(WeightOnlyTmaConfig { block_m, order_warps: 0, ..good }), Ok(()), "{dtype} {block_m}");
+        }
+        assert_eq!(check(WeightOnlyTmaConfig { order_warps: 2, ..good }), Err("one warp puts x in order, or none"));
+    }
 }
 
 /// Numbers a damaged or hostile file may hold.

@@ -18,7 +18,7 @@ use std::ffi::c_void;
 use std::fmt::Write as _;
 use std::path::Path;
 use std::process::Command;
-use swiglu_kernels::families::{Config, Family, Schedule, Staging, Target, candidates};
+use swiglu_kernels::families::{Config, Family, Schedule, Staging, Target, WgmmaStreamConfig, candidates};
 use swiglu_kernels::problem::INT4_GROUP;
 use swiglu_kernels::{
     Activation, ArchSpec, DType, Format, KernelSource, Op, Problem, WeightMajor, arch, oracle, quant, render,
@@ -435,7 +435,7 @@ fn way(config: &Config) -> Way {
         ),
         Config::MmaDirect(direct) => (Family::MmaDirect, None, None, direct.loads.min(5)),
         Config::WgmmaStream(stream) => {
-            let row_blocks = stream.block_n.div_ceil(64);
+            let row_blocks = if stream.tokens_on_rows() { 0 } else { stream.block_n.div_ceil(64) };
             (Family::WgmmaStream, None, None, cluster([stream.stagger, row_blocks, stream.cluster_k], 1))
         }
         Config::WeightOnlyTma(tma) => (Family::WeightOnlyTma, None, None, tma.warps_k.min(2) + 2 * tma.order_warps),
@@ -508,8 +508,12 @@ fn few_tokens_match_the_oracle_at_ragged_edges() {
         let mut all = candidates(&problem, Target::Gpu(arch));
         all.retain(|config| config.family() == Family::WgmmaStream);
         let ways = ways(&all);
-        assert_eq!(ways.len(), 4, "{problem:?}");
-        cases.extend(ways.into_iter().filter_map(|this| Some((problem, one_of(&all, this, &mut rng)?))));
+        assert_eq!(ways.len(), 6, "{problem:?}");
+        for (index, this) in ways.into_iter().enumerate() {
+            let Some(Config::WgmmaStream(config)) = one_of(&all, this, &mut rng) else { panic!("wgmma_stream") };
+            // So few columns are one wave, of which the space has but one stagger.
+            cases.push((problem, Config::WgmmaStream(WgmmaStreamConfig { stagger: 1 + index as u32 % 3, ..config })));
+        }
     }
     check_all(&cases, arch);
 }

@@ -175,18 +175,23 @@ fn the_forwards_tiles_of_few_tokens_spill_nothing() {
     for (dtype, op) in [(DType::Bf16, Op::ForwardSave), (DType::F16, Op::Forward), (DType::Bf16, Op::ForwardStatic)] {
         let problem = Problem::forward(dtype, WeightMajor::K, 64, 14336, 4096).with_op(op);
         for (cluster_k, blocks_per_sm) in [(1, 1), (2, 1), (1, 2), (2, 2)] {
-            let streams = candidates(&problem, Target::Gpu(arch)).into_iter().filter_map(|config| match config {
-                Config::WgmmaStream(it) if (it.cluster_k, it.blocks_per_sm) == (cluster_k, blocks_per_sm) => Some(it),
-                _ => None,
-            });
-            let Some(most) = streams.max_by_key(|it| (it.block_m * it.block_n.div_ceil(64), it.block_n)) else {
-                assert!(op == Op::ForwardStatic && blocks_per_sm == 2, "{op} {cluster_k} {blocks_per_sm}");
-                continue;
-            };
-            let source = render::render(&problem, &Config::WgmmaStream(most), arch).unwrap();
-            let resources = nvrtc.compile(&source, arch).unwrap().resources;
-            let bad = (resources.spill_bytes, resources.stack_bytes, resources.wgmma_serialized);
-            assert_eq!(bad, (0, 0, false), "{op} {most}");
+            for tokens_on_rows in [false, true] {
+                let streams = candidates(&problem, Target::Gpu(arch)).into_iter().filter_map(|config| match config {
+                    Config::WgmmaStream(it) if (it.cluster_k, it.blocks_per_sm) == (cluster_k, blocks_per_sm) => {
+                        Some(it)
+                    }
+                    _ => None,
+                });
+                let streams = streams.filter(|it| it.tokens_on_rows() == tokens_on_rows);
+                let Some(most) = streams.max_by_key(|it| (it.accumulators(), it.block_n)) else {
+                    assert!(op == Op::ForwardStatic && blocks_per_sm == 2, "{op} {cluster_k} {blocks_per_sm}");
+                    continue;
+                };
+                let source = render::render(&problem, &Config::WgmmaStream(most), arch).unwrap();
+                let resources = nvrtc.compile(&source, arch).unwrap().resources;
+                let bad = (resources.spill_bytes, resources.stack_bytes, resources.wgmma_serialized);
+                assert_eq!(bad, (0, 0, false), "{op} {most}");
+            }
         }
     }
 }

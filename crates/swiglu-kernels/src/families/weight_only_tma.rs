@@ -71,7 +71,7 @@ impl WeightOnlyTmaConfig {
             _ => 0,
         };
         let x = self.block_m * Self::BLOCK_K * TOKEN_BYTES;
-        // Of each token what its sums begin with.
+        // Of each token what its sums begin with; of fp16, where that is nothing, the room is left.
         let surplus = if matches!(weights, Format::Int4) && self.order_warps > 0 { self.block_m * 4 } else { 0 };
         (x + 2 * self.half_bytes(weights) + 2 * scales + surplus).next_multiple_of(1024)
     }
@@ -126,6 +126,11 @@ impl WeightOnlyTmaConfig {
             || format!("{block_m}x{block_n} by {warps_n} warps of {columns} columns at a time"),
         )?;
         ensure(order_warps <= 1, "one warp puts x in order, or none", || format!("{order_warps} of them"))?;
+        ensure(
+            order_warps == 0 || block_m == 8 || block_m.is_multiple_of(16),
+            "a warp that puts x in order takes half of 8 tokens, or 16, at a time",
+            || format!("block_m {block_m}"),
+        )?;
         ensure(stages >= 2 && stages.is_multiple_of(warps_k), "a stage belongs to one group of warps", || {
             format!("{stages} stages, {warps_k} groups")
         })?;
@@ -221,7 +226,7 @@ pub(super) fn defaults(problem: &Problem) -> [WeightOnlyTmaConfig; 2] {
         _ => 256,
     };
     let block_m = block_m(problem);
-    // Of 32 tokens the sums leave no registers for one warp more.
+    // Of 32 tokens int4's sums leave the widest tile no registers for one warp more.
     let order_warps = u32::from(block_m <= 16);
     [block_n, 64].map(|block_n| {
         let most = WARPS_K.into_iter().rev().find(|warps_k| warps_k * block_n <= columns);
