@@ -570,6 +570,20 @@ fn weights_in_few_bits_by_tma_match_the_oracle_at_every_edge() {
     check_all(&cases, arch);
 }
 
+/// x far from 0: what raised pairs of int4 have on top is then many times what is left once it is taken off.
+#[test]
+fn raised_pairs_of_int4_cost_no_digits_that_count() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    let problem = Problem::forward(DType::Bf16Int4, WeightMajor::N, 16, 64, 2048);
+    let all = candidates(&problem, Target::Gpu(arch));
+    let raised =
+        |config: &&Config| matches!(config, Config::WeightOnlyTma(tma) if tma.order_warps == 1 && tma.block_m == 16);
+    let config = all.iter().find(raised).unwrap();
+    for shift in [2.0, -30.0] {
+        Case::new(problem, 7, shift).check(config, arch, problem.dtype.tolerance()).unwrap();
+    }
+}
+
 /// Positive numbers add up to a sum against which each product is small: what is cut off of it is lost, unless fp32 takes
 /// over often enough. Without that the error here is 0.13, with it 0.009.
 #[test]
