@@ -176,13 +176,13 @@ fn the_forwards_tiles_of_few_tokens_spill_nothing() {
         let problem = Problem::forward(dtype, WeightMajor::K, 64, 14336, 4096).with_op(op);
         for (cluster_k, blocks_per_sm) in [(1, 1), (2, 1), (1, 2), (2, 2)] {
             for tokens_on_rows in [false, true] {
+                let this = (cluster_k, blocks_per_sm, tokens_on_rows);
                 let streams = candidates(&problem, Target::Gpu(arch)).into_iter().filter_map(|config| match config {
-                    Config::WgmmaStream(it) if (it.cluster_k, it.blocks_per_sm) == (cluster_k, blocks_per_sm) => {
+                    Config::WgmmaStream(it) if (it.cluster_k, it.blocks_per_sm, it.tokens_on_rows()) == this => {
                         Some(it)
                     }
                     _ => None,
                 });
-                let streams = streams.filter(|it| it.tokens_on_rows() == tokens_on_rows);
                 let Some(most) = streams.max_by_key(|it| (it.accumulators(), it.block_n)) else {
                     assert!(op == Op::ForwardStatic && blocks_per_sm == 2, "{op} {cluster_k} {blocks_per_sm}");
                     continue;
