@@ -1,6 +1,7 @@
 """The elementwise gate alone, silu(gate) * up: microseconds and GB/s of memory traffic.
 
-usage: python benches/python/gate.py [--m 2048,8192] [--n 11008,16384] [--device cuda] [--quick] [--out FILE.json]
+usage: python benches/python/gate.py [--m 2048,8192] [--n 11008,16384] [--device cuda] [--graph] [--quick]
+                                    [--out FILE.json]
 
 It has no arithmetic to speak of: the figure to hold it to is what a copy reaches, which is a row of the table.
 """
@@ -48,7 +49,7 @@ def measure(m: int, n: int, args) -> list[dict]:
     rows = []
     for way, providers, moved in (("forward", forward, 3), ("backward", backward, 5)):
         with torch.set_grad_enabled(way == "backward"):
-            figures = harness.race(providers, args)
+            figures = harness.race(harness.in_graphs(providers) if args.graph and way == "forward" else providers, args)
         for name, figure in figures.items():
             numbers = 4 if name == "copy" else moved
             rate = numbers * m * n * item / figure["us"] * 1e-3
@@ -60,6 +61,7 @@ def main(argv: list[str]) -> None:
     flags = harness.parser(__doc__)
     flags.add_argument("--m", type=harness.numbers)
     flags.add_argument("--n", type=harness.numbers)
+    flags.add_argument("--graph", action="store_true", help="replay CUDA graphs of the forward")
     args = harness.parse(flags, argv)
     ms = args.m or ([64] if args.quick else [2048, 8192])
     ns = args.n or ([128] if args.quick else [11008, 16384])

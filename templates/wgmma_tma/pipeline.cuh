@@ -38,6 +38,17 @@ struct TileOrder {
     }
 };
 
+// ---- operands ----
+// What the copy engine reads of an operand: boxes of a whole tile, and those of the last tile where it has fewer rows.
+struct OperandMaps { TensorMap whole, tail; };
+
+// Rows (or columns) that a tile from `first` on has of `size`, rounded up to `unit` of them. Only those are loaded: for a row that
+// is outside the copy engine takes several times as long as for one inside. The tile's other sums are of whatever lay in
+// shared memory, and nobody stores them.
+template <int kBlock> __device__ __forceinline__ int extent_at(int first, int size, int unit) {
+    return min(kBlock, (max(size - first, 0) + unit - 1) / unit * unit);
+}
+
 // ---- lockstep ----
 // The CTAs start each full wave of tiles together, so that those which need the same rows of x or of the weights read them
 // while they are in L2. Only a matter of speed: whoever waits in vain, because other work holds some SM or a second launch

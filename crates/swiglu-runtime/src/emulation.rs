@@ -342,10 +342,10 @@ impl Case {
         .iter()
         .map(Map::new)
         .collect();
-        // What comes in pairs behind the operands' own maps, of what is saved or of scales, is one argument, an array.
-        let single = if matches!(config, Config::WgmmaTma(_)) { 4 } else { 3 };
+        // What comes in pairs, an operand with its tail, what is saved or scales, is one argument, an array.
+        let first: &[usize] = if matches!(config, Config::WgmmaTma(_)) { &[0, 2, 4, 6, 7] } else { &[0, 1, 2, 3] };
         let mut arguments: Vec<*const c_void> =
-            maps.iter().take(single + 1).map(|map| std::ptr::from_ref(map).cast()).collect();
+            first.iter().filter_map(|&at| maps.get(at)).map(|map| std::ptr::from_ref(map).cast()).collect();
         arguments.push((&raw const params).cast());
         let tiles = problem.m.div_ceil(shape.block_m) * problem.n.div_ceil(shape.block_n);
         // Fewer than there are tiles, so that persistent kernels walk.

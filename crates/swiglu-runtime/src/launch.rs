@@ -302,20 +302,21 @@ unsafe fn wgmma_tma(
     function: &Function,
     stream: sys::CUstream,
     args: &RawForward,
-    maps: &[BoxedMatrix; 4],
+    maps: &[BoxedMatrix; 7],
     params: *mut c_void,
 ) -> Result<(), DriverError> {
     let mut maps = tensor_map::encode(maps)?;
-    let [x, gate, up, z] = maps.each_mut().map(|map| std::ptr::from_mut(map).cast::<c_void>());
+    // The tails follow the maps that are pointed to.
+    let [x, _, gate, _, up, _, z] = maps.each_mut().map(|map| std::ptr::from_mut(map).cast::<c_void>());
     if problem.op.saves_preactivations() {
         let saved = tensor_map::of_preactivations(config, problem, args);
         let mut saved = tensor_map::encode(&saved)?;
         let saved = saved.as_mut_ptr().cast::<c_void>();
-        // SAFETY: the kernel takes four tensor maps, an array of two and a `Params` by value, all alive here;
+        // SAFETY: the kernel takes three pairs of tensor maps, one more, an array of two and a `Params` by value, all alive here;
         // addresses by contract.
         unsafe { launch(problem, function, stream, args.m, &mut [x, gate, up, z, saved, params]) }
     } else {
-        // SAFETY: the kernel takes four tensor maps and a `Params` by value, all alive here; addresses by contract.
+        // SAFETY: the kernel takes three pairs of tensor maps, one more and a `Params` by value, all alive here; addresses by contract.
         unsafe { launch(problem, function, stream, args.m, &mut [x, gate, up, z, params]) }
     }
 }
@@ -360,7 +361,7 @@ unsafe fn step_function(
             let Some(prologue) = &function.prologue else {
                 let mut maps = tensor_map::encode(&tensor_map::of_wgmma_gemm(config, problem, &product, args))?;
                 let maps = maps.as_mut_ptr().cast::<c_void>();
-                // SAFETY: the kernel takes a struct of nine tensor maps and a `StepParams` by value, both alive here;
+                // SAFETY: the kernel takes a struct of thirteen tensor maps and a `StepParams` by value, both alive here;
                 // addresses by contract.
                 return Ok(unsafe { launch(problem, function, stream, args.m, &mut [maps, params]) }?);
             };
@@ -372,7 +373,7 @@ unsafe fn step_function(
             let maps = maps.as_mut_ptr().cast::<c_void>();
             let mut scales = split.scales();
             let scales = (&raw mut scales).cast::<c_void>();
-            // SAFETY: the kernel takes a struct of nine tensor maps, a `SplitScales` and a `StepParams` by value, all alive
+            // SAFETY: the kernel takes a struct of thirteen tensor maps, a `SplitScales` and a `StepParams` by value, all alive
             // here; the parts hold the operands; addresses by contract.
             Ok(unsafe { launch(problem, function, stream, args.m, &mut [maps, scales, params]) }?)
         }

@@ -37,8 +37,18 @@ impl BoxedMatrix {
     }
 }
 
-/// x, gate, up and z for `templates/wgmma_tma/kernel.cu.tera`.
-pub(crate) fn of_wgmma_tma(config: &WgmmaTmaConfig, problem: &Problem, args: &RawForward) -> [BoxedMatrix; 4] {
+/// The boxes of the last tile of `matrix` along its rows, `block` of them a tile, which `sharers` CTAs bring in as many parts: only
+/// the rows that are there, in whole swizzle atoms of 8. The same boxes where the tiles come out even. For a row outside of the matrix
+/// the copy engine takes several times as long as for one inside.
+fn tail(matrix: BoxedMatrix, block: u32, sharers: u32) -> BoxedMatrix {
+    match (matrix.rows % block).next_multiple_of(8 * sharers) {
+        0 => matrix,
+        rows => BoxedMatrix { box_rows: rows / sharers, ..matrix },
+    }
+}
+
+/// x, gate and up, each with its [`tail`], and z for `templates/wgmma_tma/kernel.cu.tera`.
+pub(crate) fn of_wgmma_tma(config: &WgmmaTmaConfig, problem: &Problem, args: &RawForward) -> [BoxedMatrix; 7] {
     let tile = InputBoxes {
         x_rows: config.block_m / config.cluster_n,
         block_n: config.block_n,
@@ -46,7 +56,12 @@ pub(crate) fn of_wgmma_tma(config: &WgmmaTmaConfig, problem: &Problem, args: &Ra
         weight_cols: config.weight_cols(),
     };
     let [x, gate, up] = tile.of(problem, args);
-    [x, gate, up, output(config, problem, args.m, args.z, args.z_stride)]
+    let weights_tail = |weights| match problem.weight_major {
+        WeightMajor::K => tail(weights, config.block_n, 1),
+        WeightMajor::N => weights,
+    };
+    let z = output(config, problem, args.m, args.z, args.z_stride);
+    [x, tail(x, config.block_m, config.cluster_n), gate, weights_tail(gate), up, weights_tail(up), z]
 }
 
 /// Both pre-activations for the same template.
@@ -130,21 +145,21 @@ pub(crate) fn of_int4_scales(config: &WeightOnlyTmaConfig, problem: &Problem, ar
     })
 }
 
-/// `StepMaps` of `templates/wgmma_gemm/kernel.cu.tera`: two left, two right, three out, two saved. What the step has not
-/// is its first of that kind again.
+/// `StepMaps` of `templates/wgmma_gemm/kernel.cu.tera`: two left and two right, each with its [`tail`], three out, two saved. What
+/// the step has not is its first of that kind again.
 pub(crate) fn of_wgmma_gemm(
     config: &WgmmaGemmConfig,
     problem: &Problem,
     product: &Product,
     args: &RawStep,
-) -> [BoxedMatrix; 9] {
+) -> [BoxedMatrix; 13] {
     let operand = |matrix: RawMatrix, (rows, cols): (u32, u32), major: OperandMajor, block: [u32; 2], sharers: u32| {
         let [extent, across] = block;
         let (box_rows, box_cols) = match major {
             OperandMajor::Depth => (extent / sharers, config.block_k),
             OperandMajor::Outer => (config.block_k / sharers, across),
         };
-        BoxedMatrix {
+        let whole = BoxedMatrix {
             format: problem.dtype.output(),
             address: matrix.address,
             rows,
@@ -153,6 +168,10 @@ pub(crate) fn of_wgmma_gemm(
             box_rows,
             box_cols,
             swizzled: true,
+        };
+        match major {
+            OperandMajor::Depth => [whole, tail(whole, extent, sharers)],
+            OperandMajor::Outer => [whole; 2],
         }
     };
     let (rows, cols) = ([config.block_m, 64], [config.block_n, config.right_cols()]);
@@ -176,7 +195,8 @@ pub(crate) fn of_wgmma_gemm(
     let [out0, out1, out2] =
         args.out.map(|matrix| strip(args.output_dtype(problem).output())(present(matrix, args.out[0])));
     let [gate, up] = args.saved.map(|matrix| strip(problem.dtype.output())(present(matrix, args.out[0])));
-    [left(left0), left(left1), right(right0), right(right1), out0, out1, out2, gate, up]
+    let [[a, a_tail], [b, b_tail], [c, c_tail], [d, d_tail]] = [left(left0), left(left1), right(right0), right(right1)];
+    [a, a_tail, b, b_tail, c, c_tail, d, d_tail, out0, out1, out2, gate, up]
 }
 
 /// The boxes in which a tile of the operands comes.
