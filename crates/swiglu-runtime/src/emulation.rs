@@ -18,7 +18,9 @@ use std::ffi::c_void;
 use std::fmt::Write as _;
 use std::path::Path;
 use std::process::Command;
-use swiglu_kernels::families::{Config, Family, Schedule, Staging, Target, WgmmaStreamConfig, candidates};
+use swiglu_kernels::families::{
+    Config, Family, Schedule, Staging, Target, WgmmaStreamConfig, WgmmaTmaConfig, candidates,
+};
 use swiglu_kernels::problem::INT4_GROUP;
 use swiglu_kernels::{
     Activation, ArchSpec, DType, Format, KernelSource, Op, Problem, WeightMajor, arch, oracle, quant, render,
@@ -514,6 +516,25 @@ fn few_tokens_match_the_oracle_at_ragged_edges() {
             // So few columns are one wave, of which the space has but one stagger.
             cases.push((problem, Config::WgmmaStream(WgmmaStreamConfig { stagger: 1 + index as u32 % 3, ..config })));
         }
+    }
+    check_all(&cases, arch);
+}
+
+/// A pair of CTAs, of which one has no rows, or no columns, or one of them; and columns that are no whole eights.
+#[test]
+fn a_cta_of_a_pair_that_lies_outside_changes_nothing() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    let mut cases: Vec<(Problem, Config)> = Vec::new();
+    for (major, (m, n)) in WeightMajor::ALL.into_iter().flat_map(|major| [(major, (100, 133)), (major, (129, 33))]) {
+        let problem = Problem { alignment: 16, ..Problem::forward(DType::Bf16, major, m, n, 200) };
+        let all = candidates(&problem, Target::Gpu(arch));
+        let mut first = |is_wanted: &dyn Fn(&WgmmaTmaConfig) -> bool| {
+            let found = all.iter().find(|config| matches!(config, Config::WgmmaTma(config) if is_wanted(config)));
+            cases.push((problem, *found.unwrap()));
+        };
+        first(&|config| config.cluster_m == 2 && config.block_m == 128);
+        first(&|config| config.cluster_n == 2 && config.block_n >= 64);
+        first(&|config| config.cluster_m * config.cluster_n == 1 && config.block_m == 128);
     }
     check_all(&cases, arch);
 }

@@ -306,8 +306,9 @@ unsafe fn wgmma_tma(
     params: *mut c_void,
 ) -> Result<(), DriverError> {
     let mut maps = tensor_map::encode(maps)?;
-    // The tails follow the maps that are pointed to.
-    let [x, _, gate, _, up, _, z] = maps.each_mut().map(|map| std::ptr::from_mut(map).cast::<c_void>());
+    let first = maps.as_mut_ptr();
+    // SAFETY: all four are among the seven maps; x, gate and up are each followed by their tails.
+    let [x, gate, up, z] = [0, 2, 4, 6].map(|at| unsafe { first.add(at) }.cast::<c_void>());
     if problem.op.saves_preactivations() {
         let saved = tensor_map::of_preactivations(config, problem, args);
         let mut saved = tensor_map::encode(&saved)?;

@@ -38,7 +38,7 @@ impl BoxedMatrix {
 }
 
 /// The boxes of the last tile of `matrix` along its rows, `block` of them a tile, which `sharers` CTAs bring in as many parts: only
-/// the rows that are there, in whole swizzle atoms of 8. The same boxes where the tiles come out even. For a row outside of the matrix
+/// the rows that are there, rounded up to a swizzle atom of 8 for each. The same boxes where the tiles come out even. For a row outside of the matrix
 /// the copy engine takes several times as long as for one inside.
 fn tail(matrix: BoxedMatrix, block: u32, sharers: u32) -> BoxedMatrix {
     match (matrix.rows % block).next_multiple_of(8 * sharers) {
@@ -299,4 +299,34 @@ fn encode_one(matrix: &BoxedMatrix, map: &mut MaybeUninit<sys::CUtensorMap>) -> 
         )
     };
     status.result()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The kernels round alike (`extent_at` of `templates/wgmma_tma/pipeline.cuh`).
+    #[test]
+    fn tails_have_the_rows_that_are_there_in_whole_atoms() {
+        let of = |rows, block, sharers| {
+            let whole = BoxedMatrix {
+                format: Format::Bf16,
+                address: 0x1000,
+                rows,
+                cols: 64,
+                row_stride: 64,
+                box_rows: block / sharers,
+                box_cols: 64,
+                swizzled: true,
+            };
+            let tail = tail(whole, block, sharers);
+            assert_eq!(BoxedMatrix { box_rows: whole.box_rows, ..tail }, whole);
+            tail.box_rows
+        };
+        assert_eq!([256, 128, 1, 8, 9, 100, 197].map(|rows| of(rows, 128, 1)), [128, 128, 8, 8, 16, 104, 72]);
+        assert_eq!([1, 16, 17, 130].map(|rows| of(rows, 128, 2)), [8, 8, 16, 8]);
+        // As good as whole.
+        assert_eq!([121, 127].map(|rows| of(rows, 128, 1)), [128, 128]);
+        assert_eq!(of(113, 128, 2), 64);
+    }
 }

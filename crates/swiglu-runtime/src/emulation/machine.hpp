@@ -148,7 +148,7 @@ bool launch(void (*kernel)(Arguments...), const void* const* arguments, std::ind
         for (unsigned rank = 0; rank < cluster; ++rank) {
             ctas[rank].index = {first + rank, 0, 0};
             ctas[rank].warps.resize(block / kWarp);
-            ctas[rank].memory.assign(shared_bytes, char(0xa5));
+            ctas[rank].memory.assign(shared_bytes, char(0xff));  // NaN in every format: what is read unwritten shows in the sums
         }
         for (unsigned i = 0; i < threads.size(); ++i) {
             Thread& thread = threads[i];
