@@ -58,7 +58,7 @@ def measure(m: int, n: int, args) -> list[dict]:
 
 
 def in_graphs(providers: dict) -> dict:
-    """All but the copy, which a graph slows down."""
+    """All but the copy: in a graph one of its sizes took half as long again."""
     replays = harness.in_graphs({name: call for name, call in providers.items() if name != "copy"})
     return replays | {"copy": providers["copy"]}
 

@@ -37,9 +37,9 @@ impl BoxedMatrix {
     }
 }
 
-/// The boxes of the last tile of `matrix` along its rows, `block` of them a tile, which `sharers` CTAs bring in as many parts: only
-/// the rows that are there, rounded up to a swizzle atom of 8 for each. The same boxes where the tiles come out even. For a row outside of the matrix
-/// the copy engine takes several times as long as for one inside.
+/// The boxes of the last tile of `matrix` along its rows, `block` of them a tile, which `sharers` CTAs bring in as many parts:
+/// only the rows that are there, rounded up to a swizzle atom of 8 for each; the same boxes where the tiles come out even.
+/// Why: `docs/decisions/0018-the-last-tile-has-boxes-of-its-own.md`.
 fn tail(matrix: BoxedMatrix, block: u32, sharers: u32) -> BoxedMatrix {
     match (matrix.rows % block).next_multiple_of(8 * sharers) {
         0 => matrix,
@@ -155,11 +155,7 @@ pub(crate) fn of_wgmma_gemm(
 ) -> [BoxedMatrix; 13] {
     let operand = |matrix: RawMatrix, (rows, cols): (u32, u32), major: OperandMajor, block: [u32; 2], sharers: u32| {
         let [extent, across] = block;
-        let (box_rows, box_cols) = match major {
-            OperandMajor::Depth => (extent / sharers, config.block_k),
-            OperandMajor::Outer => (config.block_k / sharers, across),
-        };
-        let whole = BoxedMatrix {
+        let in_boxes = |box_rows, box_cols| BoxedMatrix {
             format: problem.dtype.output(),
             address: matrix.address,
             rows,
@@ -170,8 +166,11 @@ pub(crate) fn of_wgmma_gemm(
             swizzled: true,
         };
         match major {
-            OperandMajor::Depth => [whole, tail(whole, extent, sharers)],
-            OperandMajor::Outer => [whole; 2],
+            OperandMajor::Depth => {
+                let whole = in_boxes(extent / sharers, config.block_k);
+                [whole, tail(whole, extent, sharers)]
+            }
+            OperandMajor::Outer => [in_boxes(config.block_k / sharers, across); 2],
         }
     };
     let (rows, cols) = ([config.block_m, 64], [config.block_n, config.right_cols()]);
@@ -195,8 +194,9 @@ pub(crate) fn of_wgmma_gemm(
     let [out0, out1, out2] =
         args.out.map(|matrix| strip(args.output_dtype(problem).output())(present(matrix, args.out[0])));
     let [gate, up] = args.saved.map(|matrix| strip(problem.dtype.output())(present(matrix, args.out[0])));
-    let [[a, a_tail], [b, b_tail], [c, c_tail], [d, d_tail]] = [left(left0), left(left1), right(right0), right(right1)];
-    [a, a_tail, b, b_tail, c, c_tail, d, d_tail, out0, out1, out2, gate, up]
+    let [[left0, left0_tail], [left1, left1_tail]] = [left0, left1].map(left);
+    let [[right0, right0_tail], [right1, right1_tail]] = [right0, right1].map(right);
+    [left0, left0_tail, left1, left1_tail, right0, right0_tail, right1, right1_tail, out0, out1, out2, gate, up]
 }
 
 /// The boxes in which a tile of the operands comes.
