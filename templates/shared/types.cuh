@@ -72,6 +72,14 @@ template <> __device__ __forceinline__ e4m3 from_float<e4m3>(float value) {
     return e4m3{u8(sign | (((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120 << 3)))};
 }
 
+#if __CUDA_ARCH__ >= 800
+// Two neighbours in a register, the first one low: fp16 where the format's elements are, bf16 elsewhere.
+template <DType kType> __device__ __forceinline__ u32 pack(float low, float high) {
+    if constexpr (kType == DType::f16) return f16x2_of_floats(low, high);
+    else return bf16x2_of_floats(low, high);
+}
+#endif
+
 // `kCount` elements that move in one access.
 template <typename Element, int kCount> struct alignas(sizeof(Element) * kCount) Vector {
     Element value[kCount];

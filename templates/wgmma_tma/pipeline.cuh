@@ -1,7 +1,7 @@
 // What the kernels on TMA and wgmma share: the walk over the tiles, the lockstep, the main loop.
 // The including template has defined the tile, `wgmma` (one product), kAccumulators (sums of one m64 block a thread) and how
 // an operand lies in a stage: the span of its swizzle, the bytes to the next span (kLeadingBytes) and to the next 32 bytes'
-// worth of the sums (kStepBytes). kSplit: these are of high parts, then of low ones. kRingCtas fill each other's stages; kStream turns the lockstep off; kPromoteTiles K tiles are
+// worth of the sums (kStepBytes). kSplit: these are of high parts, then of low ones. kRingCtas fill each other's stages; kLockstep: whether the CTAs keep together; kPromoteTiles K tiles are
 // summed by the tensor cores before fp32 takes over (0: all).
 #include "shared/ring.cuh"
 
@@ -42,9 +42,9 @@ struct TileOrder {
 // What the copy engine reads of an operand: boxes of a whole tile, and those of the last tile where it has fewer rows.
 struct OperandMaps { TensorMap whole, tail; };
 
-// Rows (or columns) that a tile from `first` on has of `size`, rounded up to `unit` of them. Only those are loaded: for a row that
-// is outside the copy engine takes several times as long as for one inside. The tile's other sums are of whatever lay in
-// shared memory, and nobody stores them.
+// How many of a matrix's `size` rows (or columns) lie in the tile that begins at `first`, rounded up to `unit`. Only those are loaded:
+// a row outside takes the copy engine several times as long as one inside. The tile's other sums are of whatever lay in shared
+// memory, and nobody stores them.
 template <int kBlock> __device__ __forceinline__ int extent_at(int first, int size, int unit) {
     return min(kBlock, (max(size - first, 0) + unit - 1) / unit * unit);
 }
@@ -65,18 +65,18 @@ struct Lockstep {
 
     // Before any CTA can have multiplied its first tile.
     __device__ __forceinline__ void reset() const {
-        if constexpr (kStream) return;
+        if constexpr (!kLockstep) return;
         if (blockIdx.x == 0) store_relaxed(&arrivals, 0);
     }
 
     __device__ __forceinline__ void arrive() {
-        if constexpr (kStream) return;
+        if constexpr (!kLockstep) return;
         reduce_add_relaxed(&arrivals, 1);
         expected += step;
     }
 
     __device__ __forceinline__ void wait() {
-        if constexpr (kStream) return;
+        if constexpr (!kLockstep) return;
         if (expected == 0) return;
         for (int spin = 0; load_relaxed(&arrivals) < expected; ++spin) {
             if (spin == kLockstepSpins) expected = step = 0;
@@ -144,8 +144,8 @@ __device__ __forceinline__ void multiply_tile(float (&accumulators)[kRowBlocks][
                                               int consumer, int lane) {
     constexpr bool kPromote = kPromoteTiles > 0;
     [[maybe_unused]] float sums[kRowBlocks][kAccumulators] = {};  // what fp32 has taken over
-    // The consumers take over at different times, so that one multiplies meanwhile.
-    [[maybe_unused]] const int shift = consumer * kPromoteTiles / kConsumers;
+    // Consumers of one tile take over at different times, so that the others multiply meanwhile.
+    [[maybe_unused]] const int shift = kPingpong ? 0 : consumer * kPromoteTiles / kConsumers;
     if constexpr (kPingpong) take_turn(consumer);
     int previous = 0;
     for (int block = 0; block < k_blocks; ++block) {

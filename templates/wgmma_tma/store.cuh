@@ -1,11 +1,6 @@
 // The epilogue's stores of the kernels on TMA and wgmma: 16-row strips of one warp, by the copy engine.
 // The including template has defined kDType, kStoreCols, kStoreRowBytes, kStoreBytes and kStoreBuffers.
 
-__device__ __forceinline__ u32 pack_elements(float low, float high) {
-    if constexpr (kDType == DType::f16) return f16x2_of_floats(low, high);
-    else return bf16x2_of_floats(low, high);
-}
-
 // Byte offset of 16-byte chunk `chunk` of row `row` in a swizzled store buffer.
 __device__ __forceinline__ u32 store_offset(int row, int chunk) {
     const int twist = kStoreRowBytes == 128  ? row & 7
@@ -25,7 +20,7 @@ __device__ __forceinline__ void store_pairs(const Value& value, int first, u32 t
 #pragma unroll
         for (int i = 0; i < (chunk + 1 < kChunks ? 4 : 2); ++i) {
             const int index = (first + chunk * 8) / 2 + i * 2;
-            packed[i] = pack_elements(value(index), value(index + 1));
+            packed[i] = pack<kDType>(value(index), value(index + 1));
         }
         if (chunk + 1 < kChunks) {
             stmatrix_x4(target + store_offset(lane & 15, chunk + (lane >> 4)), packed[0], packed[1], packed[2],

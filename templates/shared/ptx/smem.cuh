@@ -9,6 +9,10 @@ __device__ __forceinline__ void ld_shared_f32x4(float (&out)[4], u32 address) {
                  : "memory");
 }
 
+__device__ __forceinline__ void ld_shared_f32x2(float (&out)[2], u32 address) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(out[0]), "=f"(out[1]) : "r"(address) : "memory");
+}
+
 __device__ __forceinline__ u32 ld_shared_u32(u32 address) {
     u32 value;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");

@@ -124,7 +124,7 @@ const TILES: [(Schedule, u32, u32, u32); 16] = [
 
 /// The same where fp32 takes sums over, which takes twice the registers: what won somewhere on the H200 for e4m3, and its
 /// neighbours.
-const PROMOTED_TILES: [(Schedule, u32, u32, u32); 10] = [
+const PROMOTED_TILES: [(Schedule, u32, u32, u32); 11] = [
     (Schedule::Pingpong, 64, 64, 2),
     (Schedule::Pingpong, 64, 80, 2),
     (Schedule::Pingpong, 64, 96, 2),
@@ -134,6 +134,7 @@ const PROMOTED_TILES: [(Schedule, u32, u32, u32); 10] = [
     (Schedule::Cooperative, 128, 80, 2),
     (Schedule::Cooperative, 128, 88, 2),
     (Schedule::Cooperative, 128, 96, 2),
+    (Schedule::Cooperative, 192, 64, 3),
     (Schedule::Cooperative, 256, 48, 2),
 ];
 
@@ -190,12 +191,14 @@ impl WgmmaTmaConfig {
         128 * (1 + self.consumers)
     }
 
-    /// Shared memory: the ring, the staging of the stores, two barriers a stage, what a split along K exchanges.
+    /// Shared memory: the ring, the staging of the stores, two barriers a stage, what a split along K exchanges, and every
+    /// warp's scales of its columns where numbers have scales.
     pub const fn smem_bytes(&self, dtype: DType) -> u32 {
         let ring = self.stages * self.block_k * (self.block_m + 2 * self.block_n) * dtype.bytes();
         let staging = 4 * self.consumers * self.store_buffers * 16 * self.store_cols * dtype.output().bytes();
         let sums = if self.cluster_k > 1 { 2 * self.block_m * self.block_n * 4 + 16 } else { 0 };
-        ring + staging + sums + 16 * self.stages
+        let scales = if is_promoted(dtype) { 4 * self.consumers * 2 * self.block_n * 4 } else { 0 };
+        ring + staging + sums + scales + 16 * self.stages
     }
 
     /// Bytes of the weights of one K tile.
@@ -290,6 +293,7 @@ impl WgmmaTmaConfig {
         )?;
         // Measured with NVRTC 13.0: more accumulators spill, and ptxas then serialises wgmma.
         let most = match (consumers, problem.dtype) {
+            (3, dtype) if is_promoted(dtype) => 128,
             (3, _) => 96,
             _ if blocks_per_sm == 2 => 96,
             (_, dtype) if is_promoted(dtype) => 192,
@@ -481,9 +485,18 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaTmaConfig> +
 /// Preferred configs when nothing was tuned, best first.
 pub(super) fn defaults(problem: &Problem) -> [WgmmaTmaConfig; 2] {
     if is_promoted(problem.dtype) {
-        let pair =
-            |block_n| WgmmaTmaConfig { cluster_m: 2, ..tile(Schedule::Cooperative, 128, block_n, 2, problem.dtype) };
-        return [pair(if problem.m <= 512 { 64 } else { 96 }), pair(64)];
+        let pair = |(schedule, block_m, block_n)| WgmmaTmaConfig {
+            cluster_m: 2,
+            ..tile(schedule, block_m, block_n, 2, problem.dtype)
+        };
+        let narrow = (Schedule::Cooperative, 128, 64);
+        let best = match problem.m {
+            0..=512 => narrow,
+            // Of short sums the epilogue is much: another tile's products hide it.
+            _ if problem.dtype == DType::E4m3 && problem.k <= 2048 => (Schedule::Pingpong, 64, 96),
+            _ => (Schedule::Cooperative, 128, 96),
+        };
+        return [pair(best), pair(narrow)];
     }
     let block_n = match problem.m {
         0..=256 => 56,

@@ -1,6 +1,7 @@
 // In place of shared/ptx/smem.cuh.
 inline u32 smem_address(const void* pointer) { return machine::address(pointer); }
 inline void ld_shared_f32x4(float (&out)[4], u32 address) { std::memcpy(out, machine::shared(address), sizeof out); }
+inline void ld_shared_f32x2(float (&out)[2], u32 address) { std::memcpy(out, machine::shared(address), sizeof out); }
 
 inline u32 ld_shared_u32(u32 smem) {
     u32 value;
