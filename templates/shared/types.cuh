@@ -73,9 +73,12 @@ template <> __device__ __forceinline__ e4m3 from_float<e4m3>(float value) {
 }
 
 #if __CUDA_ARCH__ >= 800
-// Two neighbours in a register, the first one low: fp16 where the format's elements are, bf16 elsewhere.
+template <typename Element> constexpr bool kIsF16 = false;
+template <> constexpr bool kIsF16<f16> = true;
+
+// Two neighbours of z in a register, the first one low; of formats whose z has 16 bits.
 template <DType kType> __device__ __forceinline__ u32 pack(float low, float high) {
-    if constexpr (kType == DType::f16) return f16x2_of_floats(low, high);
+    if constexpr (kIsF16<typename ElementOf<kType>::Type>) return f16x2_of_floats(low, high);
     else return bf16x2_of_floats(low, high);
 }
 #endif

@@ -1,18 +1,16 @@
 // Scales of e4m3, and of fp32 cut in two: what the sums of a tile are multiplied by first of all.
-// The including template has defined kSplit, kRowBlocks, kBlockN, kHalf and `apply_scale`, which multiplies a sum by those of its row and column.
-
-// Columns' scales of one warp in shared memory: of gate, then of up.
-constexpr int kWarpScaleBytes = 2 * kBlockN * sizeof(float);
+// The including template has defined kSplit, kRowBlocks, kBlockN, kHalf, kWarpScaleBytes (a warp's place in shared memory: gate's, then
+// up's) and `apply_scale`, which multiplies a sum by those of its row and column.
 
 // Those of a warp's tile. Beside the sums no registers are left for the columns', and to load them in the epilogue exposes the
 // wait: they are loaded ahead of the main loop and lie in shared memory until then. Of rows and columns beyond the matrix they
 // are any: nobody stores those.
-struct TileScales {
-    u32 staged;                 // the warp's place in shared memory
-    float rows[kRowBlocks][2];  // of this thread's
+struct WarpScales {
+    u32 staged;                 // where the columns' lie: kWarpScaleBytes
+    float rows[kRowBlocks][2];  // those of this thread's rows
     u32 signs;                  // kSplit: of all that this lane loaded, set where one is marked
 
-    // `row`: the warp's first one.
+    // `row`: the warp's first one. The lanes have met since the last tile's were read: to store it.
     __device__ __forceinline__ void load(const Params& p, int row, int column, int lane) {
         constexpr int kRun = (kBlockN + 31) / 32;
         const int last_row = p.x_row_scales ? p.m - 1 : 0;

@@ -13,8 +13,8 @@ use swiglu_kernels::{Config, DType, Format, Op, Problem, WeightMajor, render};
 fn problems() -> impl Iterator<Item = Problem> {
     DType::ALL.into_iter().flat_map(|dtype| {
         WeightMajor::ALL.into_iter().flat_map(move |major| {
-            [1, 16, 100, 4096].into_iter().flat_map(move |m| {
-                let aligned = Problem::forward(dtype, major, m, 14336, 4096);
+            [(1, 4096), (16, 4096), (100, 4096), (4096, 4096), (4096, 2048)].into_iter().flat_map(move |(m, k)| {
+                let aligned = Problem::forward(dtype, major, m, 14336, k);
                 let alignments = [16, 8, 4, 2].into_iter().filter(move |&alignment| alignment >= dtype.bytes());
                 let problems = alignments.map(move |alignment| Problem { alignment, ..aligned });
                 problems.flat_map(|problem| Op::ALL.into_iter().map(move |op| problem.with_op(op)))

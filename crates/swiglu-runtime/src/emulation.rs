@@ -14,6 +14,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng, seq::IndexedRandom};
 use rand_distr::{Distribution, StandardNormal};
 use rayon::prelude::*;
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::fmt::Write as _;
 use std::path::Path;
@@ -221,9 +222,9 @@ impl Case {
             of: Numbers::new(format, count, || middle * rng.random_range(0.75..1.25)),
             each,
         };
-        let each = seed.is_multiple_of(2);
+        let (each_row, each) = (seed & 2 == 0, seed & 1 == 0);
         let x_scales = (dtype.x() == Format::E4m3)
-            .then(|| scales(Format::F32, if each { m } else { 1 }, 1.0 / x_codes, each, &mut rng));
+            .then(|| scales(Format::F32, if each_row { m } else { 1 }, 1.0 / x_codes, each_row, &mut rng));
         let weight_scales = match dtype.weights() {
             Format::E4m3 => {
                 let count = if each { n } else { 1 };
@@ -387,7 +388,7 @@ impl Case {
 }
 
 fn check(problem: Problem, config: &Config, arch: &'static ArchSpec) -> Result<(), String> {
-    // Scales of whole matrices, then of every row.
+    // Scales of every row of x and of whole weights, then the other way round.
     let seeds = if problem.dtype.weights() == Format::E4m3 { &[5, 6][..] } else { &[5] };
     let check = |&seed: &u64| Case::new(problem, seed, 0.0).check(config, arch, problem.dtype.tolerance());
     seeds.iter().try_for_each(check).map_err(|why| format!("{problem:?} {config}: {why}"))
@@ -427,7 +428,8 @@ fn way(config: &Config) -> Way {
             Family::WgmmaTma,
             None,
             Some(tma.schedule),
-            cluster([tma.cluster_m, tma.cluster_n, tma.cluster_k], tma.blocks_per_sm),
+            cluster([tma.cluster_m, tma.cluster_n, tma.cluster_k], tma.blocks_per_sm)
+                + 1024 * u32::from(tma.consumers == 3),
         ),
         Config::WgmmaGemm(gemm) => (
             Family::WgmmaGemm,
@@ -535,18 +537,44 @@ fn a_cta_of_a_pair_that_lies_outside_changes_nothing() {
         first(&|config| config.cluster_m == 2 && config.block_m == 128);
         first(&|config| config.cluster_n == 2 && config.block_n >= 64);
         first(&|config| config.cluster_m * config.cluster_n == 1 && config.block_m == 128);
+        if major == WeightMajor::K {
+            let problem = Problem { dtype: DType::E4m3, ..problem };
+            let all = candidates(&problem, Target::Gpu(arch));
+            let pairs = [[2, 1], [1, 2]].map(|pair| {
+                let is_pair = |tma: &WgmmaTmaConfig| [tma.cluster_m, tma.cluster_n] == pair && tma.block_m == 128;
+                *all.iter().find(|config| matches!(config, Config::WgmmaTma(tma) if is_pair(tma))).unwrap()
+            });
+            cases.extend(pairs.map(|config| (problem, config)));
+        }
     }
     check_all(&cases, arch);
+}
+
+/// Each width of tile: what a warp holds of its columns' scales are runs of 32, the last of them in part.
+#[test]
+fn scales_of_columns_are_those_of_their_columns() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    let problem = Problem::forward(DType::E4m3, WeightMajor::K, 70, 150, 272);
+    let mut cases: BTreeMap<(u32, u32), (Problem, Config)> = BTreeMap::new();
+    for config in candidates(&problem, Target::Gpu(arch)) {
+        if let Config::WgmmaTma(tma) = config {
+            cases.entry((tma.block_n, tma.consumers)).or_insert((problem, config));
+        }
+    }
+    assert!(cases.len() >= 6, "{:?}", cases.keys());
+    check_all(&cases.into_values().collect::<Vec<_>>(), arch);
 }
 
 /// Rows and columns of magnitudes far from 1, zeros, infinities and NaN: all as the formula says.
 #[test]
 fn fp32_in_parts_keeps_its_range_and_what_is_not_finite() {
     let arch = arch::by_name("sm_90a").unwrap();
-    for major in WeightMajor::ALL {
-        let problem = Problem::forward(DType::F32, major, 70, 40, 104).with_op(Op::ForwardSave);
+    let tiles = [(64, 64), (128, 88), (192, 64)];
+    for (major, tile) in WeightMajor::ALL.into_iter().flat_map(|major| tiles.map(|tile| (major, tile))) {
+        let problem = Problem::forward(DType::F32, major, 70, 150, 104).with_op(Op::ForwardSave);
         let all = candidates(&problem, Target::Gpu(arch));
-        let config = all.iter().find(|config| config.family() == Family::WgmmaTma).unwrap();
+        let has_tile = |config: &&Config| matches!(config, Config::WgmmaTma(tma) if (tma.block_m, tma.block_n) == tile);
+        let config = all.iter().find(has_tile).unwrap();
         let mut case = Case::new(problem, 5, 0.0);
         let (k, n) = (problem.k as usize, problem.n as usize);
         for row in 0..problem.m as usize {
@@ -562,8 +590,10 @@ fn fp32_in_parts_keeps_its_range_and_what_is_not_finite() {
         };
         case.x.put(9 * pitch(k) + 3, f32::INFINITY);
         case.x.put(20 * pitch(k) + 103, f32::NAN);
+        // In a tile's first run of 32 columns, its last one, and the second tile.
         case.weights[0].put(place(17, 40), f32::NEG_INFINITY);
-        case.weights[1].put(place(39, 0), f32::NAN);
+        case.weights[1].put(place(tile.1 as usize - 2, 0), f32::NAN);
+        case.weights[0].put(place(tile.1 as usize + 33, 9), f32::INFINITY);
         case.check(config, arch, problem.dtype.tolerance()).unwrap();
     }
 }

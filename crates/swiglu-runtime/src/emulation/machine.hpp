@@ -79,10 +79,12 @@ inline uint32_t address(const void* pointer) {
     return uint32_t(current->cta) << 24 | uint32_t(static_cast<const char*>(pointer) - cta().memory.data());
 }
 
-inline char* shared(uint32_t address) {
+// `size` bytes that move in one access, which begins at a multiple of them.
+inline char* shared(uint32_t address, size_t size = 1) {
     Cta& owner = ctas.at(address >> 24);
     const size_t offset = address & 0xffffff;
-    if (offset >= owner.memory.size()) fail("an address outside of shared memory");
+    if (offset + size > owner.memory.size()) fail("an address outside of shared memory");
+    if (offset % size != 0) fail("a misaligned access to shared memory");
     return owner.memory.data() + offset;
 }
 
