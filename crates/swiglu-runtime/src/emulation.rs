@@ -554,7 +554,7 @@ fn a_cta_of_a_pair_that_lies_outside_changes_nothing() {
 #[test]
 fn scales_of_columns_are_those_of_their_columns() {
     let arch = arch::by_name("sm_90a").unwrap();
-    let problem = Problem::forward(DType::E4m3, WeightMajor::K, 70, 150, 272);
+    let problem = Problem { alignment: 16, ..Problem::forward(DType::E4m3, WeightMajor::K, 70, 150, 272) };
     let mut cases: BTreeMap<(u32, u32), (Problem, Config)> = BTreeMap::new();
     for config in candidates(&problem, Target::Gpu(arch)) {
         if let Config::WgmmaTma(tma) = config {
@@ -571,7 +571,8 @@ fn fp32_in_parts_keeps_its_range_and_what_is_not_finite() {
     let arch = arch::by_name("sm_90a").unwrap();
     let tiles = [(64, 64), (128, 88), (192, 64)];
     for (major, tile) in WeightMajor::ALL.into_iter().flat_map(|major| tiles.map(|tile| (major, tile))) {
-        let problem = Problem::forward(DType::F32, major, 70, 150, 104).with_op(Op::ForwardSave);
+        let problem =
+            Problem { alignment: 16, ..Problem::forward(DType::F32, major, 70, 150, 104).with_op(Op::ForwardSave) };
         let all = candidates(&problem, Target::Gpu(arch));
         let has_tile = |config: &&Config| matches!(config, Config::WgmmaTma(tma) if (tma.block_m, tma.block_n) == tile);
         let config = all.iter().find(has_tile).unwrap();

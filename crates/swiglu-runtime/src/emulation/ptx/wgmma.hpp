@@ -1,7 +1,8 @@
 // In place of shared/ptx/wgmma.cuh, and of the product that stands in the kernel's template. Products are done at once.
 inline void wgmma_fence() {}
 inline void wgmma_commit() {}
-template <int kPending> void wgmma_wait() {}
+// The lanes meet, as on the machine: none releases a stage that another has yet to read.
+template <int kPending> void wgmma_wait() { machine::sync_warp(); }
 inline void wgmma_fence_operand(float&) {}
 
 // Address and distance in units of 16 bytes, as on the machine, but with the CTA's bits.
