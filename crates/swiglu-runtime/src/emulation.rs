@@ -388,8 +388,8 @@ impl Case {
 }
 
 fn check(problem: Problem, config: &Config, arch: &'static ArchSpec) -> Result<(), String> {
-    // Scales of every row of x and of whole weights, then the other way round.
-    let seeds = if problem.dtype.weights() == Format::E4m3 { &[5, 6][..] } else { &[5] };
+    // Scales of every row or of the whole, of x and of the weights.
+    let seeds = if problem.dtype.weights() == Format::E4m3 { &[4, 5, 6, 7][..] } else { &[5] };
     let check = |&seed: &u64| Case::new(problem, seed, 0.0).check(config, arch, problem.dtype.tolerance());
     seeds.iter().try_for_each(check).map_err(|why| format!("{problem:?} {config}: {why}"))
 }
@@ -586,10 +586,11 @@ fn fp32_in_parts_keeps_its_range_and_what_is_not_finite() {
         };
         case.x.put(9 * pitch(k) + 3, f32::INFINITY);
         case.x.put(20 * pitch(k) + 103, f32::NAN);
-        // In a tile's first run of 32 columns, its last one, and the second tile.
+        // In a tile's first run of 32 columns, its last one, the second tile, and the last column of all.
         case.weights[0].put(place(17, 40), f32::NEG_INFINITY);
         case.weights[1].put(place(tile.1 as usize - 2, 0), f32::NAN);
         case.weights[0].put(place(tile.1 as usize + 33, 9), f32::INFINITY);
+        case.weights[1].put(place(n - 1, 0), f32::NAN);
         case.check(config, arch, problem.dtype.tolerance()).unwrap();
     }
 }
