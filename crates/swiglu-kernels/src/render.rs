@@ -85,7 +85,7 @@ const TEMPLATES: [(&str, &str); 14] = [
     template!("support/kernels.cu.tera"),
 ];
 
-const HEADERS: [(&str, &str); 36] = [
+const HEADERS: [(&str, &str); 37] = [
     template!("shared/types.cuh"),
     template!("shared/activation.cuh"),
     template!("shared/params.cuh"),
@@ -106,6 +106,7 @@ const HEADERS: [(&str, &str); 36] = [
     template!("wgmma_tma/store.cuh"),
     template!("wgmma_tma/scales.cuh"),
     template!("wgmma_tma/sum_anew.cuh"),
+    template!("wgmma_gemm/gate_strips.cuh"),
     template!("wgmma_gemm/sum_anew.cuh"),
     template!("wgmma_tma/sum_exchange.cuh"),
     template!("shared/ptx/convert.cuh"),

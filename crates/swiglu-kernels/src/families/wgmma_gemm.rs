@@ -90,12 +90,17 @@ impl WgmmaGemmConfig {
     /// Shared memory: the ring, the staging of loads and stores, their barriers, what a split of the sums exchanges.
     pub const fn smem_bytes(&self, op: Op, dtype: DType) -> u32 {
         let ring = self.stages * self.block_k * (self.block_m + self.block_n) * dtype.bytes();
-        let buffers = 4 * self.consumers * self.store_buffers;
         let strip = 16 * self.store_cols * output_bytes(op, dtype);
         let staging = match op {
-            // dgate, dup and z, the first two in the places of gate and up; a barrier for their arrival.
-            Op::Dgated => buffers * (3 * strip + 8),
-            _ => buffers * strip,
+            Op::Dgated => {
+                // Slots for gate and up, whose places dgate and dup take, a barrier each, and two strips of z.
+                let warps = match self.schedule {
+                    Schedule::Pingpong => 4, // two that take turns share theirs
+                    Schedule::Cooperative => 4 * self.consumers,
+                };
+                warps * (self.store_buffers * (2 * strip + 8) + 2 * strip)
+            }
+            _ => 4 * self.consumers * self.store_buffers * strip,
         };
         let exchange = match self.cluster_k {
             0 | 1 => 0,
