@@ -3,7 +3,8 @@
 Protocol: every provider is held to float64 first; every round times every provider once, in random order; a figure
 is the median over the rounds, a ratio the median of the ratios of a round (over 1: ours is faster). On a GPU the L2
 is overwritten before every sample and the launches queue behind a pause, so that the host's pace does not count; with
-``--host`` there is no pause, and it does.
+``--host`` there is no pause, and it does. With ``--sustained S`` a sample is one provider alone for S seconds, call after
+call, at the clock that its own power leaves it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     flags.add_argument("--rounds", type=int, default=None)
     flags.add_argument("--threads", type=int, default=None, help="of torch, on the CPU")
     flags.add_argument("--host", action="store_true", help="the host's pace counts: no pause before a sample, on a GPU")
+    flags.add_argument("--sustained", type=float, metavar="S", help="seconds of one provider a sample, on a GPU")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--out", help="JSON file for the raw rows")
     return flags
@@ -51,7 +53,7 @@ def parse(flags: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace
     if args.device.type == "cuda" and args.device.index is None:
         args.device = torch.device("cuda", torch.cuda.current_device())
     args.dtype = DTYPES[args.dtype or ("fp32" if args.device.type == "cpu" else "bf16")]
-    args.rounds = args.rounds or (3 if args.quick else 30)
+    args.rounds = args.rounds or (3 if args.quick else 8 if args.sustained else 30)
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
     if args.threads or args.quick:
@@ -95,7 +97,7 @@ def hold(name: str, got: Iterable[torch.Tensor], expected: Iterable[torch.Tensor
 
 def race(providers: dict[str, Callable[[], object]], args: argparse.Namespace) -> dict[str, dict]:
     """Times every provider once a round. Of each: ``us``, ``p10_us``, ``p90_us`` and, beside "ours", ``ratio``."""
-    clock = _cpu_sample if args.device.type == "cpu" else _paced_sample if args.host else _gpu_sample
+    clock = _clock(args)
     for call in providers.values():
         for _ in range(WARM_UPS):
             call()
@@ -117,6 +119,15 @@ def race(providers: dict[str, Callable[[], object]], args: argparse.Namespace) -
     return figures
 
 
+def _clock(args: argparse.Namespace) -> Callable[[Callable[[], object]], float]:
+    """What times a call."""
+    if args.device.type == "cpu":
+        return _cpu_sample
+    if args.sustained:
+        return lambda call: _sustained_sample(call, args.sustained)
+    return _paced_sample if args.host else _gpu_sample
+
+
 def _cpu_sample(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
@@ -136,6 +147,19 @@ def _paced_sample(call: Callable[[], object]) -> float:
     _overwrite_l2()
     torch.cuda.synchronize()
     return _between_events(call)
+
+
+def _sustained_sample(call: Callable[[], object], seconds: float) -> float:
+    once = _between_events(call)
+    calls = math.ceil(seconds * 1e6 / once)
+    for _ in range(math.ceil(calls / 3)):  # clocks follow the power
+        call()
+
+    def steady() -> None:
+        for _ in range(calls):
+            call()
+
+    return _between_events(steady) / calls
 
 
 def _overwrite_l2() -> None:

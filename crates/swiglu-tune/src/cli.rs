@@ -141,6 +141,10 @@ struct TuneArgs {
     /// Which candidates are measured.
     #[arg(long, value_enum, default_value = "model")]
     search: Search,
+    /// Run the finalists for long, one at a time, each at the clock that its own power leaves it: for large problems on a GPU at
+    /// its power cap, where short samples tie. Some ten seconds a problem; with --retune what is measured is raced so again.
+    #[arg(long, conflicts_with = "exhaustive")]
+    sustained: bool,
     /// Time every legal candidate properly, with nothing pruned: slow, and the reference for `regret`.
     #[arg(long, conflicts_with = "search")]
     exhaustive: bool,
@@ -301,7 +305,14 @@ fn run_tune(cli: &Cli, options: &Options) -> Result<ExitCode> {
     let name = crew.measuring.first().map_or_else(String::new, |worker| worker.facts.device.name.clone());
     let name = if devices.len() > 1 { format!("{} devices, the first {name}", devices.len()) } else { name };
     let search = if args.exhaustive { Search::Exhaustive } else { args.search };
-    let order = Order { groups: &groups, search, retune: args.retune, quiet: args.quiet, stop: stop.clone() };
+    let order = Order {
+        groups: &groups,
+        search,
+        retune: args.retune,
+        sustained: args.sustained,
+        quiet: args.quiet,
+        stop: stop.clone(),
+    };
     let summary = tune(&order, crew, &mut db, logbook)?;
     tell(&summary, &name, begun.elapsed(), &stop);
     println!("{}", dir.display());

@@ -3,7 +3,7 @@
 
 use crate::arena::{Arena, Reference};
 use crate::device_memory::driver;
-use crate::race::{Failure, Subject};
+use crate::race::{Failure, SAMPLE_US, Subject};
 use cudarc::driver::{CudaEvent, CudaGraph, CudaStream, sys};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
@@ -20,9 +20,6 @@ use swiglu_runtime::nvrtc::{Nvrtc, Resources};
 const ABANDON_FACTOR: f64 = 1.4;
 /// What events and the launch itself add to a single launch, in microseconds.
 const EVENT_US: f64 = 20.0;
-/// Length of one sample, in microseconds: long against the events' resolution and the launch gaps, and long enough
-/// for the power limit to be felt.
-const SAMPLE_US: f64 = 1000.0;
 
 /// What tuning and benching on one GPU share.
 pub(crate) struct GpuLab {

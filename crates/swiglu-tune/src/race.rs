@@ -64,22 +64,44 @@ pub(crate) struct Round {
     within: f64,
     /// and all but so many of the fastest.
     most: usize,
+    /// A sample is one candidate alone for [`SUSTAINED_US`], at the clock that its own power leaves it.
+    sustained: bool,
 }
 
-/// The last round decides, by its own samples, taken when the clocks have settled under load.
+impl Round {
+    const fn short(samples: usize, within: f64, most: usize) -> Self {
+        Self { samples, within, most, sustained: false }
+    }
+}
+
+/// The last round decides, by its own samples, taken when the clocks have settled under load; so does a sustained one.
 pub(crate) const ROUNDS: [Round; 4] = [
-    Round { samples: 1, within: f64::INFINITY, most: usize::MAX },
-    Round { samples: 3, within: 2.0, most: 48 },
-    Round { samples: 8, within: 1.2, most: 24 },
-    Round { samples: 40, within: 1.06, most: 8 },
+    Round::short(1, f64::INFINITY, usize::MAX),
+    Round::short(3, 2.0, 48),
+    Round::short(8, 1.2, 24),
+    Round::short(40, 1.06, 8),
 ];
 
 /// For reference: every candidate is timed well enough to be told from its neighbours.
-pub(crate) const EXHAUSTIVE: [Round; 3] = [
-    Round { samples: 5, within: f64::INFINITY, most: usize::MAX },
-    Round { samples: 10, within: 1.15, most: 64 },
-    Round { samples: 40, within: 1.06, most: 16 },
+pub(crate) const EXHAUSTIVE: [Round; 3] =
+    [Round::short(5, f64::INFINITY, usize::MAX), Round::short(10, 1.15, 64), Round::short(40, 1.06, 16)];
+
+/// For work that runs at the power cap: in short samples all finalists share the clock that their mean power leaves, and tie;
+/// alone, the one that takes the least energy is the fastest.
+pub(crate) const SUSTAINED: [Round; 5] = [
+    Round::short(1, f64::INFINITY, usize::MAX),
+    Round::short(3, 2.0, 48),
+    Round::short(8, 1.2, 24),
+    Round { sustained: true, ..Round::short(2, 1.03, 16) },
+    Round { sustained: true, ..Round::short(8, 1.02, 6) },
 ];
+
+/// Length of a sample, in microseconds: long against the events' resolution and the launch gaps, and long enough for the power
+/// limit to be felt.
+pub(crate) const SAMPLE_US: f64 = 1000.0;
+
+/// Length of a sustained sample, in microseconds. Clocks follow the power within some 30 ms: its first quarter does not count.
+const SUSTAINED_US: f64 = 130_000.0;
 
 /// How many passes of a race are taken again because the device slowed itself down; then times are taken as they are.
 const REPEATS: u32 = 12;
@@ -164,11 +186,11 @@ impl Race<'_> {
     fn run(&mut self, rounds: &[Round]) -> bool {
         for (index, round) in rounds.iter().enumerate() {
             drop_slow(&mut self.entries, round);
-            if index + 1 == rounds.len() {
+            if index + 1 == rounds.len() || round.sustained {
                 settle(self.subject, &mut self.entries);
             }
             for _ in 0..round.samples {
-                if self.stop.is_set() || !self.pass() {
+                if self.stop.is_set() || !self.pass(round.sustained) {
                     return false;
                 }
             }
@@ -177,17 +199,17 @@ impl Race<'_> {
     }
 
     /// One sample of each that is still racing; whether the device still works.
-    fn pass(&mut self) -> bool {
+    fn pass(&mut self, sustained: bool) -> bool {
         let mut racing: Vec<&mut Entry> = self.entries.iter_mut().filter(|entry| entry.racing()).collect();
         // Clocks lag behind power, so that every candidate shall have every predecessor.
         racing.shuffle(&mut rand::rng());
-        let configs: Vec<Config> = racing.iter().map(|entry| entry.config).collect();
-        let mut samples = self.subject.sample(&configs);
+        let runs: Vec<(Config, usize)> = racing.iter().map(|entry| (entry.config, entry.run(sustained))).collect();
+        let mut samples = sample(self.subject, &runs);
         while self.repeated < REPEATS {
             let Some(why) = self.subject.conditions().slowdown else { break };
             tracing::warn!(why, "the GPU slows itself down; the pass is taken again");
             self.repeated += 1;
-            samples = self.subject.sample(&configs);
+            samples = sample(self.subject, &runs);
         }
         if samples.iter().any(Result::is_err) && self.subject.is_lost() {
             return false;
@@ -205,6 +227,19 @@ impl Race<'_> {
         }
         true
     }
+}
+
+/// A time of each config, which runs that many times in a row; of several its middle, without the first quarter.
+fn sample(subject: &mut dyn Subject, runs: &[(Config, usize)]) -> Vec<Result<f64, Failure>> {
+    if runs.iter().all(|&(_, count)| count == 1) {
+        let configs: Vec<Config> = runs.iter().map(|&(config, _)| config).collect();
+        return subject.sample(&configs);
+    }
+    let steady = |&(config, count): &(Config, usize)| {
+        let times: Vec<f64> = subject.sample(&vec![config; count]).into_iter().collect::<Result<_, _>>()?;
+        Ok(quantile(&times[times.len() / 4..], 0.5))
+    };
+    runs.iter().map(steady).collect()
 }
 
 /// The last quarter of the canary's times over the first; `None` where that is too few to say.
@@ -254,6 +289,7 @@ fn settle(subject: &mut dyn Subject, entries: &mut [Entry]) {
         subject.settle(&best.config);
     }
     for entry in entries.iter_mut().filter(|entry| entry.racing()) {
+        entry.about_us = entry.median();
         entry.samples.clear();
     }
 }
@@ -264,6 +300,8 @@ struct Entry {
     pinned: bool,
     error: f64,
     samples: Vec<f64>,
+    /// Its time when it last started afresh.
+    about_us: f64,
     failure: Option<Failure>,
     /// Its time over the best one's, when it went out.
     dropped: Option<f64>,
@@ -271,7 +309,7 @@ struct Entry {
 
 impl Entry {
     fn new(config: Config, pinned: bool) -> Self {
-        Self { config, pinned, error: 0.0, samples: Vec::new(), failure: None, dropped: None }
+        Self { config, pinned, error: 0.0, samples: Vec::new(), about_us: f64::NAN, failure: None, dropped: None }
     }
 
     fn racing(&self) -> bool {
@@ -280,6 +318,12 @@ impl Entry {
 
     fn median(&self) -> f64 {
         quantile(&self.samples, 0.5)
+    }
+
+    /// Samples in a row that make one of a round.
+    fn run(&self, sustained: bool) -> usize {
+        let about_us = if self.samples.is_empty() { self.about_us } else { self.median() };
+        if sustained { (SUSTAINED_US / about_us.max(SAMPLE_US)).ceil().max(2.0) as usize } else { 1 }
     }
 }
 
@@ -512,6 +556,45 @@ mod tests {
         let with_interval =
             |outcome: &Outcome| matches!(outcome, Outcome::Measured(measured) if measured.interval_us.is_some());
         assert_eq!(raced.outcomes.iter().filter(|(_, outcome)| with_interval(outcome)).count(), finalists.len());
+    }
+
+    /// Two that tie in short samples; alone for long the second is faster, once the clock has followed.
+    struct Capped {
+        configs: Vec<Config>,
+    }
+
+    impl Subject for Capped {
+        fn verify(&mut self, _: &Config) -> Result<f64, Failure> {
+            Ok(1e-7)
+        }
+        fn sample(&mut self, configs: &[Config]) -> Vec<Result<f64, Failure>> {
+            let alone = configs.iter().all(|config| *config == configs[0]);
+            let time = |(at, config): (usize, &Config)| {
+                let saves = alone && at * 5 >= configs.len() && *config == self.configs[1];
+                Ok(if saves { 2700.0 } else { 2800.0 + at as f64 / 100.0 })
+            };
+            configs.iter().enumerate().map(time).collect()
+        }
+    }
+
+    #[test]
+    fn of_two_that_tie_the_sustained_race_takes_the_one_that_needs_less_power() {
+        let configs: Vec<Config> = fake().configs.into_iter().take(2).collect();
+        let by = |rounds: &'static [Round]| {
+            let mut subject = Capped { configs: configs.clone() };
+            race(&mut subject, &Field { rounds, ..field(&configs) }, &Stop::default()).outcomes
+        };
+        let times = |outcomes: Vec<(Config, Outcome)>| -> Vec<f64> {
+            let time = |outcome| match outcome {
+                Outcome::Measured(Measurement { median_us, .. }) => median_us,
+                Outcome::Failed { reason, .. } => panic!("{reason}"),
+            };
+            outcomes.into_iter().map(|(_, outcome)| time(outcome)).collect()
+        };
+        let short = times(by(&ROUNDS));
+        assert!((short[0] / short[1] - 1.0).abs() < 1e-3, "{short:?}");
+        let sustained = times(by(&SUSTAINED));
+        assert!((sustained[0] / sustained[1] - 2800.0 / 2700.0).abs() < 1e-3, "{sustained:?}");
     }
 
     /// Slows itself down in the passes of these numbers.

@@ -4,7 +4,7 @@
 use crate::crew::{Compiler, Event, Finding, Station, Task};
 use crate::metrics::{self, Logbook, Race};
 use crate::protocol::Facts;
-use crate::race::{EXHAUSTIVE, Failure, ROUNDS};
+use crate::race::{EXHAUSTIVE, Failure, ROUNDS, SUSTAINED};
 use crate::remote::{Fault, Worker};
 use crate::report;
 use crate::search::{self, Search};
@@ -30,6 +30,8 @@ pub(crate) struct Order<'a> {
     pub(crate) search: Search,
     /// Measure again what is measured.
     pub(crate) retune: bool,
+    /// Finalists run for long.
+    pub(crate) sustained: bool,
     pub(crate) quiet: bool,
     pub(crate) stop: Stop,
 }
@@ -348,7 +350,11 @@ impl<'a> Tuner<'a> {
         candidates.sort_by_key(|config| std::cmp::Reverse(config.family()));
         let Problem { dtype, weight_major, n, k, m, .. } = key.problem;
         self.progress.set_message(format!("{dtype} {weight_major} m={m} n={n} k={k}"));
-        let rounds: &'static [_] = if exhaustive { &EXHAUSTIVE } else { &ROUNDS };
+        let rounds: &'static [_] = match (exhaustive, self.order.sustained) {
+            (true, _) => &EXHAUSTIVE,
+            (false, true) => &SUSTAINED,
+            (false, false) => &ROUNDS,
+        };
         Ok(Some(Task { item, problem: key.problem, candidates, pinned, exhaustive, rounds }))
     }
 
