@@ -36,7 +36,7 @@ pub struct WgmmaGemmConfig {
     pub cluster_k: u32,
     /// Columns of one asynchronous store.
     pub store_cols: u32,
-    /// Stores in flight per warp; for `dgated` also loads of pre-activations.
+    /// Stores in flight per warp; of `dgated` slots for its pre-activations, which two warps that take turns share.
     pub store_buffers: u32,
     /// CTAs that fit on one multiprocessor: 2 for few tokens.
     #[serde(default = "one")]
