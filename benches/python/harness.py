@@ -53,6 +53,8 @@ def parse(flags: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace
     if args.device.type == "cuda" and args.device.index is None:
         args.device = torch.device("cuda", torch.cuda.current_device())
     args.dtype = DTYPES[args.dtype or ("fp32" if args.device.type == "cpu" else "bf16")]
+    if args.sustained is not None and (args.sustained <= 0 or args.host or args.device.type == "cpu"):
+        flags.error("--sustained takes seconds over 0, on a GPU, without --host")
     args.rounds = args.rounds or (3 if args.quick else 8 if args.sustained else 30)
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
@@ -150,16 +152,17 @@ def _paced_sample(call: Callable[[], object]) -> float:
 
 
 def _sustained_sample(call: Callable[[], object], seconds: float) -> float:
-    once = _between_events(call)
+    def repeated(count: int) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(count):
+                call()
+
+        return run
+
+    once = _between_events(repeated(5)) / 5
     calls = math.ceil(seconds * 1e6 / once)
-    for _ in range(math.ceil(calls / 3)):  # clocks follow the power
-        call()
-
-    def steady() -> None:
-        for _ in range(calls):
-            call()
-
-    return _between_events(steady) / calls
+    repeated(math.ceil(calls / 3))()  # clocks follow the power
+    return _between_events(repeated(calls)) / calls
 
 
 def _overwrite_l2() -> None:

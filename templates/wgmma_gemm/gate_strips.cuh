@@ -2,7 +2,11 @@
 // TMA in a slot while those before are computed; dgate and dup take their places there, z has strips of its own.
 // Two warps of a pingpong tile share the slots: whoever has done with a tile loads the next one's first strips, under that tile's
 // main loop, and passes the slots on.
+// The including template has defined the tile, StepMaps, what stages a warp's rows (kStagingInTurns, kSlotBytes, kStripsOfZ) and
+// the strips of wgmma_tma/store.cuh.
 #include "shared/ptx/mma_sync.cuh"
+
+static_assert(!kGated || kStoreCols % 16 == 0, "a strip is whole fragments");
 
 struct GateStrips {
     u32 staging, barriers;  // of this warp, or of the two

@@ -142,7 +142,7 @@ struct TuneArgs {
     #[arg(long, value_enum, default_value = "model")]
     search: Search,
     /// Run the finalists for long, one at a time, each at the clock that its own power leaves it: for large problems on a GPU at
-    /// its power cap, where short samples tie. Some ten seconds a problem; with --retune what is measured is raced so again.
+    /// its power cap, where short samples tie. Some 20 seconds a problem; with --retune what is measured is raced so again.
     #[arg(long, conflicts_with = "exhaustive")]
     sustained: bool,
     /// Time every legal candidate properly, with nothing pruned: slow, and the reference for `regret`.

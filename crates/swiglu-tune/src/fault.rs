@@ -25,6 +25,7 @@ pub(crate) struct Fault {
 enum Step {
     Verify,
     Sample,
+    Sustain,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +43,7 @@ impl fmt::Display for Fault {
         let at = match self.at {
             Step::Verify => "verify",
             Step::Sample => "sample",
+            Step::Sustain => "sustain",
         };
         let how = match self.how {
             Kind::Crash => "crash",
@@ -62,6 +64,7 @@ impl FromStr for Fault {
             let at = match at {
                 "verify" => Step::Verify,
                 "sample" => Step::Sample,
+                "sustain" => Step::Sustain,
                 _ => return None,
             };
             let how = match how {
@@ -72,7 +75,7 @@ impl FromStr for Fault {
             };
             Some(Self { at, how, config: config.into() })
         };
-        parse().ok_or_else(|| "use verify|sample:crash|hang|poison:PART OF A CONFIG".into())
+        parse().ok_or_else(|| "use verify|sample|sustain:crash|hang|poison:PART OF A CONFIG".into())
     }
 }
 
@@ -117,6 +120,10 @@ impl<S: Subject> Subject for Faulty<'_, S> {
             Ok(()) => self.inner.sample(configs),
             Err(failure) => vec![Err(failure); configs.len()],
         }
+    }
+    fn sustain(&mut self, config: &Config) -> Result<f64, Failure> {
+        self.strike(Step::Sustain, config)?;
+        self.inner.sustain(config)
     }
     fn is_lost(&mut self) -> bool {
         self.is_lost || self.inner.is_lost()

@@ -3,7 +3,7 @@
 
 use crate::arena::{Arena, Reference};
 use crate::device_memory::driver;
-use crate::race::{Failure, SAMPLE_US, Subject};
+use crate::race::{Failure, Subject, quantile};
 use cudarc::driver::{CudaEvent, CudaGraph, CudaStream, sys};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
@@ -20,6 +20,9 @@ use swiglu_runtime::nvrtc::{Nvrtc, Resources};
 const ABANDON_FACTOR: f64 = 1.4;
 /// What events and the launch itself add to a single launch, in microseconds.
 const EVENT_US: f64 = 20.0;
+/// Length of one sample, in microseconds: long against the events' resolution and the launch gaps, and long enough
+/// for the power limit to be felt.
+const SAMPLE_US: f64 = 1000.0;
 
 /// What tuning and benching on one GPU share.
 pub(crate) struct GpuLab {
@@ -117,8 +120,10 @@ impl GpuLab {
     }
 }
 
-/// Work before the last round, in microseconds.
+/// Work before the last round and each sustained one, in microseconds.
 const SETTLING_US: f64 = 200_000.0;
+/// Length of a sustained sample, in microseconds. Clocks follow the power within some 30 ms: its first quarter does not count.
+const SUSTAINED_US: f64 = 130_000.0;
 
 /// Times work on the lab's stream.
 pub(crate) struct Stopwatch<'a> {
@@ -256,12 +261,14 @@ impl Subject for GpuSubject<'_> {
     }
 
     fn settle(&mut self, config: &Config) {
-        if let Some(graph) = self.graphs.get(config) {
-            let once = self.once.get(config).copied().unwrap_or(SAMPLE_US);
-            let samples = SETTLING_US / SAMPLE_US.max(once);
-            // A failure shows again in the samples that follow.
-            let _ = self.stopwatch.sample(&vec![graph; samples.ceil() as usize]);
-        }
+        // A failure shows again in the samples that follow.
+        let _ = self.run_for(SETTLING_US, config);
+    }
+
+    fn sustain(&mut self, config: &Config) -> Result<f64, Failure> {
+        self.prepare(config)?;
+        let times = self.run_for(SUSTAINED_US, config)?;
+        Ok(quantile(&times[times.len() / 4..], 0.5))
     }
 
     fn sample(&mut self, configs: &[Config]) -> Vec<Result<f64, Failure>> {
@@ -278,6 +285,13 @@ impl Subject for GpuSubject<'_> {
 }
 
 impl GpuSubject<'_> {
+    /// Times of the samples of `config` that fill `length_us`; none where it was not captured.
+    fn run_for(&self, length_us: f64, config: &Config) -> Result<Vec<f64>, Failure> {
+        let Some(graph) = self.graphs.get(config) else { return Err(Failure::untimed()) };
+        let once = self.once.get(config).copied().unwrap_or(SAMPLE_US);
+        self.stopwatch.sample(&vec![graph; (length_us / SAMPLE_US.max(once)).ceil() as usize])
+    }
+
     /// Time of the shortest verified launch so far.
     fn shortest(&self) -> f64 {
         self.once.values().copied().fold(f64::INFINITY, f64::min)

@@ -22,6 +22,8 @@ pub(crate) enum Request {
     Settle(Config),
     /// One sample of each.
     Sample(Vec<Config>),
+    /// One sample of a config alone, for long.
+    Sustain(Config),
     /// Compile into the cache, for a worker that will need it.
     Compile { problem: Problem, configs: Vec<Config> },
 }
@@ -44,6 +46,8 @@ pub(crate) enum Reply {
     Settled,
     /// The times, in microseconds.
     Sampled { times: Vec<Result<f64, Failure>>, conditions: Conditions },
+    /// The time, in microseconds.
+    Sustained { time: Result<f64, Failure>, conditions: Conditions },
     /// What did not compile.
     Compiled(Vec<(Config, Failure)>),
     /// The device no longer works in this process, which ends.

@@ -15,6 +15,11 @@ pub(crate) trait Subject {
     fn settle(&mut self, _config: &Config) {}
     /// One sample of the time of a launch of each config, in microseconds, one after the other without a pause.
     fn sample(&mut self, configs: &[Config]) -> Vec<Result<f64, Failure>>;
+    /// The time of a launch of `config` in microseconds while it runs alone, long enough for the clock to follow its power. Where
+    /// there is no such clock, one sample.
+    fn sustain(&mut self, config: &Config) -> Result<f64, Failure> {
+        self.sample(std::slice::from_ref(config)).pop().unwrap_or_else(|| Err(Failure::untimed()))
+    }
     /// How the device fared during the last sample.
     fn conditions(&self) -> Conditions {
         Conditions::default()
@@ -47,6 +52,11 @@ impl Failure {
     pub(crate) fn new(stage: &'static str, reason: impl ToString) -> Self {
         Self { stage: stage.into(), reason: reason.to_string() }
     }
+
+    /// Of a candidate that was to be timed and has no time.
+    pub(crate) fn untimed() -> Self {
+        Self::new("launch", "was not timed")
+    }
 }
 
 impl From<Failure> for Outcome {
@@ -64,7 +74,7 @@ pub(crate) struct Round {
     within: f64,
     /// and all but so many of the fastest.
     most: usize,
-    /// A sample is one candidate alone for [`SUSTAINED_US`], at the clock that its own power leaves it.
+    /// A sample is one candidate alone, at the clock that its own power leaves it.
     sustained: bool,
 }
 
@@ -74,7 +84,7 @@ impl Round {
     }
 }
 
-/// The last round decides, by its own samples, taken when the clocks have settled under load; so does a sustained one.
+/// The last round decides, by its own samples, taken when the clocks have settled under load.
 pub(crate) const ROUNDS: [Round; 4] = [
     Round::short(1, f64::INFINITY, usize::MAX),
     Round::short(3, 2.0, 48),
@@ -92,18 +102,11 @@ pub(crate) const SUSTAINED: [Round; 5] = [
     Round::short(1, f64::INFINITY, usize::MAX),
     Round::short(3, 2.0, 48),
     Round::short(8, 1.2, 24),
-    Round { sustained: true, ..Round::short(2, 1.03, 16) },
-    Round { sustained: true, ..Round::short(8, 1.02, 6) },
+    Round { sustained: true, ..Round::short(3, 1.03, 16) },
+    Round { sustained: true, ..Round::short(16, 1.02, 6) },
 ];
 
-/// Length of a sample, in microseconds: long against the events' resolution and the launch gaps, and long enough for the power
-/// limit to be felt.
-pub(crate) const SAMPLE_US: f64 = 1000.0;
-
-/// Length of a sustained sample, in microseconds. Clocks follow the power within some 30 ms: its first quarter does not count.
-const SUSTAINED_US: f64 = 130_000.0;
-
-/// How many passes of a race are taken again because the device slowed itself down; then times are taken as they are.
+/// How many passes of a race, or sustained samples, are taken again because the device slowed itself down; then times are taken as they are.
 const REPEATS: u32 = 12;
 
 /// Who races, and how long.
@@ -121,7 +124,7 @@ pub(crate) struct Field<'a> {
 pub(crate) struct Raced {
     /// Of each candidate, in their order.
     pub(crate) outcomes: Vec<(Config, Outcome)>,
-    /// Of the last pass.
+    /// Of the fastest, in the last pass.
     pub(crate) conditions: Conditions,
     /// Time of the canary at the end over that at the start.
     pub(crate) drift: Option<f64>,
@@ -145,7 +148,7 @@ pub(crate) fn race(subject: &mut dyn Subject, field: &Field, stop: &Stop) -> Rac
         interrupt(&mut race.entries);
     }
     Raced {
-        conditions: race.subject.conditions(),
+        conditions: fastest(&race.entries).map_or_else(Conditions::default, |entry| entry.conditions.clone()),
         drift: drift(&race.canary_us),
         outcomes: outcomes(race.entries, race.repeated),
     }
@@ -187,10 +190,14 @@ impl Race<'_> {
         for (index, round) in rounds.iter().enumerate() {
             drop_slow(&mut self.entries, round);
             if index + 1 == rounds.len() || round.sustained {
-                settle(self.subject, &mut self.entries);
+                settle(self.subject, &mut self.entries, round);
+            }
+            if round.sustained {
+                self.canary_us.clear(); // times at another clock
             }
             for _ in 0..round.samples {
-                if self.stop.is_set() || !self.pass(round.sustained) {
+                let goes_on = if round.sustained { self.sustained_pass() } else { self.pass() };
+                if !goes_on {
                     return false;
                 }
             }
@@ -198,48 +205,58 @@ impl Race<'_> {
         true
     }
 
-    /// One sample of each that is still racing; whether the device still works.
-    fn pass(&mut self, sustained: bool) -> bool {
-        let mut racing: Vec<&mut Entry> = self.entries.iter_mut().filter(|entry| entry.racing()).collect();
-        // Clocks lag behind power, so that every candidate shall have every predecessor.
-        racing.shuffle(&mut rand::rng());
-        let runs: Vec<(Config, usize)> = racing.iter().map(|entry| (entry.config, entry.run(sustained))).collect();
-        let mut samples = sample(self.subject, &runs);
+    /// One sample of each that is still racing; whether the race goes on.
+    fn pass(&mut self) -> bool {
+        if self.stop.is_set() {
+            return false;
+        }
+        let mut racing = shuffled(&mut self.entries);
+        let configs: Vec<Config> = racing.iter().map(|entry| entry.config).collect();
+        let mut samples = self.subject.sample(&configs);
         while self.repeated < REPEATS {
             let Some(why) = self.subject.conditions().slowdown else { break };
             tracing::warn!(why, "the GPU slows itself down; the pass is taken again");
             self.repeated += 1;
-            samples = sample(self.subject, &runs);
+            samples = self.subject.sample(&configs);
         }
         if samples.iter().any(Result::is_err) && self.subject.is_lost() {
             return false;
         }
+        let conditions = self.subject.conditions();
         for (entry, sample) in racing.iter_mut().zip(samples) {
-            match sample {
-                Ok(time) => {
-                    entry.samples.push(time);
-                    if Some(entry.config) == self.canary {
-                        self.canary_us.push(time);
-                    }
-                }
-                Err(failure) => entry.failure = Some(failure),
+            entry.take(sample, &conditions, self.canary, &mut self.canary_us);
+        }
+        true
+    }
+
+    /// The same, one after the other alone and for long.
+    fn sustained_pass(&mut self) -> bool {
+        for entry in shuffled(&mut self.entries) {
+            let mut sample = self.subject.sustain(&entry.config);
+            while self.repeated < REPEATS && !self.stop.is_set() {
+                let Some(why) = self.subject.conditions().slowdown else { break };
+                tracing::warn!(why, "the GPU slows itself down; the sample is taken again");
+                self.repeated += 1;
+                sample = self.subject.sustain(&entry.config);
             }
+            if self.stop.is_set() || (sample.is_err() && self.subject.is_lost()) {
+                return false;
+            }
+            entry.take(sample, &self.subject.conditions(), self.canary, &mut self.canary_us);
         }
         true
     }
 }
 
-/// A time of each config, which runs that many times in a row; of several its middle, without the first quarter.
-fn sample(subject: &mut dyn Subject, runs: &[(Config, usize)]) -> Vec<Result<f64, Failure>> {
-    if runs.iter().all(|&(_, count)| count == 1) {
-        let configs: Vec<Config> = runs.iter().map(|&(config, _)| config).collect();
-        return subject.sample(&configs);
-    }
-    let steady = |&(config, count): &(Config, usize)| {
-        let times: Vec<f64> = subject.sample(&vec![config; count]).into_iter().collect::<Result<_, _>>()?;
-        Ok(quantile(&times[times.len() / 4..], 0.5))
-    };
-    runs.iter().map(steady).collect()
+/// Those still racing. Clocks lag behind power, so that every candidate shall have every predecessor.
+fn shuffled(entries: &mut [Entry]) -> Vec<&mut Entry> {
+    let mut racing: Vec<&mut Entry> = entries.iter_mut().filter(|entry| entry.racing()).collect();
+    racing.shuffle(&mut rand::rng());
+    racing
+}
+
+fn fastest(entries: &[Entry]) -> Option<&Entry> {
+    entries.iter().filter(|entry| entry.racing()).min_by(|a, b| a.median().total_cmp(&b.median()))
 }
 
 /// The last quarter of the canary's times over the first; `None` where that is too few to say.
@@ -256,9 +273,16 @@ fn interrupt(entries: &mut [Entry]) {
     }
 }
 
-/// Takes the drift of the clocks out of the last round: each of its passes is scaled to the same middle.
+/// Two finalists do not tell what both share from what is one's own.
+const LEVELLED: usize = 3;
+
+/// Takes the drift of the clocks out of the last round: each of its passes is scaled to the same middle. Sustained samples lie
+/// seconds apart and share little.
 fn level(entries: &mut [Entry]) {
     let mut racing: Vec<&mut Entry> = entries.iter_mut().filter(|entry| entry.racing()).collect();
+    if racing.len() < LEVELLED || racing.iter().any(|entry| entry.sustained) {
+        return;
+    }
     let passes = racing.iter().map(|entry| entry.samples.len()).min().unwrap_or(0);
     let middle = |times: Vec<f64>| quantile(&times, 0.5);
     let overall = middle(racing.iter().flat_map(|entry| entry.samples.iter().copied()).collect());
@@ -283,14 +307,13 @@ fn drop_slow(entries: &mut [Entry], round: &Round) {
 }
 
 /// Steady load, and a fresh start for those still racing.
-fn settle(subject: &mut dyn Subject, entries: &mut [Entry]) {
-    let racing = || entries.iter().filter(|entry| entry.racing());
-    if let Some(best) = racing().min_by(|a, b| a.median().total_cmp(&b.median())) {
+fn settle(subject: &mut dyn Subject, entries: &mut [Entry], round: &Round) {
+    if let Some(best) = fastest(entries) {
         subject.settle(&best.config);
     }
     for entry in entries.iter_mut().filter(|entry| entry.racing()) {
-        entry.about_us = entry.median();
         entry.samples.clear();
+        entry.sustained = round.sustained;
     }
 }
 
@@ -300,8 +323,10 @@ struct Entry {
     pinned: bool,
     error: f64,
     samples: Vec<f64>,
-    /// Its time when it last started afresh.
-    about_us: f64,
+    /// Its samples are sustained ones.
+    sustained: bool,
+    /// When it was timed last.
+    conditions: Conditions,
     failure: Option<Failure>,
     /// Its time over the best one's, when it went out.
     dropped: Option<f64>,
@@ -309,7 +334,35 @@ struct Entry {
 
 impl Entry {
     fn new(config: Config, pinned: bool) -> Self {
-        Self { config, pinned, error: 0.0, samples: Vec::new(), about_us: f64::NAN, failure: None, dropped: None }
+        Self {
+            config,
+            pinned,
+            error: 0.0,
+            samples: Vec::new(),
+            sustained: false,
+            conditions: Conditions::default(),
+            failure: None,
+            dropped: None,
+        }
+    }
+
+    fn take(
+        &mut self,
+        sample: Result<f64, Failure>,
+        conditions: &Conditions,
+        canary: Option<Config>,
+        canary_us: &mut Vec<f64>,
+    ) {
+        self.conditions = conditions.clone();
+        match sample {
+            Ok(time) => {
+                self.samples.push(time);
+                if Some(self.config) == canary {
+                    canary_us.push(time);
+                }
+            }
+            Err(failure) => self.failure = Some(failure),
+        }
     }
 
     fn racing(&self) -> bool {
@@ -319,24 +372,23 @@ impl Entry {
     fn median(&self) -> f64 {
         quantile(&self.samples, 0.5)
     }
-
-    /// Samples in a row that make one of a round.
-    fn run(&self, sustained: bool) -> usize {
-        let about_us = if self.samples.is_empty() { self.about_us } else { self.median() };
-        if sustained { (SUSTAINED_US / about_us.max(SAMPLE_US)).ceil().max(2.0) as usize } else { 1 }
-    }
 }
 
 /// What is stored. Only times of one round compare: those of candidates that went out early are given as the winner's time
-/// times the ratio at that moment, so that none of them, timed on a cooler GPU, looks faster than the winner.
+/// times the ratio at that moment, so that none of them, timed on a cooler GPU, looks faster than the winner. What a short round
+/// took out of a sustained race tied there with what the sustained rounds told apart: the slowest of those stands for the winner.
 fn outcomes(entries: Vec<Entry>, repeated: u32) -> Vec<(Config, Outcome)> {
-    let winner = entries.iter().filter(|entry| entry.racing()).map(Entry::median).fold(f64::INFINITY, f64::min);
+    let winner = fastest(&entries).map_or(f64::INFINITY, Entry::median);
+    let of_sustained = |entry: &Entry| entry.dropped.map_or_else(|| entry.median(), |ratio| winner * ratio);
+    let sound = entries.iter().filter(|entry| entry.failure.is_none());
+    let slowest_sustained = sound.filter(|entry| entry.sustained).map(of_sustained).fold(winner, f64::max);
     let outcome = |entry: Entry| match entry.failure {
         Some(failure) => (entry.config, failure.into()),
         None => {
             // All finalists may have failed in the last round.
             let ratio = entry.dropped.filter(|_| winner.is_finite());
-            let scale = ratio.map_or(1.0, |ratio| winner * ratio / entry.median());
+            let ahead = if entry.sustained { winner } else { slowest_sustained };
+            let scale = ratio.map_or(1.0, |ratio| ahead * ratio / entry.median());
             let measurement = Measurement {
                 median_us: scale * entry.median(),
                 p10_us: scale * quantile(&entry.samples, 0.1),
@@ -380,277 +432,4 @@ pub(crate) fn interval(samples: &[f64]) -> Option<[f64; 2]> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicBool, Ordering};
-    use swiglu_kernels::families::{CpuConfig, Target, candidates};
-    use swiglu_kernels::{Problem, WeightMajor};
-
-    /// Candidate i takes 100 + i µs with noise; two are broken.
-    struct Fake {
-        calls: u32,
-        configs: Vec<Config>,
-    }
-
-    impl Fake {
-        fn index(&self, config: &Config) -> usize {
-            self.configs.iter().position(|known| known == config).unwrap()
-        }
-    }
-
-    impl Subject for Fake {
-        fn verify(&mut self, config: &Config) -> Result<f64, Failure> {
-            if self.index(config) == 1 { Err(Failure::new("verify", "wrong")) } else { Ok(1e-7) }
-        }
-        fn sample(&mut self, configs: &[Config]) -> Vec<Result<f64, Failure>> {
-            configs.iter().map(|config| self.one(config)).collect()
-        }
-    }
-
-    impl Fake {
-        fn one(&mut self, config: &Config) -> Result<f64, Failure> {
-            self.calls += 1;
-            let index = self.index(config);
-            if index == 2 {
-                return Err(Failure::new("launch", "refused"));
-            }
-            let noise = f64::from(self.calls.wrapping_mul(2_654_435_761) % 100) / 100.0;
-            Ok(if index == 0 { 130.0 } else { 100.0 + 10.0 * index as f64 } + noise)
-        }
-    }
-
-    fn field(candidates: &[Config]) -> Field<'_> {
-        Field { candidates, pinned: &[], rounds: &ROUNDS }
-    }
-
-    fn stopped() -> (Arc<AtomicBool>, Stop) {
-        let signal = Arc::new(AtomicBool::new(false));
-        (Arc::clone(&signal), Stop::new(signal, None))
-    }
-
-    fn fake() -> Fake {
-        let problem = Problem::forward(DType::F32, WeightMajor::K, 8, 8, 8);
-        Fake { calls: 0, configs: candidates(&problem, Target::Cpu { threads: 1 }) }
-    }
-
-    #[test]
-    fn the_fastest_that_works_wins_and_failures_keep_their_reason() {
-        let mut subject = fake();
-        let configs = subject.configs.clone();
-        let results = race(&mut subject, &field(&configs), &Stop::default()).outcomes;
-        assert_eq!(results.len(), configs.len());
-        assert_eq!(results[1].1, Failure::new("verify", "wrong").into());
-        assert_eq!(results[2].1, Failure::new("launch", "refused").into());
-        let time = |outcome: &Outcome| match outcome {
-            Outcome::Measured(measurement) => measurement.median_us,
-            Outcome::Failed { .. } => f64::INFINITY,
-        };
-        let best = results.iter().min_by(|a, b| time(&a.1).total_cmp(&time(&b.1))).unwrap();
-        assert!(best.0 == configs[0] || best.0 == configs[3], "{}", best.0);
-        let samples = |index: usize| match &results[index].1 {
-            Outcome::Measured(measurement) => measurement.samples,
-            Outcome::Failed { .. } => 0,
-        };
-        assert!(samples(0) == 40 && samples(configs.len() - 1) <= 4, "the slow are dropped early");
-    }
-
-    #[test]
-    fn a_stopped_race_reports_nothing_as_measured_that_was_not() {
-        let mut subject = fake();
-        let configs = [Config::Cpu(CpuConfig { block_m: 32, block_n: 64, threads: 1 })];
-        let (signal, stop) = stopped();
-        signal.store(true, Ordering::Relaxed);
-        let results = race(&mut subject, &field(&configs), &stop).outcomes;
-        assert!(matches!(&results[0].1, Outcome::Failed { stage, .. } if stage == "interrupted"));
-    }
-
-    /// Stops the race, or loses the device, after so many calls of `sample`.
-    struct Ending<'a> {
-        fake: Fake,
-        samples_left: usize,
-        stop: Option<&'a AtomicBool>,
-        lost: bool,
-    }
-
-    impl Subject for Ending<'_> {
-        fn verify(&mut self, config: &Config) -> Result<f64, Failure> {
-            self.fake.verify(config)
-        }
-        fn sample(&mut self, configs: &[Config]) -> Vec<Result<f64, Failure>> {
-            self.samples_left = self.samples_left.saturating_sub(1);
-            if self.samples_left > 0 {
-                return self.fake.sample(configs);
-            }
-            match self.stop {
-                Some(stop) => stop.store(true, Ordering::Relaxed),
-                None => self.lost = true,
-            }
-            configs.iter().map(|_| Err(Failure::new("launch", "lost"))).collect()
-        }
-        fn is_lost(&mut self) -> bool {
-            self.lost
-        }
-    }
-
-    #[test]
-    fn whenever_a_race_ends_early_no_time_of_it_is_stored() {
-        for samples_left in [1, 2, 4, 12, 13, 40] {
-            for by_signal in [true, false] {
-                let (signal, stop) = stopped();
-                let signal = by_signal.then_some(&*signal);
-                let mut subject = Ending { fake: fake(), samples_left, stop: signal, lost: false };
-                let configs = subject.fake.configs.clone();
-                for (config, outcome) in race(&mut subject, &field(&configs), &stop).outcomes {
-                    assert!(matches!(&outcome, Outcome::Failed { .. }), "{config}: {outcome:?}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn after_a_candidate_has_taken_the_device_down_no_other_is_blamed() {
-        let mut subject = Ending { fake: fake(), samples_left: 1, stop: None, lost: true };
-        let configs = subject.fake.configs.clone();
-        let outcomes = race(&mut subject, &field(&configs), &Stop::default()).outcomes;
-        let stages = outcomes.iter().map(|(_, outcome)| match outcome {
-            Outcome::Failed { stage, .. } => stage.as_str(),
-            Outcome::Measured(_) => "measured",
-        });
-        let stages: Vec<_> = stages.collect();
-        assert_eq!(stages[..2], ["interrupted", "verify"]);
-        assert!(stages[2..].iter().all(|stage| *stage == "interrupted"), "{stages:?}");
-    }
-
-    #[test]
-    fn drift_that_all_share_is_levelled() {
-        let problem = Problem::forward(DType::F32, WeightMajor::K, 8, 8, 8);
-        let configs = candidates(&problem, Target::Cpu { threads: 1 });
-        let mut entries: Vec<Entry> = configs.into_iter().take(3).map(|config| Entry::new(config, false)).collect();
-        for (index, entry) in entries.iter_mut().enumerate() {
-            // Time 10 % longer in each pass; candidates 1 % apart.
-            entry.samples = (0..5).map(|pass| 100.0 * 1.1f64.powi(pass) * (1.0 + 0.01 * index as f64)).collect();
-        }
-        level(&mut entries);
-        for entry in &entries {
-            let spread = quantile(&entry.samples, 1.0) / quantile(&entry.samples, 0.0);
-            assert!(spread < 1.0 + 1e-9, "{spread}");
-        }
-        assert!((entries[2].median() / entries[0].median() - 1.02).abs() < 1e-9);
-    }
-
-    #[test]
-    fn the_default_and_the_present_winner_stay_until_the_end_and_tell_the_drift() {
-        let mut subject = fake();
-        let configs = subject.configs.clone();
-        let (slowest, slow) = (configs[configs.len() - 1], configs[configs.len() - 2]);
-        let raced = race(&mut subject, &Field { pinned: &[slowest, slow], ..field(&configs) }, &Stop::default());
-        let finalists: Vec<Config> = raced
-            .outcomes
-            .iter()
-            .filter(|(_, outcome)| matches!(outcome, Outcome::Measured(measured) if measured.samples == 40))
-            .map(|(config, _)| *config)
-            .collect();
-        assert!(finalists.contains(&slowest) && finalists.contains(&slow), "{finalists:?}");
-        assert!((0.98..1.02).contains(&raced.drift.unwrap()), "{:?}", raced.drift);
-        let with_interval =
-            |outcome: &Outcome| matches!(outcome, Outcome::Measured(measured) if measured.interval_us.is_some());
-        assert_eq!(raced.outcomes.iter().filter(|(_, outcome)| with_interval(outcome)).count(), finalists.len());
-    }
-
-    /// Two that tie in short samples; alone for long the second is faster, once the clock has followed.
-    struct Capped {
-        configs: Vec<Config>,
-    }
-
-    impl Subject for Capped {
-        fn verify(&mut self, _: &Config) -> Result<f64, Failure> {
-            Ok(1e-7)
-        }
-        fn sample(&mut self, configs: &[Config]) -> Vec<Result<f64, Failure>> {
-            let alone = configs.iter().all(|config| *config == configs[0]);
-            let time = |(at, config): (usize, &Config)| {
-                let saves = alone && at * 5 >= configs.len() && *config == self.configs[1];
-                Ok(if saves { 2700.0 } else { 2800.0 + at as f64 / 100.0 })
-            };
-            configs.iter().enumerate().map(time).collect()
-        }
-    }
-
-    #[test]
-    fn of_two_that_tie_the_sustained_race_takes_the_one_that_needs_less_power() {
-        let configs: Vec<Config> = fake().configs.into_iter().take(2).collect();
-        let by = |rounds: &'static [Round]| {
-            let mut subject = Capped { configs: configs.clone() };
-            race(&mut subject, &Field { rounds, ..field(&configs) }, &Stop::default()).outcomes
-        };
-        let times = |outcomes: Vec<(Config, Outcome)>| -> Vec<f64> {
-            let time = |outcome| match outcome {
-                Outcome::Measured(Measurement { median_us, .. }) => median_us,
-                Outcome::Failed { reason, .. } => panic!("{reason}"),
-            };
-            outcomes.into_iter().map(|(_, outcome)| time(outcome)).collect()
-        };
-        let short = times(by(&ROUNDS));
-        assert!((short[0] / short[1] - 1.0).abs() < 1e-3, "{short:?}");
-        let sustained = times(by(&SUSTAINED));
-        assert!((sustained[0] / sustained[1] - 2800.0 / 2700.0).abs() < 1e-3, "{sustained:?}");
-    }
-
-    /// Slows itself down in the passes of these numbers.
-    struct Hot {
-        fake: Fake,
-        pass: u32,
-        slowed: std::ops::Range<u32>,
-    }
-
-    impl Subject for Hot {
-        fn verify(&mut self, config: &Config) -> Result<f64, Failure> {
-            self.fake.verify(config)
-        }
-        fn sample(&mut self, configs: &[Config]) -> Vec<Result<f64, Failure>> {
-            self.pass += 1;
-            let factor = if self.slowed.contains(&self.pass) { 3.0 } else { 1.0 };
-            self.fake.sample(configs).into_iter().map(|time| time.map(|time| factor * time)).collect()
-        }
-        fn conditions(&self) -> Conditions {
-            let slowdown = self.slowed.contains(&self.pass).then(|| "thermal".to_owned());
-            Conditions { sm_mhz: Some(1500), power_w: Some(600), slowdown }
-        }
-    }
-
-    #[test]
-    fn slowed_passes_are_taken_again_a_bounded_number_of_times_and_counted() {
-        for (slowed, repeated) in [(15..17, 2), (15..1000, REPEATS)] {
-            let mut subject = Hot { fake: fake(), pass: 0, slowed };
-            let configs = subject.fake.configs.clone();
-            let raced = race(&mut subject, &field(&configs), &Stop::default());
-            let Outcome::Measured(measured) = &raced.outcomes[3].1 else { panic!("{raced:?}") };
-            assert_eq!(measured.repeated, repeated);
-            if repeated == 2 {
-                assert!(measured.p90_us < 150.0, "no slowed time is among the samples: {measured:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn the_interval_of_the_median_covers_it_19_times_of_20() {
-        assert_eq!(interval(&[1.0; 7]), None);
-        assert_eq!(interval(&[8.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]), Some([1.0, 8.0]));
-        let mut noise = 1u64;
-        let mut uniform = || {
-            noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (noise >> 33) as f64 / f64::from(1u32 << 31)
-        };
-        let covers = |samples: Vec<f64>| interval(&samples).is_some_and(|[low, high]| low <= 0.5 && 0.5 <= high);
-        let covered = (0..2000).filter(|_| covers((0..40).map(|_| uniform()).collect())).count();
-        assert!((1900..1999).contains(&covered), "{covered}");
-    }
-
-    #[test]
-    fn quantiles_by_nearest_rank() {
-        assert_eq!(quantile(&[3.0, 1.0, 2.0], 0.5), 2.0);
-        assert_eq!(quantile(&[1.0, 2.0, 3.0, 4.0, 5.0], 0.9), 5.0);
-        assert!(quantile(&[], 0.5).is_nan());
-    }
-}
+mod tests;

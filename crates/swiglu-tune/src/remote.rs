@@ -341,7 +341,7 @@ impl Subject for Remote<'_> {
         };
         // Who of them broke the worker is not known until each has run alone.
         let alone = |config: &Config| match self.try_sample(std::slice::from_ref(config)) {
-            Ok(mut time) => time.pop().unwrap_or_else(|| Err(Failure::new("launch", "was not timed"))),
+            Ok(mut time) => time.pop().unwrap_or_else(|| Err(Failure::untimed())),
             Err(fault) => {
                 tracing::warn!(%config, %fault, "a candidate broke its worker");
                 Err(fault.of_candidate())
@@ -365,10 +365,26 @@ impl Subject for Remote<'_> {
         };
         alone
             .into_iter()
-            .map(|time| {
-                time.and_then(|_| together.next().unwrap_or_else(|| Err(Failure::new("launch", "was not timed"))))
-            })
+            .map(|time| time.and_then(|_| together.next().unwrap_or_else(|| Err(Failure::untimed()))))
             .collect()
+    }
+
+    fn sustain(&mut self, config: &Config) -> Result<f64, Failure> {
+        self.conditions = Conditions::default();
+        match self.ask(&Request::Sustain(*config)) {
+            Ok(Reply::Sustained { time, conditions }) => {
+                self.conditions = conditions;
+                time
+            }
+            Ok(other) => {
+                self.is_lost = true;
+                Err(unexpected(other).of_candidate())
+            }
+            Err(fault) => {
+                tracing::warn!(%config, %fault, "a candidate broke its worker");
+                Err(fault.of_candidate())
+            }
+        }
     }
 
     fn conditions(&self) -> Conditions {

@@ -173,11 +173,13 @@ impl<'a, S: Subject> Bench<'a, S> {
                     Reply::Settled
                 }
                 Request::Sample(configs) => self.sample(&configs),
+                Request::Sustain(config) => self.sustain(&config),
                 other @ (Request::Open { .. } | Request::Compile { .. }) => return Ok(Some(other)),
             };
             let failed = match &answer {
                 Reply::Verified(Err(failure)) => Some(failure.clone()),
                 Reply::Sampled { times, .. } => times.iter().find_map(|time| time.as_ref().err().cloned()),
+                Reply::Sustained { time: Err(failure), .. } => Some(failure.clone()),
                 _ => None,
             };
             match failed.filter(|_| self.subject.is_lost()) {
@@ -199,10 +201,8 @@ impl<'a, S: Subject> Bench<'a, S> {
     }
 
     fn sample(&mut self, configs: &[Config]) -> Reply {
-        let unverified: Vec<Config> =
-            configs.iter().filter(|config| !self.verified.contains(config)).copied().collect();
-        let refuse = |config| Some((config, self.verify(&config).err()?));
-        let refused: BTreeMap<Config, Failure> = unverified.into_iter().filter_map(refuse).collect();
+        let refuse = |config: &Config| Some((*config, self.unverified(config)?));
+        let refused: BTreeMap<Config, Failure> = configs.iter().filter_map(refuse).collect();
         let sound: Vec<Config> = configs.iter().filter(|config| !refused.contains_key(config)).copied().collect();
         let (times, conditions) = match self.timing {
             Timing::Queued(Some(telemetry)) => telemetry.around(|| self.subject.sample(&sound)),
@@ -216,12 +216,28 @@ impl<'a, S: Subject> Bench<'a, S> {
             }
         };
         let mut times = times.into_iter();
-        let untimed = || Err(Failure::new("launch", "was not timed"));
+        let untimed = || Err(Failure::untimed());
         let time = |config| match refused.get(config) {
             Some(failure) => Err(failure.clone()),
             None => times.next().unwrap_or_else(untimed),
         };
         Reply::Sampled { times: configs.iter().map(time).collect(), conditions }
+    }
+
+    fn sustain(&mut self, config: &Config) -> Reply {
+        if let Some(failure) = self.unverified(config) {
+            return Reply::Sustained { time: Err(failure), conditions: Conditions::default() };
+        }
+        let (time, conditions) = match self.timing {
+            Timing::Queued(Some(telemetry)) => telemetry.around(|| self.subject.sustain(config)),
+            Timing::Queued(None) | Timing::OneByOne => (self.subject.sustain(config), Conditions::default()),
+        };
+        Reply::Sustained { time, conditions }
+    }
+
+    /// Why `config` may not be timed; verifies it where this process has not.
+    fn unverified(&mut self, config: &Config) -> Option<Failure> {
+        if self.verified.contains(config) { None } else { self.verify(config).err() }
     }
 }
 

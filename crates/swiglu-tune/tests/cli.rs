@@ -53,6 +53,7 @@ fn help_teaches_and_wrong_usage_exits_with_2() {
         &["--gpu", "cpu", "--dtype", "fp64"],
         &["--gpu", "cpu", "--model", "tiny", "--shapes", "x.toml"],
         &["--gpu", "cpu", "--exhaustive", "--search", "model"],
+        &["--gpu", "cpu", "--exhaustive", "--sustained"],
         &["bench", "--seeds", "--m", "5"],
         &["render", "--family", "cpu"],
         &["--gpu", "cpu", "report"],

@@ -73,6 +73,27 @@ fn who_crashes_while_many_are_timed_is_found_out() {
 }
 
 #[test]
+fn a_candidate_that_breaks_in_a_sustained_race_fails_alone() {
+    for (fault, stage) in [("crash", "crash"), ("hang", "hang"), ("poison", "launch")] {
+        let home = TempDir::new().unwrap();
+        run(&home, &[]).success();
+        let served = |record: &&Value| record["problem"]["m"] == 1 && record["chosen"] == true;
+        let text = |record: &Value| {
+            let number = |name: &str| record["config"][name].as_u64().unwrap();
+            format!("cpu {}x{} threads {}", number("block_m"), number("block_n"), number("threads"))
+        };
+        // The present winner stays in a race until its end.
+        let winner = text(records(&home).iter().find(served).unwrap());
+        let fault = format!("sustain:{fault}:{winner}");
+        run(&home, &["--retune", "--sustained", "--watchdog", "2", "--fault", &fault]).success();
+        let after = records(&home);
+        let broken: Vec<&Value> = after.iter().filter(|record| record["outcome"] != "measured").collect();
+        assert!(broken.iter().any(|record| record["problem"]["m"] == 1 && text(record) == winner), "{after:?}");
+        assert!(broken.iter().all(|record| record["stage"] == stage && text(record).contains(&winner)), "{broken:?}");
+    }
+}
+
+#[test]
 fn a_candidate_that_hangs_is_killed_by_the_watchdog() {
     let home = TempDir::new().unwrap();
     let threads = swiglu_runtime::cpu::threads();
