@@ -42,6 +42,13 @@ def test_liger_takes_no_part_on_the_cpu(load, monkeypatch):
         harness.need_liger(torch.device("cpu"))
 
 
+@pytest.mark.parametrize("flags", [["--sustained", "0.3"], ["--sustained", "-1"], ["--sustained", "0.3", "--host"]])
+def test_sustained_samples_need_a_gpu_and_some_seconds(load, capsys, flags):
+    with pytest.raises(SystemExit):
+        load("ffn").main(["--device", "cpu", "--quick", *flags])
+    assert "--sustained takes seconds over 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_gate(rows, dtype):
     found = rows("gate", "--dtype", dtype)
