@@ -11,7 +11,7 @@ use rand::{SeedableRng, seq::IndexedRandom};
 use rand_distr::{Distribution, StandardNormal};
 use rayon::prelude::*;
 use std::ffi::c_void;
-use swiglu_kernels::families::{Config, Family, Target, candidates};
+use swiglu_kernels::families::{Config, Family, Schedule, Target, candidates};
 use swiglu_kernels::problem::OperandMajor;
 use swiglu_kernels::{ArchSpec, DType, Op, Problem, WeightMajor, arch, oracle, render};
 
@@ -364,6 +364,26 @@ fn columns_in_boxes_of_32_match_the_oracle() {
         }
     }
     assert_eq!(cases.len(), 4);
+    check_all(&cases, arch);
+}
+
+/// Sums of one step: a warpgroup comes to its epilogue while the other, whose slots it shares, is still in its own.
+#[test]
+fn slots_pass_between_warpgroups_that_take_turns() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    let problem = Problem::forward(DType::Bf16, WeightMajor::K, 150, 400, 16).with_op(Op::Dgated);
+    let mut tried = Vec::new();
+    let mut cases: Vec<(Problem, Config)> = Vec::new();
+    for config in candidates(&problem, Target::Gpu(arch)) {
+        let Config::WgmmaGemm(gemm) = config else { continue };
+        let shape = (gemm.block_m, gemm.block_n, gemm.store_buffers);
+        let is_new = gemm.schedule == Schedule::Pingpong && gemm.block_n <= 128 && !tried.contains(&shape);
+        if is_new && gemm.cluster_m * gemm.cluster_n == 1 {
+            tried.push(shape);
+            cases.push((problem, config));
+        }
+    }
+    assert!(cases.len() >= 4, "{tried:?}");
     check_all(&cases, arch);
 }
 
