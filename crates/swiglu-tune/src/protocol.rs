@@ -46,8 +46,6 @@ pub(crate) enum Reply {
     Settled,
     /// The times, in microseconds.
     Sampled { times: Vec<Result<f64, Failure>>, conditions: Conditions },
-    /// The time, in microseconds.
-    Sustained { time: Result<f64, Failure>, conditions: Conditions },
     /// What did not compile.
     Compiled(Vec<(Config, Failure)>),
     /// The device no longer works in this process, which ends.

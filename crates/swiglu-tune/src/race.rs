@@ -106,7 +106,8 @@ pub(crate) const SUSTAINED: [Round; 5] = [
     Round { sustained: true, ..Round::short(16, 1.02, 6) },
 ];
 
-/// How many passes of a race, or sustained samples, are taken again because the device slowed itself down; then times are taken as they are.
+/// How many passes of a race, or sustained samples, are taken again because the device slowed itself down; then times are taken as
+/// they are.
 const REPEATS: u32 = 12;
 
 /// Who races, and how long.
@@ -196,8 +197,7 @@ impl Race<'_> {
                 self.canary_us.clear(); // times at another clock
             }
             for _ in 0..round.samples {
-                let goes_on = if round.sustained { self.sustained_pass() } else { self.pass() };
-                if !goes_on {
+                if self.stop.is_set() || !self.pass(round.sustained) {
                     return false;
                 }
             }
@@ -205,47 +205,41 @@ impl Race<'_> {
         true
     }
 
-    /// One sample of each that is still racing; whether the race goes on.
-    fn pass(&mut self) -> bool {
-        if self.stop.is_set() {
-            return false;
-        }
+    /// One sample of each that is still racing, all without a pause or each alone and for long; whether the race goes on.
+    fn pass(&mut self, sustained: bool) -> bool {
         let mut racing = shuffled(&mut self.entries);
-        let configs: Vec<Config> = racing.iter().map(|entry| entry.config).collect();
-        let mut samples = self.subject.sample(&configs);
-        while self.repeated < REPEATS {
-            let Some(why) = self.subject.conditions().slowdown else { break };
-            tracing::warn!(why, "the GPU slows itself down; the pass is taken again");
-            self.repeated += 1;
-            samples = self.subject.sample(&configs);
-        }
-        if samples.iter().any(Result::is_err) && self.subject.is_lost() {
-            return false;
-        }
-        let conditions = self.subject.conditions();
-        for (entry, sample) in racing.iter_mut().zip(samples) {
-            entry.take(sample, &conditions, self.canary, &mut self.canary_us);
-        }
-        true
-    }
-
-    /// The same, one after the other alone and for long.
-    fn sustained_pass(&mut self) -> bool {
-        for entry in shuffled(&mut self.entries) {
-            let mut sample = self.subject.sustain(&entry.config);
-            while self.repeated < REPEATS && !self.stop.is_set() {
-                let Some(why) = self.subject.conditions().slowdown else { break };
-                tracing::warn!(why, "the GPU slows itself down; the sample is taken again");
-                self.repeated += 1;
-                sample = self.subject.sustain(&entry.config);
-            }
-            if self.stop.is_set() || (sample.is_err() && self.subject.is_lost()) {
+        let together = if sustained { 1 } else { racing.len().max(1) };
+        for group in racing.chunks_mut(together) {
+            if self.stop.is_set() {
                 return false;
             }
-            entry.take(sample, &self.subject.conditions(), self.canary, &mut self.canary_us);
+            let configs: Vec<Config> = group.iter().map(|entry| entry.config).collect();
+            let mut samples = sample(self.subject, &configs, sustained);
+            while let Some(why) = self.subject.conditions().slowdown {
+                if self.stop.is_set() {
+                    return false;
+                }
+                if self.repeated == REPEATS {
+                    break;
+                }
+                tracing::warn!(why, "the GPU slows itself down; what it timed is timed again");
+                self.repeated += 1;
+                samples = sample(self.subject, &configs, sustained);
+            }
+            if samples.iter().any(Result::is_err) && self.subject.is_lost() {
+                return false;
+            }
+            let conditions = self.subject.conditions();
+            for (entry, sample) in group.iter_mut().zip(samples) {
+                entry.take(sample, &conditions, self.canary, &mut self.canary_us);
+            }
         }
         true
     }
+}
+
+fn sample(subject: &mut dyn Subject, configs: &[Config], sustained: bool) -> Vec<Result<f64, Failure>> {
+    if sustained { configs.iter().map(|config| subject.sustain(config)).collect() } else { subject.sample(configs) }
 }
 
 /// Those still racing. Clocks lag behind power, so that every candidate shall have every predecessor.

@@ -295,18 +295,36 @@ impl<'a> Remote<'a> {
         reply
     }
 
-    fn try_sample(&mut self, configs: &[Config]) -> Result<Vec<Result<f64, Failure>>, Fault> {
-        match self.ask(&Request::Sample(configs.to_vec()))? {
-            Reply::Sampled { times, conditions } if times.len() == configs.len() => {
+    /// The `count` times that `request` asks for.
+    fn times(&mut self, request: &Request, count: usize) -> Result<Vec<Result<f64, Failure>>, Fault> {
+        match self.ask(request)? {
+            Reply::Sampled { times, conditions } if times.len() == count => {
                 self.conditions = conditions;
                 Ok(times)
             }
-            other => {
-                self.is_lost = true;
-                Err(unexpected(other))
-            }
+            other => Err(self.misunderstood(other)),
         }
     }
+
+    fn try_sample(&mut self, configs: &[Config]) -> Result<Vec<Result<f64, Failure>>, Fault> {
+        self.times(&Request::Sample(configs.to_vec()), configs.len())
+    }
+
+    /// The time of `config` that `request` asks for: whatever breaks the worker is its doing.
+    fn alone(&mut self, config: &Config, request: &Request) -> Result<f64, Failure> {
+        let mut times = self.times(request, 1).map_err(|fault| blame(config, fault))?;
+        times.pop().unwrap_or_else(|| Err(Failure::untimed()))
+    }
+
+    fn misunderstood(&mut self, reply: Reply) -> Fault {
+        self.is_lost = true;
+        unexpected(reply)
+    }
+}
+
+fn blame(config: &Config, fault: Fault) -> Failure {
+    tracing::warn!(%config, %fault, "a candidate broke its worker");
+    fault.of_candidate()
 }
 
 impl Subject for Remote<'_> {
@@ -316,14 +334,8 @@ impl Subject for Remote<'_> {
         }
         match self.ask(&Request::Verify(*config)) {
             Ok(Reply::Verified(result)) => result,
-            Ok(other) => {
-                self.is_lost = true;
-                Err(unexpected(other).of_candidate())
-            }
-            Err(fault) => {
-                tracing::warn!(%config, %fault, "a candidate broke its worker");
-                Err(fault.of_candidate())
-            }
+            Ok(other) => Err(self.misunderstood(other).of_candidate()),
+            Err(fault) => Err(blame(config, fault)),
         }
     }
 
@@ -340,13 +352,7 @@ impl Subject for Remote<'_> {
             Err(fault) => fault,
         };
         // Who of them broke the worker is not known until each has run alone.
-        let alone = |config: &Config| match self.try_sample(std::slice::from_ref(config)) {
-            Ok(mut time) => time.pop().unwrap_or_else(|| Err(Failure::untimed())),
-            Err(fault) => {
-                tracing::warn!(%config, %fault, "a candidate broke its worker");
-                Err(fault.of_candidate())
-            }
-        };
+        let alone = |config: &Config| self.alone(config, &Request::Sample(vec![*config]));
         let alone: Vec<Result<f64, Failure>> = configs.iter().map(alone).collect();
         let sound: Vec<Config> =
             configs.iter().zip(&alone).filter(|(_, time)| time.is_ok()).map(|(config, _)| *config).collect();
@@ -371,20 +377,7 @@ impl Subject for Remote<'_> {
 
     fn sustain(&mut self, config: &Config) -> Result<f64, Failure> {
         self.conditions = Conditions::default();
-        match self.ask(&Request::Sustain(*config)) {
-            Ok(Reply::Sustained { time, conditions }) => {
-                self.conditions = conditions;
-                time
-            }
-            Ok(other) => {
-                self.is_lost = true;
-                Err(unexpected(other).of_candidate())
-            }
-            Err(fault) => {
-                tracing::warn!(%config, %fault, "a candidate broke its worker");
-                Err(fault.of_candidate())
-            }
-        }
+        self.alone(config, &Request::Sustain(*config))
     }
 
     fn conditions(&self) -> Conditions {

@@ -179,7 +179,6 @@ impl<'a, S: Subject> Bench<'a, S> {
             let failed = match &answer {
                 Reply::Verified(Err(failure)) => Some(failure.clone()),
                 Reply::Sampled { times, .. } => times.iter().find_map(|time| time.as_ref().err().cloned()),
-                Reply::Sustained { time: Err(failure), .. } => Some(failure.clone()),
                 _ => None,
             };
             match failed.filter(|_| self.subject.is_lost()) {
@@ -204,17 +203,17 @@ impl<'a, S: Subject> Bench<'a, S> {
         let refuse = |config: &Config| Some((*config, self.unverified(config)?));
         let refused: BTreeMap<Config, Failure> = configs.iter().filter_map(refuse).collect();
         let sound: Vec<Config> = configs.iter().filter(|config| !refused.contains_key(config)).copied().collect();
-        let (times, conditions) = match self.timing {
-            Timing::Queued(Some(telemetry)) => telemetry.around(|| self.subject.sample(&sound)),
-            Timing::Queued(None) => (self.subject.sample(&sound), Conditions::default()),
-            Timing::OneByOne => {
-                let one = |config| {
-                    alive();
-                    self.subject.sample(std::slice::from_ref(config))
-                };
-                (sound.iter().flat_map(one).collect(), Conditions::default())
+        let one_by_one = matches!(self.timing, Timing::OneByOne);
+        let (times, conditions) = self.watched(|subject| {
+            if !one_by_one {
+                return subject.sample(&sound);
             }
-        };
+            let one = |config| {
+                alive();
+                subject.sample(std::slice::from_ref(config))
+            };
+            sound.iter().flat_map(one).collect()
+        });
         let mut times = times.into_iter();
         let untimed = || Err(Failure::untimed());
         let time = |config| match refused.get(config) {
@@ -225,14 +224,19 @@ impl<'a, S: Subject> Bench<'a, S> {
     }
 
     fn sustain(&mut self, config: &Config) -> Reply {
-        if let Some(failure) = self.unverified(config) {
-            return Reply::Sustained { time: Err(failure), conditions: Conditions::default() };
-        }
-        let (time, conditions) = match self.timing {
-            Timing::Queued(Some(telemetry)) => telemetry.around(|| self.subject.sustain(config)),
-            Timing::Queued(None) | Timing::OneByOne => (self.subject.sustain(config), Conditions::default()),
+        let (time, conditions) = match self.unverified(config) {
+            Some(failure) => (Err(failure), Conditions::default()),
+            None => self.watched(|subject| subject.sustain(config)),
         };
-        Reply::Sustained { time, conditions }
+        Reply::Sampled { times: vec![time], conditions }
+    }
+
+    /// Does `work` and tells how the device fared meanwhile, where that can be told.
+    fn watched<T>(&mut self, work: impl FnOnce(&mut S) -> T) -> (T, Conditions) {
+        match self.timing {
+            Timing::Queued(Some(telemetry)) => telemetry.around(|| work(&mut self.subject)),
+            Timing::Queued(None) | Timing::OneByOne => (work(&mut self.subject), Conditions::default()),
+        }
     }
 
     /// Why `config` may not be timed; verifies it where this process has not.

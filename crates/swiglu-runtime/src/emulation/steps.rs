@@ -10,6 +10,7 @@ use rand::rngs::SmallRng;
 use rand::{SeedableRng, seq::IndexedRandom};
 use rand_distr::{Distribution, StandardNormal};
 use rayon::prelude::*;
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use swiglu_kernels::families::{Config, Family, Schedule, Target, candidates};
 use swiglu_kernels::problem::OperandMajor;
@@ -372,19 +373,18 @@ fn columns_in_boxes_of_32_match_the_oracle() {
 fn slots_pass_between_warpgroups_that_take_turns() {
     let arch = arch::by_name("sm_90a").unwrap();
     let problem = Problem::forward(DType::Bf16, WeightMajor::K, 150, 400, 16).with_op(Op::Dgated);
-    let mut tried = Vec::new();
-    let mut cases: Vec<(Problem, Config)> = Vec::new();
+    let mut cases: BTreeMap<(u32, u32, u32), (Problem, Config)> = BTreeMap::new();
     for config in candidates(&problem, Target::Gpu(arch)) {
-        let Config::WgmmaGemm(gemm) = config else { continue };
-        let shape = (gemm.block_m, gemm.block_n, gemm.store_buffers);
-        let is_new = gemm.schedule == Schedule::Pingpong && gemm.block_n <= 128 && !tried.contains(&shape);
-        if is_new && gemm.cluster_m * gemm.cluster_n == 1 {
-            tried.push(shape);
-            cases.push((problem, config));
+        if let Config::WgmmaGemm(gemm) = config
+            && gemm.schedule == Schedule::Pingpong
+            && gemm.block_n <= 128
+            && gemm.cluster_m * gemm.cluster_n == 1
+        {
+            cases.entry((gemm.block_m, gemm.block_n, gemm.store_buffers)).or_insert((problem, config));
         }
     }
-    assert!(cases.len() >= 4, "{tried:?}");
-    check_all(&cases, arch);
+    assert!(cases.len() >= 4, "{:?}", cases.keys());
+    check_all(&cases.into_values().collect::<Vec<_>>(), arch);
 }
 
 fn check_all(cases: &[(Problem, Config)], arch: &'static ArchSpec) {
