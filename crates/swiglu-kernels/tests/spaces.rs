@@ -103,12 +103,48 @@ fn a_step_is_refused_by_the_families_of_the_forward_and_its_own_say_why() {
     let Config::WgmmaGemm(few) = families::default_config(&down, arch).unwrap() else { panic!("wgmma_gemm") };
     assert_eq!((few.consumers, few.block_m, few.cluster_k), (1, 16, 2));
     assert_eq!(rule(gemm(few), &problem.with_op(Op::InputGrad)), "tiles of few tokens are for the down projection");
-    let split = "two or four split the sums of few tokens";
+    let split = "two or four split the sums of a tile";
     for config in [WgmmaGemmConfig { cluster_k: 3, ..few }, WgmmaGemmConfig { cluster_n: 2, block_m: 64, ..few }] {
         assert_eq!(rule(gemm(config), &down), split);
     }
     assert_eq!(rule(gemm(WgmmaGemmConfig { blocks_per_sm: 2, ..few }), &down), room);
     assert_eq!(rule(gemm(WgmmaGemmConfig { fill: 2, ..few }), &down), "no more blocks are launched than fit");
+
+    // Of few tiles: two CTAs share out the sums of one, where nothing comes between the sums and what is stored.
+    let lone = problem.with_op(Op::InputGrad);
+    let Config::WgmmaGemm(two) = families::default_config(&lone, arch).unwrap() else { panic!("wgmma_gemm") };
+    assert_eq!((two.consumers, two.schedule, two.cluster_k), (2, Schedule::Cooperative, 2));
+    let of_a_block = "sums that are split are of one 64-row block a warpgroup, of the plain products in 16 bits";
+    for config in
+        [WgmmaGemmConfig { schedule: Schedule::Pingpong, ..two }, WgmmaGemmConfig { block_m: 256, stages: 3, ..two }]
+    {
+        assert_eq!(rule(gemm(config), &lone), of_a_block);
+    }
+    assert_eq!(rule(gemm(WgmmaGemmConfig { store_buffers: 2, ..two }), &problem.with_op(Op::Dgated)), of_a_block);
+    let in_parts = Problem { dtype: DType::F32, ..lone };
+    assert_eq!(rule(gemm(WgmmaGemmConfig { block_k: 32, store_cols: 32, ..two }), &in_parts), of_a_block);
+}
+
+/// The tuner asks for the candidates of a group of M once.
+#[test]
+fn the_tiles_for_an_output_of_few_depend_on_n_and_k_only() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    let lone = |problem: &Problem| {
+        let is_lone =
+            |config: &&Config| matches!(config, Config::WgmmaGemm(it) if it.consumers == 2 && it.cluster_k == 2);
+        families::candidates(problem, Target::Gpu(arch)).iter().filter(is_lone).count()
+    };
+    for (op, n, k, expected) in [
+        (Op::Down, 14336, 4096, 12),
+        (Op::WeightGrad, 768, 2048, 12),
+        (Op::WeightGrad, 14336, 4096, 0),
+        (Op::Dgated, 768, 2048, 0),
+    ] {
+        for m in [1, 300, 8192] {
+            let problem = Problem::forward(DType::Bf16, WeightMajor::K, m, n, k).with_op(op);
+            assert_eq!(lone(&problem), expected, "{op} {m} {n} {k}");
+        }
+    }
 }
 
 #[test]

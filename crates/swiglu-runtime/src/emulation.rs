@@ -438,7 +438,7 @@ fn way(config: &Config) -> Way {
             Family::WgmmaGemm,
             None,
             Some(gemm.schedule),
-            cluster([gemm.cluster_m, gemm.cluster_n, gemm.cluster_k], gemm.blocks_per_sm),
+            cluster([gemm.cluster_m, gemm.cluster_n, gemm.cluster_k], gemm.blocks_per_sm) + 1024 * gemm.consumers,
         ),
         Config::MmaDirect(direct) => (Family::MmaDirect, None, None, direct.loads.min(5)),
         Config::WgmmaStream(stream) => {

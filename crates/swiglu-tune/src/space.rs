@@ -5,20 +5,21 @@ use anyhow::Result;
 use std::collections::BTreeMap;
 use swiglu_db::{Outcome, Record, TuningDb, TuningKey};
 use swiglu_kernels::families::{Target, candidates};
+use swiglu_kernels::model::Chip;
 use swiglu_kernels::{Config, Family, Problem, render};
 
 /// The candidates of problems that differ in M only: legality and sources do not depend on it.
 pub(crate) struct Space {
     /// With the digest of its source ([`render::digest`]), empty on the CPU.
     pub(crate) candidates: BTreeMap<Config, String>,
-    /// Hopeless from here on: the time over the best one's at a smaller M.
+    /// Hopeless from here on: the time over the best one's, by [`ratio`].
     slow: BTreeMap<Config, f64>,
     /// What does not compile.
     pub(crate) broken: BTreeMap<Config, Failure>,
 }
 
-/// A candidate slower than the best by the factor at one M is not tried at the next larger one: from the M on which the
-/// ranking no longer turns over by as much.
+/// A candidate slower than the best by the factor at one M, by [`ratio`], is not tried at the next larger one: from the M on which
+/// the ranking no longer turns over by as much.
 const HOPELESS: [(u32, f64); 3] = [(2048, 1.25), (512, 1.5), (256, 3.0)];
 
 impl Space {
@@ -69,11 +70,13 @@ impl Space {
     pub(crate) fn note_slow(&mut self, db: &TuningDb, key: &TuningKey, best: &Record) -> Result<()> {
         self.slow.remove(&best.config);
         let factor = HOPELESS.into_iter().find(|(from_m, _)| key.problem.m >= *from_m);
-        let (Some((_, factor)), Some(best)) = (factor, best.measurement()) else { return Ok(()) };
+        let (Some((_, factor)), Some(least)) = (factor, best.measurement()) else { return Ok(()) };
+        let chip = Chip::of_class(&key.device_class);
+        let least = (least.median_us, &best.config);
         for config in self.candidates.keys() {
             let record = db.record(key, config)?;
             if let Some(time) = record.as_ref().and_then(Record::measurement) {
-                let ratio = time.median_us / best.median_us;
+                let ratio = ratio(chip.as_ref(), &key.problem, (time.median_us, config), least);
                 if ratio > factor {
                     self.slow.insert(*config, ratio);
                 }
@@ -81,6 +84,16 @@ impl Space {
         }
         Ok(())
     }
+}
+
+/// One time over another: at this M, or at twice as many tokens where that is less, since tiles that leave multiprocessors idle here
+/// take as long there. What the model says nothing of, the library, is taken to double.
+fn ratio(chip: Option<&Chip>, problem: &Problem, slow: (f64, &Config), best: (f64, &Config)) -> f64 {
+    let twice = problem.m.saturating_mul(2);
+    let there = |(us, config): (f64, &Config)| {
+        chip.and_then(|chip| chip.at_other_m(us, problem, config, twice)).unwrap_or(2.0 * us)
+    };
+    (slow.0 / best.0).min(there(slow) / there(best))
 }
 
 fn is_pruned(record: &Record) -> bool {
@@ -92,7 +105,7 @@ mod tests {
     use super::*;
     use crate::workload::ANCHORS;
     use swiglu_kernels::Op;
-    use swiglu_kernels::families::default_config;
+    use swiglu_kernels::families::{Schedule, default_config};
     use swiglu_kernels::{DType, WeightMajor, arch};
 
     #[test]
@@ -106,6 +119,28 @@ mod tests {
         let all = space.candidates.len();
         let without = space.without_library();
         assert_eq!((count(&without), without.candidates.len()), (0, all - 5));
+    }
+
+    /// The times are an H200's.
+    #[test]
+    fn tiles_that_leave_multiprocessors_idle_are_not_hopeless_yet() {
+        let chip = Chip::of_class("sm_90a-sm132-l2_60m-smem227k-bus6016-mem3201mhz");
+        let problem = Problem::forward(DType::Bf16, WeightMajor::K, 512, 8192, 2048).with_op(Op::InputGrad);
+        let all = candidates(&problem, Target::Gpu(arch::by_name("sm_90a").unwrap()));
+        let find = |block_n: u32| {
+            let is_it = |config: &&Config| match config {
+                Config::WgmmaGemm(it) => {
+                    (it.schedule, it.block_m, it.block_n, it.cluster_k) == (Schedule::Cooperative, 128, block_n, 1)
+                }
+                _ => false,
+            };
+            all.iter().find(is_it).unwrap()
+        };
+        let library = all.iter().find(|config| config.family() == Family::Cublaslt).unwrap();
+        // 64 tiles, and 128 at twice as many tokens: the same time. Of half the width they fill the device already.
+        let over_library = |us: f64, block_n: u32| ratio(chip.as_ref(), &problem, (us, find(block_n)), (53.8, library));
+        assert!((over_library(94.4, 128) - 94.4 / 107.6).abs() < 1e-9);
+        assert!((over_library(75.4, 64) - 75.4 / 53.8).abs() < 1e-9);
     }
 
     #[test]

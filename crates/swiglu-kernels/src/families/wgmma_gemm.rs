@@ -6,9 +6,9 @@ use super::wgmma_tma::{
     ORDERS, STATIC_PREFETCH_KIB, box_cols, check_blocks_per_sm, is_split, one, smem_budget, stages_that_fit,
     stream_prefetch, stream_prefetches,
 };
-use super::{LaunchShape, Raster, Rejected, Schedule, check_block, check_sizes, ensure};
+use super::{LaunchShape, MULTIPROCESSORS, Raster, Rejected, Schedule, check_block, check_sizes, ensure};
 use crate::arch::ArchSpec;
-use crate::problem::{DType, Op, OperandMajor, Problem};
+use crate::problem::{DType, Op, OperandMajor, Problem, Product};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -31,7 +31,7 @@ pub struct WgmmaGemmConfig {
     pub cluster_m: u32,
     /// CTAs along the columns that share the left operand by multicast.
     pub cluster_n: u32,
-    /// CTAs that share out the sums of one tile: 2 or 4 for few tokens.
+    /// CTAs that share out the sums of one tile: 2 or 4, for few tokens and where an output is few tiles.
     #[serde(default = "one")]
     pub cluster_k: u32,
     /// Columns of one asynchronous store.
@@ -88,7 +88,7 @@ impl WgmmaGemmConfig {
     }
 
     /// Shared memory: the ring, the staging of loads and stores, their barriers, what a split of the sums exchanges.
-    pub const fn smem_bytes(&self, op: Op, dtype: DType) -> u32 {
+    pub fn smem_bytes(&self, op: Op, dtype: DType) -> u32 {
         let ring = self.stages * self.block_k * (self.block_m + self.block_n) * dtype.bytes();
         let strip = 16 * self.store_cols * output_bytes(op, dtype);
         let staging = match op {
@@ -104,7 +104,8 @@ impl WgmmaGemmConfig {
         };
         let exchange = match self.cluster_k {
             0 | 1 => 0,
-            parts => (parts - 1) * self.block_m * self.block_n * 4 + 16,
+            // Of a warpgroup's rows, a barrier for its sums and one for each warpgroup that hands over.
+            parts => (parts - 1) * self.block_m.min(64) * self.block_n * 4 + 8 * (1 + self.consumers),
         };
         ring + staging + exchange + 16 * self.stages
     }
@@ -213,9 +214,18 @@ impl WgmmaGemmConfig {
             format!("1 consumer in {}", problem.op)
         })?;
         ensure(
-            cluster_k == 1 || (matches!(cluster_k, 2 | 4) && consumers == 1 && cluster_m * cluster_n == 1),
-            "two or four split the sums of few tokens",
+            cluster_k == 1 || (matches!(cluster_k, 2 | 4) && cluster_m * cluster_n == 1 && consumers <= cluster_k),
+            "two or four split the sums of a tile",
             || format!("cluster {cluster_m}x{cluster_n}x{cluster_k} with {consumers} consumers"),
+        )?;
+        ensure(
+            cluster_k == 1
+                || (self.schedule == Schedule::Cooperative
+                    && block_m <= 64 * consumers
+                    && problem.op != Op::Dgated
+                    && !is_split(problem.dtype)),
+            "sums that are split are of one 64-row block a warpgroup, of the plain products in 16 bits",
+            || format!("{} {block_m} rows of {consumers} consumers, {}", self.schedule, problem.op),
         )?;
         ensure(
             block_n.is_multiple_of(store_cols)
@@ -289,6 +299,41 @@ impl WgmmaGemmConfig {
     }
 }
 
+/// Numbers of a weight's gradient beyond which tiles of 128 x 128 are more than two a multiprocessor.
+const FEW_NUMBERS: u64 = 2 * MULTIPROCESSORS as u64 * 128 * 128;
+
+/// block_n, cluster_k of the tiles for an output of few: both warpgroups on one, and two CTAs on its sums. No four: clusters of four
+/// leave multiprocessors idle.
+const LONE_TILES: [(u32, u32); 5] = [(128, 1), (192, 1), (64, 2), (128, 2), (192, 2)];
+
+fn lone_tile(problem: &Problem, (block_n, cluster_k): (u32, u32)) -> WgmmaGemmConfig {
+    let (op, dtype) = (problem.op, problem.dtype);
+    let lone = tile(op, dtype, (Schedule::Cooperative, 128, block_n, 2), 1);
+    WgmmaGemmConfig { cluster_k, ..lone }.with_most_stages(op, dtype, 8)
+}
+
+/// Whether a problem of these sizes can have few; at some M, where M is a size of the output.
+fn may_be_few(problem: &Problem) -> bool {
+    let numbers = |it: Product| (u64::from(it.rows) * u64::from(it.cols)).saturating_mul(it.outputs().into());
+    (problem.product().map_or(0, numbers) <= FEW_NUMBERS || !problem.sums_over_m())
+        && problem.op != Op::Dgated
+        && !is_split(problem.dtype)
+}
+
+/// What fills the multiprocessors best, of as many tiles of 128 x 128 (docs/kernels/wgmma_gemm.md).
+fn default_of_few(problem: &Problem) -> Option<WgmmaGemmConfig> {
+    const PAIRS: u64 = MULTIPROCESSORS as u64 / 2;
+    let product = problem.product().filter(|_| may_be_few(problem))?;
+    let tiles = u64::from(product.rows.div_ceil(128)) * u64::from(product.cols.div_ceil(128));
+    let shape = match tiles * u64::from(product.outputs()) {
+        0..=32 => (64, 2),
+        it if it <= PAIRS => (128, 2),
+        it if it <= 2 * PAIRS => (128, 1),
+        _ => return None,
+    };
+    Some(lone_tile(problem, shape))
+}
+
 /// Columns of the tiles for few tokens. Which share the output out evenly depends on K, hence so many.
 const STREAM_COLUMNS: [u32; 7] = [32, 48, 64, 80, 96, 112, 128];
 
@@ -348,16 +393,14 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaGemmConfig> 
     let (op, dtype) = (problem.op, problem.dtype);
     let shapes = if is_split(dtype) { SPLIT_TILES } else { TILES };
     let tiles = shapes.into_iter().flat_map(move |shape| tiles(op, dtype, shape)).flat_map(|tile| {
-        [(2, 1), (1, 2), (1, 1)].into_iter().flat_map(move |(cluster_m, cluster_n)| {
-            ORDERS.into_iter().map(move |(raster, raster_group)| WgmmaGemmConfig {
-                cluster_m,
-                cluster_n,
-                raster,
-                raster_group,
-                ..tile
-            })
-        })
+        [(2, 1), (1, 2), (1, 1)].map(|(cluster_m, cluster_n)| WgmmaGemmConfig { cluster_m, cluster_n, ..tile })
     });
+    let problem = *problem;
+    let lone =
+        LONE_TILES.into_iter().filter(move |_| may_be_few(&problem)).map(move |shape| lone_tile(&problem, shape));
+    let tiles = tiles
+        .chain(lone)
+        .flat_map(|tile| ORDERS.map(|(raster, raster_group)| WgmmaGemmConfig { raster, raster_group, ..tile }));
     let streams = stream_tiles(op.has_static_weights());
     tiles.chain(streams.filter(move |_| op.is_down() && !is_split(dtype)))
 }
@@ -380,7 +423,7 @@ pub(super) fn defaults(problem: &Problem) -> Vec<WgmmaGemmConfig> {
         _ => None,
     };
     let stream = few.filter(|_| op.is_down() && !is_split(dtype)).map(|block_m| stream_tile(block_m, 64, (1, 2), 1));
-    stream.into_iter().chain(shapes.into_iter().filter_map(pair)).collect()
+    stream.into_iter().chain(default_of_few(problem)).chain(shapes.into_iter().filter_map(pair)).collect()
 }
 
 impl fmt::Display for WgmmaGemmConfig {

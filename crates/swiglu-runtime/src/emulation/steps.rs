@@ -347,6 +347,25 @@ fn the_down_projection_of_few_tokens_matches_the_oracle() {
     check_all(&cases, arch);
 }
 
+/// In every op and order: sums that two CTAs share out evenly, and not, of more tiles than pairs.
+#[test]
+fn sums_that_two_ctas_share_out_match_the_oracle() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    let mut rng = SmallRng::seed_from_u64(17);
+    let mut cases: Vec<(Problem, Config)> = Vec::new();
+    for (index, op) in Op::PRODUCTS.into_iter().filter(|op| *op != Op::Dgated).enumerate() {
+        for (order, major) in WeightMajor::ALL.into_iter().enumerate() {
+            let dtype = [DType::F16, DType::Bf16][(index + order) % 2];
+            let problem = Problem::forward(dtype, major, 300, 400, 264).with_op(op);
+            let mut all = candidates(&problem, Target::Gpu(arch));
+            all.retain(|it| matches!(it, Config::WgmmaGemm(gemm) if gemm.consumers == 2 && gemm.cluster_k == 2));
+            cases.extend(all.sample(&mut rng, 1).map(|config| (problem, *config)));
+        }
+    }
+    assert_eq!(cases.len(), 2 * (Op::PRODUCTS.len() - 1));
+    check_all(&cases, arch);
+}
+
 /// Contiguous columns of the right operand whose number 64 does not divide, shared by a pair and not.
 #[test]
 fn columns_in_boxes_of_32_match_the_oracle() {

@@ -278,6 +278,45 @@ fn the_down_projection_of_few_tokens_matches_the_oracle_and_repeats_its_bits() {
     }
 }
 
+/// Both warpgroups on one tile and two CTAs on its sums: of 64 columns, so that there are more tiles than pairs, and of others; 9 and
+/// 17 steps, and 18, which share out evenly.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn tiles_for_an_output_of_few_match_the_oracle_and_repeat_their_bits() {
+    let gpu = gpu();
+    let arch = gpu.runtime.gpu().arch;
+    let mut rng = SmallRng::seed_from_u64(22);
+    for (index, op) in Op::PRODUCTS.into_iter().filter(|op| *op != Op::Dgated).enumerate() {
+        let major = WeightMajor::ALL[index % 2];
+        let (m, n, k) = if op == Op::DownInputGrad { (1060, 1032, 520) } else { (1060, 520, 1032) };
+        let problem = Problem::forward(DType::Bf16, major, m, n, k).with_op(op);
+        let mut two = candidates(&problem, Target::Gpu(arch));
+        two.retain(|config| matches!(config, Config::WgmmaGemm(gemm) if gemm.consumers == 2 && gemm.cluster_k == 2));
+        let case = Case::<bf16>::new(problem, 0, 2);
+        let references = case.references();
+        let (narrow, wide_ones): (Vec<Config>, Vec<Config>) =
+            two.into_iter().partition(|config| matches!(config, Config::WgmmaGemm(gemm) if gemm.block_n == 64));
+        for config in narrow.sample(&mut rng, 1).chain(wide_ones.sample(&mut rng, 2)) {
+            let plan = gpu.runtime.prepare_step_config(&problem, *config).unwrap();
+            let run = || {
+                let outputs = if op.accumulates() {
+                    wide(case.run::<f32>(&gpu, &plan, false).unwrap())
+                } else {
+                    wide(case.run::<bf16>(&gpu, &plan, false).unwrap())
+                };
+                let written = outputs.into_iter().flatten().zip(&references);
+                written.map(|(output, reference)| output[..reference.len()].to_vec()).collect::<Vec<_>>()
+            };
+            let outputs = run();
+            for (output, reference) in outputs.iter().zip(&references) {
+                let error = oracle::relative_error(output.iter().copied(), reference.iter().copied());
+                assert!(error <= DType::Bf16.tolerance(), "{problem:?} {config}: error {error:.2e}");
+            }
+            assert_eq!(outputs, run(), "{problem:?} {config}: other bits");
+        }
+    }
+}
+
 /// Each launch reads what the one ahead of it stores, begins before that has ended, and writes what the one before read.
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
