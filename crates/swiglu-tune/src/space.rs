@@ -127,10 +127,10 @@ mod tests {
         let chip = Chip::of_class("sm_90a-sm132-l2_60m-smem227k-bus6016-mem3201mhz");
         let problem = Problem::forward(DType::Bf16, WeightMajor::K, 512, 8192, 2048).with_op(Op::InputGrad);
         let all = candidates(&problem, Target::Gpu(arch::by_name("sm_90a").unwrap()));
-        let find = |block_n: u32| {
+        let find = |schedule: Schedule, block_n: u32| {
             let is_it = |config: &&Config| match config {
                 Config::WgmmaGemm(it) => {
-                    (it.schedule, it.block_m, it.block_n, it.cluster_k) == (Schedule::Cooperative, 128, block_n, 1)
+                    (it.schedule, it.block_m, it.block_n, it.cluster_k) == (schedule, 128, block_n, 1)
                 }
                 _ => false,
             };
@@ -138,9 +138,9 @@ mod tests {
         };
         let library = all.iter().find(|config| config.family() == Family::Cublaslt).unwrap();
         // 64 tiles, and 128 at twice as many tokens: the same time. Of half the width they fill the device already.
-        let over_library = |us: f64, block_n: u32| ratio(chip.as_ref(), &problem, (us, find(block_n)), (53.8, library));
-        assert!((over_library(94.4, 128) - 94.4 / 107.6).abs() < 1e-9);
-        assert!((over_library(75.4, 64) - 75.4 / 53.8).abs() < 1e-9);
+        let over_library = |us: f64, config| ratio(chip.as_ref(), &problem, (us, config), (53.8, library));
+        assert!((over_library(94.4, find(Schedule::Cooperative, 128)) - 94.4 / 107.6).abs() < 1e-9);
+        assert!((over_library(70.7, find(Schedule::Pingpong, 64)) - 70.7 / 53.8).abs() < 1e-9);
     }
 
     #[test]
