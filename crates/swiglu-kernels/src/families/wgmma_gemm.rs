@@ -220,10 +220,7 @@ impl WgmmaGemmConfig {
         )?;
         ensure(
             cluster_k == 1
-                || (self.schedule == Schedule::Cooperative
-                    && block_m <= 64 * consumers
-                    && problem.op != Op::Dgated
-                    && !is_split(problem.dtype)),
+                || (self.schedule == Schedule::Cooperative && block_m <= 64 * consumers && is_plain_product(problem)),
             "sums that are split are of one 64-row block a warpgroup, of the plain products in 16 bits",
             || format!("{} {block_m} rows of {consumers} consumers, {}", self.schedule, problem.op),
         )?;
@@ -241,6 +238,11 @@ impl WgmmaGemmConfig {
         check_blocks_per_sm((blocks_per_sm, fill), consumers, self.smem_bytes(problem.op, problem.dtype), arch)?;
         check_block(&self.launch_shape(problem), problem, arch)
     }
+}
+
+/// Whether nothing comes between the sums, in 16 bits, and what is stored.
+fn is_plain_product(problem: &Problem) -> bool {
+    problem.op != Op::Dgated && !is_split(problem.dtype)
 }
 
 /// Bytes of an output's element: sums that are added to are fp32.
@@ -315,9 +317,7 @@ fn lone_tile(problem: &Problem, (block_n, cluster_k): (u32, u32)) -> WgmmaGemmCo
 /// Whether a problem of these sizes can have few; at some M, where M is a size of the output.
 fn may_be_few(problem: &Problem) -> bool {
     let numbers = |it: Product| (u64::from(it.rows) * u64::from(it.cols)).saturating_mul(it.outputs().into());
-    (problem.product().map_or(0, numbers) <= FEW_NUMBERS || !problem.sums_over_m())
-        && problem.op != Op::Dgated
-        && !is_split(problem.dtype)
+    (problem.product().map_or(0, numbers) <= FEW_NUMBERS || !problem.sums_over_m()) && is_plain_product(problem)
 }
 
 /// What fills the multiprocessors best, of as many tiles of 128 x 128 (docs/kernels/wgmma_gemm.md).

@@ -129,6 +129,38 @@ impl<T: Element + DeviceRepr> Case<T> {
         Ok(outputs.iter().enumerate().map(read).collect())
     }
 
+    /// The outputs in float64, of a case without gaps.
+    fn run_wide(&self, gpu: &Gpu, plan: &StepPlan) -> Vec<Option<Vec<f64>>> {
+        let mut outputs = if self.problem.op.accumulates() {
+            wide(self.run::<f32>(gpu, plan, false).unwrap())
+        } else {
+            wide(self.run::<T>(gpu, plan, false).unwrap())
+        };
+        let (rows, cols) = self.problem.output();
+        outputs.iter_mut().flatten().for_each(|output| output.truncate(rows as usize * cols as usize));
+        outputs
+    }
+
+    /// Runs `config` and holds what it wrote to `references`.
+    fn check_config(&self, gpu: &Gpu, config: &Config, references: &[Vec<f64>]) -> (StepPlan, Vec<Option<Vec<f64>>>) {
+        let plan = gpu.runtime.prepare_step_config(&self.problem, *config).unwrap();
+        let outputs = self.run_wide(gpu, &plan);
+        for (index, (output, reference)) in outputs.iter().zip(references).enumerate() {
+            let Some(output) = output else { continue };
+            let what = format!("{:?} {config}: output {index}", self.problem);
+            assert_eq!(output.len(), reference.len(), "{what}");
+            let error = oracle::relative_error(output.iter().copied(), reference.iter().copied());
+            assert!(error <= self.problem.dtype.tolerance(), "{what} has error {error:.2e}");
+        }
+        (plan, outputs)
+    }
+
+    /// The same twice: the same bits.
+    fn check_config_twice(&self, gpu: &Gpu, config: &Config, references: &[Vec<f64>]) {
+        let (plan, outputs) = self.check_config(gpu, config, references);
+        assert_eq!(outputs, self.run_wide(gpu, &plan), "{:?} {config}: other bits", self.problem);
+    }
+
     fn check(&self, gpu: &Gpu, plan: &StepPlan, what: &str) {
         if self.problem.op.accumulates() {
             self.check_as::<f32>(gpu, plan, what)
@@ -231,21 +263,7 @@ fn a_seeded_sample_of_every_steps_space_matches_the_oracle() {
                 let case = Case::<T>::new(problem, 0, 4);
                 let references = case.references();
                 for config in chosen {
-                    let plan = gpu.runtime.prepare_step_config(&problem, config).unwrap();
-                    let outputs = if op.accumulates() {
-                        wide(case.run::<f32>(&gpu, &plan, false).unwrap())
-                    } else {
-                        wide(case.run::<T>(&gpu, &plan, false).unwrap())
-                    };
-                    for (index, (output, reference)) in outputs.iter().zip(&references).enumerate() {
-                        let Some(output) = output else { continue };
-                        let inside = output[..reference.len()].iter().copied();
-                        let error = oracle::relative_error(inside, reference.iter().copied());
-                        assert!(
-                            error <= dtype.tolerance(),
-                            "{problem:?} {config}: output {index} has error {error:.2e}"
-                        );
-                    }
+                    case.check_config(&gpu, &config, &references);
                 }
             }
         }
@@ -264,15 +282,9 @@ fn the_down_projection_of_few_tokens_matches_the_oracle_and_repeats_its_bits() {
             let problem = Problem::forward(DType::Bf16, major, m, n, k).with_op(Op::Down);
             let few = few_token_tiles(&problem, arch);
             let case = Case::<bf16>::new(problem, 0, 2);
-            let [reference] = &case.references()[..] else { panic!("one output") };
+            let references = case.references();
             for config in few.sample(&mut rng, 24) {
-                let plan = gpu.runtime.prepare_step_config(&problem, *config).unwrap();
-                let run = || wide(case.run::<bf16>(&gpu, &plan, false).unwrap()).remove(0).unwrap();
-                let output = run();
-                let error =
-                    oracle::relative_error(output[..reference.len()].iter().copied(), reference.iter().copied());
-                assert!(error <= DType::Bf16.tolerance(), "{problem:?} {config}: error {error:.2e}");
-                assert_eq!(output[..reference.len()], run()[..reference.len()], "{problem:?} {config}: other bits");
+                case.check_config_twice(&gpu, config, &references);
             }
         }
     }
@@ -297,22 +309,7 @@ fn tiles_for_an_output_of_few_match_the_oracle_and_repeat_their_bits() {
         let (narrow, wide_ones): (Vec<Config>, Vec<Config>) =
             two.into_iter().partition(|config| matches!(config, Config::WgmmaGemm(gemm) if gemm.block_n == 64));
         for config in narrow.sample(&mut rng, 1).chain(wide_ones.sample(&mut rng, 2)) {
-            let plan = gpu.runtime.prepare_step_config(&problem, *config).unwrap();
-            let run = || {
-                let outputs = if op.accumulates() {
-                    wide(case.run::<f32>(&gpu, &plan, false).unwrap())
-                } else {
-                    wide(case.run::<bf16>(&gpu, &plan, false).unwrap())
-                };
-                let written = outputs.into_iter().flatten().zip(&references);
-                written.map(|(output, reference)| output[..reference.len()].to_vec()).collect::<Vec<_>>()
-            };
-            let outputs = run();
-            for (output, reference) in outputs.iter().zip(&references) {
-                let error = oracle::relative_error(output.iter().copied(), reference.iter().copied());
-                assert!(error <= DType::Bf16.tolerance(), "{problem:?} {config}: error {error:.2e}");
-            }
-            assert_eq!(outputs, run(), "{problem:?} {config}: other bits");
+            case.check_config_twice(&gpu, config, &references);
         }
     }
 }
