@@ -16,8 +16,9 @@ struct Params {
     i64 saved_gate_stride;
     i64 saved_up_stride;
     int m, n, k;
-    int raster_along_n;     // 0: blocks walk down M first; 1: along N first
-    int raster_group;       // tiles walked before stepping in the other direction
+    int raster_along_n;     // 0: bands of tiles are walked along M; 1: along N
+    int raster_group;       // tiles across a band
+    u16 are_weights_passing, is_z_passing;  // wgmma_tma: L2 need not keep them
     const float* x_scale;   // e4m3 x: [m], or one for all rows
     const void* gate_scale; // e4m3 weights: float [n], or one for all columns; int4: [ceil(k / 128), n], numbers like x
     const void* up_scale;   // like gate_scale

@@ -13,8 +13,8 @@ struct StepParams {
     MatrixRef out[3];    // [rows, cols]; of dgated and gate_backward: dgate, dup, and z, which may be null
     const void* bias;    // [cols], or null
     int rows, cols, depth;  // of one half where halves are paired
-    int raster_along_n;     // 0: blocks walk down the rows first; 1: along the columns first
-    int raster_group;       // tiles walked before stepping in the other direction
+    int raster_along_n;     // 0: bands of tiles are walked along the rows; 1: along the columns
+    int raster_group;       // tiles across a band
 };
 
 enum class Step {

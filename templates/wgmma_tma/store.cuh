@@ -42,10 +42,10 @@ __device__ __forceinline__ void store_floats(const Value& value, int first, u32 
 }
 
 // Stores kStoreCols columns (from `first`, a compile-time constant after unrolling) of one warp's 16 rows;
-// value(i) is what the thread's accumulator i has become.
-template <typename Value>
+// value(i) is what the thread's accumulator i has become; a policy says how it leaves L2.
+template <typename Value, typename... Policy>
 __device__ __forceinline__ void store_strip(const Value& value, int first, const TensorMap* map, u32 staging, int& buffer,
-                                            int row, int column, int lane) {
+                                            int row, int column, int lane, const Policy&... policy) {
     if (lane == 0) tma_store_wait_read<kStoreBuffers - 1>();
     __syncwarp();
     const u32 target = staging + buffer * kStoreBytes;
@@ -54,7 +54,7 @@ __device__ __forceinline__ void store_strip(const Value& value, int first, const
     fence_async_shared();
     __syncwarp();
     if (lane == 0) {
-        tma_store(map, target, column + first, row);
+        tma_store(map, target, column + first, row, policy...);
         tma_store_commit();
     }
     buffer = buffer + 1 == kStoreBuffers ? 0 : buffer + 1;

@@ -15,8 +15,8 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
-use swiglu_kernels::Problem;
 use swiglu_kernels::families::Target;
+use swiglu_kernels::{Op, Problem};
 
 /// How near a record is to the problem asked, best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -221,19 +221,24 @@ impl TuningTable {
 
     /// The nearest record whose config `target` can run `problem` with.
     pub fn lookup(&self, device_class: &str, problem: &Problem, target: Target) -> Lookup {
+        self.lookup_for(problem.op, device_class, problem, target)
+    }
+
+    /// As [`TuningTable::lookup`], for `op`, which `problem`'s op stands in for: the config is legal for `op`.
+    fn lookup_for(&self, op: Op, device_class: &str, problem: &Problem, target: Target) -> Lookup {
         let asked = TuningKey { device_class: device_class.into(), problem: *problem };
         // Ever wider; most questions are answered by the few entries of one (N, K).
         let prefixes = [asked.shape_prefix(), asked.kind_prefix(), arch_of(device_class).into()];
         let nearest = prefixes.iter().find_map(|prefix| {
-            self.nearest_first(prefix, &asked)
-                .iter()
-                .find_map(|candidate| Some((candidate.legal_record(problem, target)?, candidate.rank.matched)))
+            self.nearest_first(prefix, &asked).iter().find_map(|candidate| {
+                Some((candidate.legal_record(&problem.with_op(op), target)?, candidate.rank.matched))
+            })
         });
         match nearest {
             Some((record, matched)) => Lookup { record: Some(record), matched },
             None => match problem.op.stand_in() {
-                Some(op) => {
-                    let plain = self.lookup(device_class, &problem.with_op(op), target);
+                Some(plain) => {
+                    let plain = self.lookup_for(op, device_class, &problem.with_op(plain), target);
                     let matched = if plain.record.is_some() { Match::OtherOp } else { Match::Untuned };
                     Lookup { matched, ..plain }
                 }
@@ -244,22 +249,27 @@ impl TuningTable {
 
     /// How [`TuningTable::lookup`] comes to its answer, rung by rung, and what came second.
     pub fn explain(&self, device_class: &str, problem: &Problem, target: Target) -> Explanation {
+        self.explain_for(problem.op, device_class, problem, target)
+    }
+
+    fn explain_for(&self, op: Op, device_class: &str, problem: &Problem, target: Target) -> Explanation {
+        let wanted = problem.with_op(op);
         let asked = TuningKey { device_class: device_class.into(), problem: *problem };
         let candidates = self.nearest_first(arch_of(device_class), &asked);
         let mut rungs = Vec::new();
         for matched in [Match::Exact, Match::NearestM, Match::NearestShape, Match::SameArch] {
             for &(layer, _) in &self.layers {
                 let here = candidates.iter().filter(|entry| entry.rank.matched == matched && entry.layer == layer);
-                rungs.push(rung(matched, layer, here, problem, target));
+                rungs.push(rung(matched, layer, here, &wanted, target));
             }
         }
         let answers = candidates.iter().filter_map(|entry| {
-            let record = entry.legal_record(problem, target)?;
+            let record = entry.legal_record(&wanted, target)?;
             Some(Answer { matched: entry.rank.matched, layer: entry.layer, record })
         });
         let mut answers: Vec<Answer> = answers.take(2).collect();
-        if let Some(op) = problem.op.stand_in() {
-            let plain = self.explain(device_class, &problem.with_op(op), target);
+        if let Some(plain) = problem.op.stand_in() {
+            let plain = self.explain_for(op, device_class, &problem.with_op(plain), target);
             rungs.extend(self.layers.iter().map(|(layer, _)| other_op(*layer, &plain.rungs)));
             let answer = |answer| Answer { matched: Match::OtherOp, ..answer };
             answers.extend(plain.serving.into_iter().chain(plain.second).map(answer));
@@ -271,20 +281,25 @@ impl TuningTable {
 
     /// The tuned M of the (N, K) of `problem`, ascending; without any, those of the nearest (N, K) that
     /// has legal configs. Each config is legal for `problem` at that M. The M of `problem` is not used.
-    /// The answers of [`stand_in`](swiglu_kernels::Op::stand_in) serve at the M where the op itself was not tuned for the (N, K).
+    /// The answers of [`stand_in`](swiglu_kernels::Op::stand_in) serve at the M where the op itself was not tuned for the (N, K), and
+    /// their configs are legal for it.
     pub fn anchors(&self, device_class: &str, problem: &Problem, target: Target) -> Vec<(u32, Record, Match)> {
+        self.anchors_for(problem.op, device_class, problem, target)
+    }
+
+    fn anchors_for(&self, op: Op, device_class: &str, problem: &Problem, target: Target) -> Vec<(u32, Record, Match)> {
         let asked = TuningKey { device_class: device_class.into(), problem: *problem };
         let prefixes = [asked.kind_prefix(), arch_of(device_class).into()];
         let found = prefixes
             .iter()
-            .map(|prefix| self.anchors_under(prefix, &asked, target))
+            .map(|prefix| self.anchors_under(op, prefix, &asked, target))
             .find(|anchors| !anchors.is_empty());
         let own = found.unwrap_or_default();
         let of_shape = |anchors: &[(u32, Record, Match)]| {
             anchors.iter().any(|(_, _, matched)| matches!(matched, Match::Exact | Match::NearestM | Match::OtherOp))
         };
-        let Some(op) = problem.op.stand_in() else { return own };
-        let plain = self.anchors(device_class, &problem.with_op(op), target);
+        let Some(plain) = problem.op.stand_in() else { return own };
+        let plain = self.anchors_for(op, device_class, &problem.with_op(plain), target);
         if !own.is_empty() && !of_shape(&plain) {
             return own;
         }
@@ -296,7 +311,7 @@ impl TuningTable {
         all.into_iter().map(|(m, (record, matched))| (m, record, matched)).collect()
     }
 
-    fn anchors_under(&self, prefix: &str, asked: &TuningKey, target: Target) -> Vec<(u32, Record, Match)> {
+    fn anchors_under(&self, op: Op, prefix: &str, asked: &TuningKey, target: Target) -> Vec<(u32, Record, Match)> {
         let mut anchors = BTreeMap::new();
         let mut shape = None;
         for candidate in self.nearest_first(prefix, asked) {
@@ -305,7 +320,7 @@ impl TuningTable {
             if anchors.contains_key(&m) || shape.as_ref().is_some_and(|shape| *shape != this_shape) {
                 continue;
             }
-            if let Some(record) = candidate.legal_record(&asked.problem.with_m(m), target) {
+            if let Some(record) = candidate.legal_record(&asked.problem.with_op(op).with_m(m), target) {
                 shape = Some(this_shape);
                 anchors.insert(m, (record, candidate.rank.at_its_own_m()));
             }

@@ -160,20 +160,23 @@ pub enum Config {
     Cpu(CpuConfig),
 }
 
-/// In which direction consecutive blocks walk over the tiles of the output.
+/// How consecutive blocks (or clusters of them) walk over the tiles of the output: in bands, across a band first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Raster {
-    /// Down `raster_group` tiles of M, then one tile along N.
+    /// Bands of `raster_group` tiles of N, walked along M.
     AlongM,
-    /// Along `raster_group` tiles of N, then one tile down M.
+    /// Bands of `raster_group` tiles of M, walked along N.
     AlongN,
+    /// Of `wgmma_tma`: bands of as many tiles of M as have `raster_group` MiB of x, walked along N. These rows stay in L2; the
+    /// weights and z pass, and are the first to leave it ([`wgmma_tma::passing`]).
+    Resident,
 }
 
-names!(Raster, "raster order", Raster::AlongM => "along_m", Raster::AlongN => "along_n");
+names!(Raster, "raster order", Raster::AlongM => "along_m", Raster::AlongN => "along_n", Raster::Resident => "resident");
 
 /// The raster orders candidates are drawn from: direction and group.
-pub(crate) const RASTERS: [(Raster, u32); 2] = [(Raster::AlongM, 8), (Raster::AlongN, 8)];
+pub(crate) const RASTERS: [(Raster, u32); 2] = [(Raster::AlongN, 8), (Raster::AlongM, 8)];
 
 /// Why a config cannot run a problem on a target. A rejection is data, not a failure.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -207,7 +210,7 @@ pub struct LaunchShape {
     pub smem_bytes: u32,
     /// Walk over the tiles.
     pub raster: Raster,
-    /// Tiles walked in that direction before stepping in the other.
+    /// Tiles (or clusters) across a band, of [`Raster::Resident`] too.
     pub raster_group: u32,
     /// Bytes of the widest access to global memory.
     pub access_bytes: u32,
@@ -252,7 +255,7 @@ impl Config {
         ensure(problem.op.is_forward() || !problem.dtype.is_scaled(), "scaled formats are the forward's", || {
             format!("{} in {}", problem.op, problem.dtype)
         })?;
-        match (self, target) {
+        let checked = match (self, target) {
             (Self::Simt(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::MmaDirect(config), Target::Gpu(arch)) => config.check(problem, arch),
             (Self::WeightOnlyTma(config), Target::Gpu(arch)) => config.check(problem, arch),
@@ -272,7 +275,14 @@ impl Config {
             (Self::Cpu(_), Target::Gpu(_)) => {
                 ensure(false, "the family runs on this kind of device", || "`cpu` runs on the CPU".into())
             }
-        }
+        };
+        checked?;
+        let raster = self.launch_shape(problem).map(|shape| shape.raster);
+        ensure(
+            raster != Some(Raster::Resident) || family == Family::WgmmaTma,
+            "wgmma_tma alone walks `resident`",
+            || format!("{family}"),
+        )
     }
 
     /// How the kernel is launched; `None` for the CPU, and for a library that decides itself.
@@ -283,7 +293,7 @@ impl Config {
             Self::WeightOnlyTma(config) => Some(config.launch_shape(problem)),
             Self::MmaSync(config) => Some(config.launch_shape(problem.dtype)),
             Self::WgmmaStream(config) => Some(config.launch_shape()),
-            Self::WgmmaTma(config) => Some(config.launch_shape(problem.dtype)),
+            Self::WgmmaTma(config) => Some(config.launch_shape(problem)),
             Self::Elementwise(config) => Some(config.launch_shape(problem)),
             Self::ColumnSum(config) => Some(config.launch_shape(problem.dtype)),
             Self::SimtGemm(config) => Some(config.launch_shape()),

@@ -6,7 +6,7 @@ use swiglu_kernels::arch::{self, ARCHES};
 use swiglu_kernels::families::{
     self, ColumnSumConfig, CublasltConfig, ElementwiseConfig, Family, MmaDirectConfig, MmaGemmConfig, MmaSyncConfig,
     Raster, Schedule, SimtConfig, SimtGemmConfig, Staging, Target, WeightOnlyTmaConfig, WgmmaGemmConfig,
-    WgmmaStreamConfig, WgmmaTmaConfig,
+    WgmmaStreamConfig, WgmmaTmaConfig, wgmma_tma,
 };
 use swiglu_kernels::{Config, DType, Format, Op, Problem, WeightMajor, render};
 
@@ -148,6 +148,35 @@ fn the_tiles_for_an_output_of_few_depend_on_n_and_k_only() {
 }
 
 #[test]
+fn some_mib_of_x_stay_in_l2_and_long_matrices_pass() {
+    let hopper = arch::by_name("sm_90a").unwrap();
+    let target = Target::Gpu(hopper);
+    let problem = |m, n, k| Problem::forward(DType::Bf16, WeightMajor::K, m, n, k);
+    let Config::WgmmaTma(tile) = families::default_config(&problem(8192, 14336, 4096), hopper).unwrap() else {
+        panic!("wgmma_tma")
+    };
+    assert_eq!((tile.raster, tile.raster_group, tile.block_m), (Raster::Resident, 16, 128));
+    for (k, cluster_m, tiles) in [(4096, 1, 16), (4096, 2, 8), (8192, 1, 8), (2048, 1, 32), (1 << 24, 1, 1)] {
+        let problem = problem(8192, 14336, k);
+        let config = Config::WgmmaTma(WgmmaTmaConfig { cluster_m, ..tile });
+        config.check(&problem, target).unwrap();
+        assert_eq!(config.launch_shape(&problem).unwrap().raster_group, tiles, "K {k}");
+    }
+    let passing = |raster, (m, n, k)| wgmma_tma::passing(&problem(1, n, k), raster, m);
+    assert_eq!(passing(Raster::Resident, (8192, 14336, 4096)), (true, true));
+    assert_eq!(passing(Raster::Resident, (512, 14336, 4096)), (true, false));
+    assert_eq!(passing(Raster::Resident, (8192, 3584, 1024)), (false, true));
+    assert_eq!(passing(Raster::AlongN, (8192, 14336, 4096)), (false, false));
+
+    let small = problem(512, 512, 512);
+    let Config::MmaSync(other) = families::default_of(Family::MmaSync, &small, hopper).unwrap() else {
+        panic!("mma_sync")
+    };
+    let other = Config::MmaSync(MmaSyncConfig { raster: Raster::Resident, ..other });
+    assert_eq!(other.check(&small, target).unwrap_err().rule, "wgmma_tma alone walks `resident`");
+}
+
+#[test]
 fn the_library_multiplies_what_it_can_and_is_never_the_default() {
     let rule = |problem: &Problem, arch: &str, algorithm| {
         let config = Config::Cublaslt(CublasltConfig { algorithm });
@@ -285,7 +314,7 @@ proptest! {
             Config::MmaDirect(MmaDirectConfig { block_m: a, block_n: b, warps: c, loads: d, fast_silu: tma }),
             Config::WeightOnlyTma(WeightOnlyTmaConfig { block_m: a, block_n: b, warps_n: c, warps_k: d, order_warps: h, stages: e, blocks_per_sm: f, prefetch: g, fast_silu: tma }),
             Config::WgmmaStream(WgmmaStreamConfig { block_m: a, block_n: b, stages: c, cluster_k: d, blocks_per_sm: e, fill: f, prefetch: g, stagger: h, fast_silu: tma }),
-            Config::WgmmaTma(WgmmaTmaConfig { block_m: a, block_n: b, block_k: c, stages: d, consumers: e, schedule: if tma { Schedule::Pingpong } else { Schedule::Cooperative }, cluster_m: f, cluster_n: g, cluster_k: 1 + f % 2, store_cols: h, store_buffers: e, blocks_per_sm: 1 + b % 2, fill: 1 + c % 2, prefetch: a, fast_silu: tma, raster: Raster::AlongM, raster_group: d }),
+            Config::WgmmaTma(WgmmaTmaConfig { block_m: a, block_n: b, block_k: c, stages: d, consumers: e, schedule: if tma { Schedule::Pingpong } else { Schedule::Cooperative }, cluster_m: f, cluster_n: g, cluster_k: 1 + f % 2, store_cols: h, store_buffers: e, blocks_per_sm: 1 + b % 2, fill: 1 + c % 2, prefetch: a, fast_silu: tma, raster: if tma { Raster::Resident } else { Raster::AlongM }, raster_group: d }),
             Config::Simt(SimtConfig { block_m: a, block_n: b, block_k: c, thread_m: d, thread_n: e, stages: f, access_bytes: g, raster: Raster::AlongN, raster_group: h }),
             Config::Elementwise(ElementwiseConfig { threads: a, rows: b, access_bytes: c }),
             Config::Cublaslt(CublasltConfig { algorithm: a }),

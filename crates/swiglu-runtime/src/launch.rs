@@ -10,7 +10,7 @@ use crate::step::{RawStep, StepParams};
 use crate::tensor_map::{self, BoxedMatrix};
 use cudarc::driver::{CudaFunction, DeviceRepr, DriverError, sys};
 use std::ffi::c_void;
-use swiglu_kernels::families::{Raster, Staging, WgmmaTmaConfig};
+use swiglu_kernels::families::{Raster, Staging, WgmmaTmaConfig, wgmma_tma};
 use swiglu_kernels::problem::{MAX_ACCESS_BYTES, alignment_of};
 use swiglu_kernels::{Config, DType, Format, Problem};
 
@@ -124,6 +124,8 @@ pub struct KernelParams {
     k: i32,
     raster_along_n: i32,
     raster_group: i32,
+    are_weights_passing: u16,
+    is_z_passing: u16,
     x_scale: u64,
     gate_scale: u64,
     up_scale: u64,
@@ -136,6 +138,7 @@ impl KernelParams {
     /// `None` when a size does not fit in 32 bits with a sign.
     pub fn new(problem: &Problem, raster: Raster, raster_group: u32, args: &RawForward) -> Option<Self> {
         let int = |value: u32| i32::try_from(value).ok();
+        let (weights_pass, z_passes) = wgmma_tma::passing(problem, raster, args.m);
         Some(Self {
             x: args.x,
             gate: args.gate,
@@ -154,8 +157,10 @@ impl KernelParams {
             m: int(args.m)?,
             n: int(problem.n)?,
             k: int(problem.k)?,
-            raster_along_n: i32::from(raster == Raster::AlongN),
+            raster_along_n: i32::from(raster != Raster::AlongM),
             raster_group: int(raster_group)?,
+            are_weights_passing: u16::from(weights_pass),
+            is_z_passing: u16::from(z_passes),
             x_scale: args.scales.x,
             gate_scale: args.scales.gate,
             up_scale: args.scales.up,

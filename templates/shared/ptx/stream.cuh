@@ -1,16 +1,21 @@
-// Reads of memory that is used once: past L1, first to leave L2 (from sm_80 on).
+// Memory that passes: used once, or not again before much else is (from sm_80 on).
 
+// How lines leave L2.
 struct StreamPolicy {
     u64 bits;
 
-    __device__ __forceinline__ StreamPolicy() {
+    // First, or like all others.
+    __device__ __forceinline__ explicit StreamPolicy(bool is_first = true) {
 #if __CUDA_ARCH__ >= 800
-        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(bits));
+        u64 first, normal;
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+        asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
+        bits = is_first ? first : normal;
 #endif
     }
 };
 
-// Sixteen bytes. Not through the read-only path: that asks for memory nobody writes while the kernel lives, and with
+// Sixteen bytes, past L1. Not through the read-only path: that asks for memory nobody writes while the kernel lives, and with
 // dependent launch it lives before its predecessor has ended.
 __device__ __forceinline__ void load_stream(u32 (&out)[4], const void* gmem, const StreamPolicy& policy) {
 #if __CUDA_ARCH__ >= 800

@@ -17,7 +17,7 @@ __device__ __forceinline__ void tma_load(u32 destination, const TensorMap* map, 
         : "memory");
 }
 
-// As tma_load, for memory that is read once: `policy` says how it leaves L2.
+// As tma_load; `policy` says how what it reads leaves L2.
 __device__ __forceinline__ void tma_load_stream(u32 destination, const TensorMap* map, u32 barrier, int inner, int outer,
                                                 const StreamPolicy& policy) {
     asm volatile(
@@ -44,9 +44,25 @@ __device__ __forceinline__ void tma_load_multicast(u32 destination, const Tensor
         : "memory");
 }
 
+// The same with a policy.
+__device__ __forceinline__ void tma_load_multicast(u32 destination, const TensorMap* map, u32 barrier, int inner,
+                                                   int outer, u16 mask, const StreamPolicy& policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+        " [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(destination),
+        "l"(map), "r"(barrier), "r"(inner), "r"(outer), "h"(mask), "l"(policy.bits)
+        : "memory");
+}
+
 __device__ __forceinline__ void tma_store(const TensorMap* map, u32 source, int inner, int outer) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
                  "r"(source), "r"(inner), "r"(outer)
+                 : "memory");
+}
+
+__device__ __forceinline__ void tma_store(const TensorMap* map, u32 source, int inner, int outer, const StreamPolicy& policy) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group.L2::cache_hint [%0, {%2, %3}], [%1], %4;" ::"l"(map),
+                 "r"(source), "r"(inner), "r"(outer), "l"(policy.bits)
                  : "memory");
 }
 

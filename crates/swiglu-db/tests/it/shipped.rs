@@ -6,7 +6,8 @@ use std::fs;
 use std::path::Path;
 use swiglu_db::record::winners;
 use swiglu_db::shipped::{self, ShippedError, TABLES};
-use swiglu_db::{Device, Record};
+use swiglu_db::snapshot::Snapshot;
+use swiglu_db::{Device, Match, Record, TuningTable};
 use swiglu_kernels::arch;
 use swiglu_kernels::families::Target;
 
@@ -46,6 +47,31 @@ fn every_shipped_table_is_compiled_in_readable_and_legal() {
     let in_dir: BTreeSet<_> = names.filter(|name| name.ends_with(".toml")).collect();
     let compiled: BTreeSet<_> = TABLES.iter().map(|(name, _)| (*name).to_owned()).collect();
     assert_eq!(in_dir, compiled, "left: files in tuning-db/, right: TABLES in shipped.rs");
+}
+
+/// Also where another op stands in at the M that were not tuned.
+#[test]
+fn what_a_plan_of_a_shipped_problem_takes_is_legal_and_its_own_wherever_it_was_tuned() {
+    for (name, text) in TABLES {
+        let records = parse(text).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let table = TuningTable::from_layers(vec![Snapshot::from_records(&records).unwrap()]);
+        for record in &records {
+            let (class, problem) = (&record.device.class, &record.problem);
+            let target = target_of(class);
+            let anchors = table.anchors(class, problem, target);
+            let own = anchors.iter().find(|(m, _, _)| *m == problem.m);
+            assert_eq!(
+                own.map(|(_, of_m, matched)| (of_m.config, *matched)),
+                Some((record.config, Match::Exact)),
+                "{}",
+                record.key()
+            );
+            for (m, of_m, _) in anchors {
+                let legal = of_m.config.check(&problem.with_m(m), target);
+                legal.unwrap_or_else(|why| panic!("{} at M {m}, {}: {why}", record.key(), of_m.config));
+            }
+        }
+    }
 }
 
 #[test]

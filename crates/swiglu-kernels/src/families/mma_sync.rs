@@ -234,7 +234,7 @@ pub(super) fn defaults(problem: &Problem) -> Vec<MmaSyncConfig> {
         warps_n: 2,
         access_bytes: problem.alignment,
         fast_silu: problem.dtype == DType::Bf16,
-        raster: Raster::AlongM,
+        raster: Raster::AlongN,
         raster_group: 8,
     };
     let base = if problem.dtype == DType::Tf32 { MmaSyncConfig { warps_m: 4, ..base } } else { base };

@@ -149,7 +149,7 @@ pub(super) fn defaults(problem: &Problem) -> [SimtConfig; 2] {
         thread_n: 4,
         stages: 2,
         access_bytes: problem.alignment,
-        raster: Raster::AlongM,
+        raster: Raster::AlongN,
         raster_group: 8,
     };
     let small = SimtConfig { block_m: 16, block_n: 32, thread_m: 2, thread_n: 2, ..base };

@@ -112,7 +112,7 @@ pub(super) fn defaults(problem: &Problem) -> [SimtGemmConfig; 3] {
         thread_m,
         thread_n,
         access_bytes: problem.alignment,
-        raster: Raster::AlongM,
+        raster: Raster::AlongN,
         raster_group: 8,
     };
     [of(TILES[3], 8), of(TILES[1], 16), of(TILES[0], 16)]

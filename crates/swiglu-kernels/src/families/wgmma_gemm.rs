@@ -3,8 +3,8 @@
 //! Design: `docs/kernels/wgmma_gemm.md`. Template: `templates/wgmma_gemm/kernel.cu.tera`.
 
 use super::wgmma_tma::{
-    ORDERS, STATIC_PREFETCH_KIB, box_cols, check_blocks_per_sm, is_split, one, smem_budget, stages_that_fit,
-    stream_prefetch, stream_prefetches,
+    STATIC_PREFETCH_KIB, box_cols, check_blocks_per_sm, is_split, one, smem_budget, stages_that_fit, stream_prefetch,
+    stream_prefetches,
 };
 use super::{LaunchShape, MULTIPROCESSORS, Raster, Rejected, Schedule, check_block, check_sizes, ensure};
 use crate::arch::ArchSpec;
@@ -52,6 +52,9 @@ pub struct WgmmaGemmConfig {
     /// Clusters walked side by side; a launch parameter.
     pub raster_group: u32,
 }
+
+/// Beside the usual orders narrow bands, which keep less of both operands in L2: long sums.
+const ORDERS: [(Raster, u32); 4] = [(Raster::AlongM, 8), (Raster::AlongN, 8), (Raster::AlongM, 4), (Raster::AlongN, 4)];
 
 /// schedule, block_m, block_n, consumers: the shapes that lead for the forward (docs/kernels/wgmma_tma.md).
 const TILES: [(Schedule, u32, u32, u32); 10] = [

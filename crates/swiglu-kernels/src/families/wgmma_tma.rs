@@ -61,8 +61,25 @@ pub struct WgmmaTmaConfig {
     pub fast_silu: bool,
     /// Walk over the tiles; a launch parameter, not a constant of the source.
     pub raster: Raster,
-    /// Clusters walked side by side; a launch parameter.
+    /// Clusters across a band, of `resident` MiB of x; a launch parameter.
     pub raster_group: u32,
+}
+
+/// MiB of x that stay in L2: more did worse in sustained races on an H200 (`docs/decisions/`, 20).
+const RESIDENT_MIB: u32 = 16;
+
+/// What a matrix of a launch in [`Raster::Resident`] has to have for L2 to be told that it passes: more would not stay anyhow. L2
+/// has 50 or 60 MB where these kernels run.
+const PASSING_BYTES: u64 = 24 << 20;
+
+/// Whether the weights, and what is stored, pass through L2 in a launch of `m` rows: they are the first to leave it.
+pub fn passing(problem: &Problem, raster: Raster, m: u32) -> (bool, bool) {
+    let is_long = |rows: u32, columns: u32, format: Format| {
+        u64::from(rows) * u64::from(columns) * u64::from(format.bytes()) > PASSING_BYTES
+    };
+    let Problem { n, k, dtype, .. } = *problem;
+    let is_resident = raster == Raster::Resident;
+    (is_resident && is_long(n, k, dtype.weights()), is_resident && is_long(m, n, dtype.output()))
 }
 
 pub(super) fn one() -> u32 {
@@ -137,10 +154,6 @@ const PROMOTED_TILES: [(Schedule, u32, u32, u32); 11] = [
     (Schedule::Cooperative, 192, 64, 3),
     (Schedule::Cooperative, 256, 48, 2),
 ];
-
-/// Beside the usual orders narrow bands, which keep less of both operands in L2: long sums.
-pub(super) const ORDERS: [(Raster, u32); 4] =
-    [(Raster::AlongM, 8), (Raster::AlongN, 8), (Raster::AlongM, 4), (Raster::AlongN, 4)];
 
 /// Shared memory that the driver takes for every block.
 pub(super) const RESERVED_BYTES: u32 = 1024;
@@ -217,16 +230,26 @@ impl WgmmaTmaConfig {
         box_cols(self.block_n)
     }
 
-    pub(super) fn launch_shape(&self, dtype: DType) -> LaunchShape {
+    pub(super) fn launch_shape(&self, problem: &Problem) -> LaunchShape {
+        let dtype = problem.dtype;
+        let rows = self.block_m * self.cluster_m;
+        let resident = || {
+            let row_bytes = u64::from(problem.k) * u64::from(dtype.x().bytes());
+            let tiles = (u64::from(self.raster_group) << 20) / (row_bytes * u64::from(rows)).max(1);
+            u32::try_from(tiles).unwrap_or(u32::MAX).clamp(1, 1 << 20)
+        };
         LaunchShape {
-            block_m: self.block_m * self.cluster_m,
+            block_m: rows,
             block_n: self.block_n * self.cluster_n,
             cluster: self.cluster_m * self.cluster_n * self.cluster_k,
             per_sm: Some(self.fill),
             threads: self.threads(),
             smem_bytes: self.smem_bytes(dtype),
             raster: self.raster,
-            raster_group: self.raster_group,
+            raster_group: match self.raster {
+                Raster::Resident => resident(),
+                Raster::AlongM | Raster::AlongN => self.raster_group,
+            },
             access_bytes: 16,
         }
     }
@@ -331,7 +354,7 @@ impl WgmmaTmaConfig {
         check_blocks_per_sm((blocks_per_sm, fill), consumers, self.smem_bytes(problem.dtype), arch)?;
         check_fast_silu(self.fast_silu, problem)?;
         ensure(stages >= 2, "at least 2 stages", || format!("{stages} stages"))?;
-        check_block(&self.launch_shape(problem.dtype), problem, arch)
+        check_block(&self.launch_shape(problem), problem, arch)
     }
 }
 
@@ -360,8 +383,8 @@ fn tile(schedule: Schedule, block_m: u32, block_n: u32, consumers: u32, dtype: D
             // Parts are written by the launch right before: there is nothing to ask for meanwhile.
             prefetch: if is_split(dtype) { 0 } else { 4 },
             fast_silu: dtype.output() == Format::Bf16,
-            raster: Raster::AlongN,
-            raster_group: 8,
+            raster: Raster::Resident,
+            raster_group: RESIDENT_MIB,
         };
         config.with_most_stages(8, dtype)
     };
@@ -424,6 +447,8 @@ fn stream_tile(
         store_cols,
         store_buffers: 1,
         blocks_per_sm,
+        raster: Raster::AlongN,
+        raster_group: 8,
         ..tile(Schedule::Cooperative, block_m, block_n, 1, dtype)
     };
     let prefetch = stream_prefetch(blocks_per_sm, config.k_tile_bytes(dtype));
@@ -463,14 +488,10 @@ pub(super) fn space(problem: &Problem) -> impl Iterator<Item = WgmmaTmaConfig> +
     let dtype = problem.dtype;
     let tiles: &'static [(Schedule, u32, u32, u32)] = if is_promoted(dtype) { &PROMOTED_TILES } else { &TILES };
     let tiles = tiles.iter().flat_map(move |&(schedule, block_m, block_n, consumers)| {
-        [(2, 1), (1, 2), (1, 1)].into_iter().flat_map(move |(cluster_m, cluster_n)| {
-            ORDERS.into_iter().map(move |(raster, raster_group)| WgmmaTmaConfig {
-                cluster_m,
-                cluster_n,
-                raster,
-                raster_group,
-                ..tile(schedule, block_m, block_n, consumers, dtype)
-            })
+        [(2, 1), (1, 2), (1, 1)].into_iter().map(move |(cluster_m, cluster_n)| WgmmaTmaConfig {
+            cluster_m,
+            cluster_n,
+            ..tile(schedule, block_m, block_n, consumers, dtype)
         })
     });
     let is_static = problem.op.has_static_weights();

@@ -46,10 +46,18 @@ inline void tma_load_multicast(u32 destination, const TensorMap* map, u32 barrie
     }
 }
 
+inline void tma_load_multicast(u32 destination, const TensorMap* map, u32 barrier, int inner, int outer, u16 mask, const StreamPolicy&) {
+    tma_load_multicast(destination, map, barrier, inner, outer, mask);
+}
+
 inline void tma_store(const TensorMap* map, u32 source, int inner, int outer) {
     for_each_in_box(*map, source, inner, outer, [](const char* staged, char* memory, int bytes) {
         if (memory) std::memcpy(memory, staged, bytes);
     });
+}
+
+inline void tma_store(const TensorMap* map, u32 source, int inner, int outer, const StreamPolicy&) {
+    tma_store(map, source, inner, outer);
 }
 
 inline void tma_reduce_add(const TensorMap* map, u32 source, int inner, int outer) {
