@@ -197,7 +197,15 @@ impl TuningDb {
     /// # Errors
     /// sled failed.
     pub fn best(&self, key: &TuningKey) -> Result<Option<Record>, DbError> {
-        Ok(record::winners(self.scan(&format!("{key}{SEPARATOR}"))?).pop())
+        Ok(record::winners(self.of_key(key)?).pop())
+    }
+
+    /// What came of every config that was tried for `key`.
+    ///
+    /// # Errors
+    /// sled failed.
+    pub fn of_key(&self, key: &TuningKey) -> Result<Vec<Record>, DbError> {
+        self.scan(&format!("{key}{SEPARATOR}"))
     }
 
     /// The best record of every key, in the order of the keys.

@@ -156,7 +156,9 @@ fn some_mib_of_x_stay_in_l2_and_long_matrices_pass() {
         panic!("wgmma_tma")
     };
     assert_eq!((tile.raster, tile.raster_group, tile.block_m), (Raster::Resident, 16, 128));
-    for (k, cluster_m, tiles) in [(4096, 1, 16), (4096, 2, 8), (8192, 1, 8), (2048, 1, 32), (1 << 24, 1, 1)] {
+    for (k, cluster_m, tiles) in
+        [(4096, 1, 16), (4096, 2, 8), (8192, 1, 8), (2048, 1, 32), (1 << 24, 1, 1), (8, 1, 256)]
+    {
         let problem = problem(8192, 14336, k);
         let config = Config::WgmmaTma(WgmmaTmaConfig { cluster_m, ..tile });
         config.check(&problem, target).unwrap();
@@ -164,7 +166,7 @@ fn some_mib_of_x_stay_in_l2_and_long_matrices_pass() {
     }
     let passing = |raster, (m, n, k)| wgmma_tma::passing(&problem(1, n, k), raster, m);
     assert_eq!(passing(Raster::Resident, (8192, 14336, 4096)), (true, true));
-    assert_eq!(passing(Raster::Resident, (512, 14336, 4096)), (true, false));
+    assert_eq!(passing(Raster::Resident, (1536, 14336, 4096)), (true, false));
     assert_eq!(passing(Raster::Resident, (8192, 3584, 1024)), (false, true));
     assert_eq!(passing(Raster::AlongN, (8192, 14336, 4096)), (false, false));
 

@@ -521,6 +521,21 @@ fn invalid() -> DriverError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use swiglu_kernels::WeightMajor;
+
+    #[test]
+    fn what_passes_through_l2_is_told_to_the_kernel_by_its_own_name() {
+        let problem = |n, k| Problem::forward(DType::Bf16, WeightMajor::K, 1, n, k);
+        let passing = |m, n, k| {
+            let args = RawForward { m, ..RawForward::default() };
+            let params = KernelParams::new(&problem(n, k), Raster::Resident, 16, &args).unwrap();
+            (params.raster_along_n, params.are_weights_passing, params.is_z_passing)
+        };
+        assert_eq!(passing(64, 14336, 4096), (1, 1, 0));
+        assert_eq!(passing(65536, 4096, 64), (1, 0, 1));
+        let plain = KernelParams::new(&problem(14336, 4096), Raster::AlongM, 8, &RawForward::default()).unwrap();
+        assert_eq!((plain.raster_along_n, plain.are_weights_passing, plain.is_z_passing), (0, 0, 0));
+    }
 
     #[test]
     fn one_odd_address_or_stride_decides_the_alignment() {

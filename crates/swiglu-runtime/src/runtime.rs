@@ -221,7 +221,12 @@ impl Runtime {
 
     /// Compiles every source once, side by side; a config of a source that fails is left out with a warning.
     fn kernels(&self, problem: &Problem, configs: &[Config]) -> Result<BTreeMap<Config, Kernel>, PrepareError> {
-        let shared = render::shared_sources(problem, configs, self.gpu.arch)?;
+        let is_legal = |config: &Config| {
+            let legal = config.check(problem, Target::Gpu(self.gpu.arch));
+            legal.inspect_err(|why| tracing::warn!(%config, %why, "a config cannot be used")).is_ok()
+        };
+        let configs: Vec<Config> = configs.iter().copied().filter(is_legal).collect();
+        let shared = render::shared_sources(problem, &configs, self.gpu.arch)?;
         let loaded: Vec<Result<Vec<Kernel>, PrepareError>> =
             shared.par_iter().map(|shared| self.load(shared, problem)).collect();
         let mut kernels = BTreeMap::new();

@@ -46,7 +46,7 @@ pub(crate) fn pick(
     let mut picked: Vec<Config> = Vec::new();
     let mut taken: BTreeSet<Config> = BTreeSet::new();
     let library = candidates.keys().copied().filter(|config| config.family() == Family::Cublaslt);
-    let first = wanted.iter().copied().chain(library).chain(nearest(problem, seeds));
+    let first = wanted.iter().copied().chain(library).chain(nearest(problem, seeds, candidates));
     for config in first.filter(|config| candidates.contains_key(config)) {
         if taken.insert(config) {
             picked.push(config);
@@ -83,8 +83,8 @@ fn by_model<'a>(
     all.into_iter().map(|(_, config, source)| (config, source))
 }
 
-/// The winners of the nearest problems of the same kind, each config once.
-fn nearest(problem: &Problem, seeds: &[Record]) -> Vec<Config> {
+/// The winners of the nearest problems of the same kind that are candidates, each config once.
+fn nearest(problem: &Problem, seeds: &[Record], candidates: &BTreeMap<Config, String>) -> Vec<Config> {
     let log2 = |size: u32| f64::from(size.max(1)).log2();
     let far = |seed: &Problem| {
         // The number of tokens decides more than the width.
@@ -96,6 +96,7 @@ fn nearest(problem: &Problem, seeds: &[Record]) -> Vec<Config> {
         let theirs = &seed.problem;
         (theirs.op.is_forward(), theirs.dtype, theirs.weight_major, theirs.alignment)
             == (problem.op.is_forward(), problem.dtype, problem.weight_major, problem.alignment)
+            && candidates.contains_key(&seed.config)
     };
     let mut near: Vec<&Record> = seeds.iter().filter(same).collect();
     near.sort_by(|a, b| far(&a.problem).total_cmp(&far(&b.problem)));

@@ -3,7 +3,7 @@
 use crate::race::Failure;
 use anyhow::Result;
 use std::collections::BTreeMap;
-use swiglu_db::{Outcome, Record, TuningDb, TuningKey};
+use swiglu_db::{Origin, Outcome, Record, TuningDb, TuningKey};
 use swiglu_kernels::families::{Target, candidates};
 use swiglu_kernels::model::Chip;
 use swiglu_kernels::{Config, Family, Problem, render};
@@ -60,6 +60,15 @@ impl Space {
         Ok(missing)
     }
 
+    /// What was measured here, and is no candidate any more: no race compares it with those that are.
+    pub(crate) fn gone(&self, db: &TuningDb, key: &TuningKey) -> Result<Vec<Config>> {
+        let is_gone = |record: &Record| {
+            let here = record.origin == Origin::Local && record.measurement().is_some();
+            here && record.config.family().has_source() && !self.candidates.contains_key(&record.config)
+        };
+        Ok(db.of_key(key)?.into_iter().filter(is_gone).map(|record| record.config).collect())
+    }
+
     /// Why a candidate is not worth a try.
     pub(crate) fn hopeless(&self, config: &Config) -> Option<Failure> {
         let ratio = self.slow.get(config)?;
@@ -104,8 +113,9 @@ fn is_pruned(record: &Record) -> bool {
 mod tests {
     use super::*;
     use crate::workload::ANCHORS;
+    use swiglu_db::shipped;
     use swiglu_kernels::Op;
-    use swiglu_kernels::families::{Schedule, default_config};
+    use swiglu_kernels::families::{Raster, Schedule, WgmmaTmaConfig, default_config};
     use swiglu_kernels::{DType, WeightMajor, arch};
 
     #[test]
@@ -119,6 +129,28 @@ mod tests {
         let all = space.candidates.len();
         let without = space.without_library();
         assert_eq!((count(&without), without.candidates.len()), (0, all - 5));
+    }
+
+    /// An order of tiles that the space no longer draws.
+    #[test]
+    fn what_left_the_space_is_gone_and_nothing_else() {
+        let (name, text) = shipped::TABLES.iter().find(|(name, _)| *name == "nvidia-h200.toml").unwrap();
+        let shipped = shipped::parse(name.as_ref(), text).unwrap().into_iter();
+        let of_tma = |record: &Record| matches!(record.config, Config::WgmmaTma(it) if it.raster == Raster::Resident);
+        let present = Record { origin: Origin::Local, ..shipped.filter(of_tma).next().unwrap() };
+        let Config::WgmmaTma(tile) = present.config else { panic!("wgmma_tma") };
+        let config = Config::WgmmaTma(WgmmaTmaConfig { raster: Raster::AlongM, raster_group: 4, ..tile });
+        let left = Record { config, ..present.clone() };
+        let elsewhere = Record {
+            config: Config::WgmmaTma(WgmmaTmaConfig { raster: Raster::AlongM, raster_group: 8, ..tile }),
+            origin: Origin::Import("other.toml".into()),
+            ..present.clone()
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let mut db = TuningDb::open(folder.path()).unwrap();
+        db.insert(&[present.clone(), left.clone(), elsewhere]).unwrap();
+        let space = Space::new(&present.problem, present.device.target().unwrap()).unwrap();
+        assert_eq!(space.gone(&db, &present.key()).unwrap(), [left.config]);
     }
 
     /// The times are an H200's.

@@ -331,6 +331,9 @@ impl<'a> Tuner<'a> {
                 None => candidates.push(*config),
             }
         }
+        for config in space.gone(self.db, &key)? {
+            out.push((config, Failure::new("gone", "no longer in the space").into()));
+        }
         let is_sound = |config: &Config| space.candidates.contains_key(config) && !space.broken.contains_key(config);
         let pinned: Vec<Config> = pinned.into_iter().filter(is_sound).collect();
         if !out.is_empty() {

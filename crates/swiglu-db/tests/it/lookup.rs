@@ -287,6 +287,25 @@ fn a_rung_says_how_many_it_passed_over_and_why() {
 }
 
 #[test]
+fn what_stands_in_is_legal_for_the_op_that_was_asked() {
+    let (name, text) = shipped::TABLES.iter().find(|(name, _)| *name == "nvidia-h200.toml").unwrap();
+    let records = shipped::parse(name.as_ref(), text).unwrap();
+    let of_saving = |record: &Record| record.problem.with_op(Op::ForwardSave);
+    let is_legal = |record: &&Record| record.config.check(&of_saving(record), target()).is_ok();
+    let mut plain = records.iter().filter(|record| record.problem.op == Op::Forward);
+    let illegal = plain.clone().find(|record| !is_legal(record)).unwrap();
+    let shape = |record: &Record| (record.problem.n, record.problem.k, record.problem.dtype);
+    let legal = plain.find(|record| shape(record) == shape(illegal) && is_legal(record)).unwrap();
+    let (asked, table) = (of_saving(illegal), table(&[&[illegal.clone(), legal.clone()]]));
+    let class = &illegal.device.class;
+    let found = table.lookup(class, &asked, target());
+    assert_eq!((found.record.as_ref(), found.matched), (Some(legal), Match::OtherOp));
+    let serving = table.explain(class, &asked, target()).serving.unwrap();
+    assert_eq!((&serving.record, serving.matched), (legal, Match::OtherOp));
+    assert_eq!(table.anchors(class, &asked, target()), [(legal.problem.m, legal.clone(), Match::OtherOp)]);
+}
+
+#[test]
 fn a_saving_op_takes_the_plain_forwards_anchors_where_it_has_none_of_its_own() {
     let plain: Vec<Record> = [1, 64, 2048].map(|m| at(m, 1024, 4096)).to_vec();
     let asked = problem(2048, 1024, 4096).with_op(Op::ForwardSave);

@@ -65,21 +65,26 @@ pub struct WgmmaTmaConfig {
     pub raster_group: u32,
 }
 
-/// MiB of x that stay in L2: more did worse in sustained races on an H200 (`docs/decisions/`, 20).
+/// MiB of x that stay in L2: of 8, 16 and 33 MB none was better at all sizes (`docs/decisions/`, 20).
 const RESIDENT_MIB: u32 = 16;
 
-/// What a matrix of a launch in [`Raster::Resident`] has to have for L2 to be told that it passes: more would not stay anyhow. L2
-/// has 50 or 60 MB where these kernels run.
-const PASSING_BYTES: u64 = 24 << 20;
+/// Tiles across a band, at most: a band's tiles are counted in 32 bits, and where rows are so short all of x stays anyhow.
+const MOST_ACROSS: u64 = 256;
+
+/// Bytes from which on gate's (or up's) matrix passes in a launch in [`Raster::Resident`]: with the other, beside x, it would not stay in an
+/// L2 of 50 or 60 MB.
+const LONG_WEIGHTS: u64 = 24 << 20;
+
+/// Bytes of z from which on it passes: what comes next finds little of more in L2.
+const LONG_Z: u64 = 48 << 20;
 
 /// Whether the weights, and what is stored, pass through L2 in a launch of `m` rows: they are the first to leave it.
 pub fn passing(problem: &Problem, raster: Raster, m: u32) -> (bool, bool) {
-    let is_long = |rows: u32, columns: u32, format: Format| {
-        u64::from(rows) * u64::from(columns) * u64::from(format.bytes()) > PASSING_BYTES
-    };
+    let bytes =
+        |rows: u32, columns: u32, format: Format| u64::from(rows) * u64::from(columns) * u64::from(format.bytes());
     let Problem { n, k, dtype, .. } = *problem;
     let is_resident = raster == Raster::Resident;
-    (is_resident && is_long(n, k, dtype.weights()), is_resident && is_long(m, n, dtype.output()))
+    (is_resident && bytes(n, k, dtype.weights()) > LONG_WEIGHTS, is_resident && bytes(m, n, dtype.output()) > LONG_Z)
 }
 
 pub(super) fn one() -> u32 {
@@ -236,7 +241,7 @@ impl WgmmaTmaConfig {
         let resident = || {
             let row_bytes = u64::from(problem.k) * u64::from(dtype.x().bytes());
             let tiles = (u64::from(self.raster_group) << 20) / (row_bytes * u64::from(rows)).max(1);
-            u32::try_from(tiles).unwrap_or(u32::MAX).clamp(1, 1 << 20)
+            tiles.clamp(1, MOST_ACROSS) as u32
         };
         LaunchShape {
             block_m: rows,
