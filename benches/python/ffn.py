@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import harness
 import torch
 import torch.nn.functional as F
+from plot import plot
 from torch import Tensor
 
 import swiglu
@@ -184,7 +185,7 @@ def main(argv: list[str]) -> None:
     harness.table(title, rows, columns | {"peak_mb": ".1f"})
     harness.print_means(rows)
     if args.plot:
-        harness.plot(rows, args.plot)
+        plot(rows, args.plot)
 
 
 if __name__ == "__main__":

@@ -242,30 +242,6 @@ def print_means(rows: list[dict]) -> None:
             print(f"{way}, {name}: geometric mean {geometric_mean(ratios):.3f} over {len(ratios)} shapes")
 
 
-def plot(rows: list[dict], path: str) -> None:
-    """Time of every provider over ours, over M: a picture for every way, K and N."""
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("--plot needs matplotlib: pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pictures = list(dict.fromkeys((row["way"], row["k"], row["n"]) for row in rows))
-    figure, all_axes = pyplot.subplots(
-        len(pictures), squeeze=False, figsize=(7, 4 * len(pictures)), layout="constrained"
-    )
-    for (way, k, n), axes in zip(pictures, all_axes[:, 0]):
-        here = [row for row in rows if (row["way"], row["k"], row["n"]) == (way, k, n)]
-        for name in dict.fromkeys(row["provider"] for row in here):
-            of = sorted((row for row in here if row["provider"] == name), key=lambda row: row["m"])
-            axes.plot([row["m"] for row in of], [row.get("ratio", 1.0) for row in of], marker="o", label=name)
-        axes.set(xscale="log", xlabel="tokens (M)", ylabel="time over ours", title=f"{way}, K = {k}, N = {n}")
-        axes.legend()
-        axes.grid(alpha=0.3)
-    figure.savefig(path, bbox_inches="tight")
-
-
 def write(args: argparse.Namespace, script: str, rows: list[dict]) -> None:
     """The raw rows with all that they depend on, to ``--out``."""
     if not args.out:

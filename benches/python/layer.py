@@ -16,6 +16,7 @@ import sys
 import harness
 import torch
 import torch.nn.functional as F
+from plot import plot
 
 import swiglu
 
@@ -89,7 +90,7 @@ def main(argv: list[str]) -> None:
     harness.print_means(rows)
     harness.write(args, "layer.py", rows)
     if args.plot:
-        harness.plot(rows, args.plot)
+        plot(rows, args.plot)
 
 
 if __name__ == "__main__":

@@ -135,9 +135,9 @@ mod tests {
     #[test]
     fn what_left_the_space_is_gone_and_nothing_else() {
         let (name, text) = shipped::TABLES.iter().find(|(name, _)| *name == "nvidia-h200.toml").unwrap();
-        let shipped = shipped::parse(name.as_ref(), text).unwrap().into_iter();
+        let mut shipped = shipped::parse(name.as_ref(), text).unwrap().into_iter();
         let of_tma = |record: &Record| matches!(record.config, Config::WgmmaTma(it) if it.raster == Raster::Resident);
-        let present = Record { origin: Origin::Local, ..shipped.filter(of_tma).next().unwrap() };
+        let present = Record { origin: Origin::Local, ..shipped.find(of_tma).unwrap() };
         let Config::WgmmaTma(tile) = present.config else { panic!("wgmma_tma") };
         let config = Config::WgmmaTma(WgmmaTmaConfig { raster: Raster::AlongM, raster_group: 4, ..tile });
         let left = Record { config, ..present.clone() };
