@@ -45,8 +45,8 @@ fn costs(criterion: &mut Criterion) {
     });
     let (table, _) = TuningTable::load(&user);
     let problem = records[1000].problem;
-    criterion.bench_function("look one problem up", |bencher| {
-        bencher.iter(|| table.lookup("sm_90a-bench", black_box(&problem), Target::Gpu(arch)));
+    criterion.bench_function("explain what serves a problem", |bencher| {
+        bencher.iter(|| table.explain("sm_90a-bench", black_box(&problem), Target::Gpu(arch)));
     });
     criterion.bench_function("find the configs of a tuned shape", |bencher| {
         bencher.iter(|| table.anchors("sm_90a-bench", black_box(&problem), Target::Gpu(arch)));

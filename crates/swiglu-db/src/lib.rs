@@ -26,7 +26,7 @@ mod verify;
 
 pub use error::{FileError, NewerSchema};
 pub use lock::{Holder, LockError};
-pub use lookup::{Answer, Explanation, Layer, Lookup, Match, Rung, TuningTable, default_dir};
+pub use lookup::{Answer, Explanation, Layer, Match, Rung, TuningTable, default_dir};
 pub use record::{Device, Environment, Measurement, Origin, Outcome, Record, TuningKey};
 pub use store::{DbError, Taken, TuningDb};
 pub use verify::{Finding, verify};

@@ -38,6 +38,13 @@ pub enum Match {
     Untuned,
 }
 
+impl Match {
+    /// Whether it was tuned for this (N, K).
+    const fn is_of_shape(self) -> bool {
+        matches!(self, Self::Exact | Self::NearestM | Self::OtherOp)
+    }
+}
+
 impl fmt::Display for Match {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
@@ -50,15 +57,6 @@ impl fmt::Display for Match {
             Self::Untuned => "untuned",
         })
     }
-}
-
-/// The answer for one problem.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Lookup {
-    /// The record, whose config is legal for the problem; `None` when untuned.
-    pub record: Option<Record>,
-    /// How near it is.
-    pub matched: Match,
 }
 
 /// Why a layer is left out.
@@ -185,7 +183,7 @@ pub struct Rung {
 pub struct Explanation {
     /// Every rung of every layer, best first.
     pub rungs: Vec<Rung>,
-    /// What [`TuningTable::lookup`] returns; `None` when untuned.
+    /// What [`TuningTable::explain`] returns; `None` when untuned.
     pub serving: Option<Answer>,
     /// What would serve in its place.
     pub second: Option<Answer>,
@@ -219,39 +217,12 @@ impl TuningTable {
         Self { layers: layers.into_iter().enumerate().map(given).collect() }
     }
 
-    /// The nearest record whose config `target` can run `problem` with.
-    pub fn lookup(&self, device_class: &str, problem: &Problem, target: Target) -> Lookup {
-        self.lookup_for(problem.op, device_class, problem, target)
-    }
-
-    /// As [`TuningTable::lookup`], for `op`, which `problem`'s op stands in for: the config is legal for `op`.
-    fn lookup_for(&self, op: Op, device_class: &str, problem: &Problem, target: Target) -> Lookup {
-        let asked = TuningKey { device_class: device_class.into(), problem: *problem };
-        // Ever wider; most questions are answered by the few entries of one (N, K).
-        let prefixes = [asked.shape_prefix(), asked.kind_prefix(), arch_of(device_class).into()];
-        let nearest = prefixes.iter().find_map(|prefix| {
-            self.nearest_first(prefix, &asked).iter().find_map(|candidate| {
-                Some((candidate.legal_record(&problem.with_op(op), target)?, candidate.rank.matched))
-            })
-        });
-        match nearest {
-            Some((record, matched)) => Lookup { record: Some(record), matched },
-            None => match problem.op.stand_in() {
-                Some(plain) => {
-                    let plain = self.lookup_for(op, device_class, &problem.with_op(plain), target);
-                    let matched = if plain.record.is_some() { Match::OtherOp } else { Match::Untuned };
-                    Lookup { matched, ..plain }
-                }
-                None => Lookup { record: None, matched: Match::Untuned },
-            },
-        }
-    }
-
-    /// How [`TuningTable::lookup`] comes to its answer, rung by rung, and what came second.
+    /// The nearest record whose config `target` can run `problem` with, what came second, and how many there were on each rung.
     pub fn explain(&self, device_class: &str, problem: &Problem, target: Target) -> Explanation {
         self.explain_for(problem.op, device_class, problem, target)
     }
 
+    /// As [`TuningTable::explain`], for `op`, which the op of `problem` stands in for: configs are legal for `op`.
     fn explain_for(&self, op: Op, device_class: &str, problem: &Problem, target: Target) -> Explanation {
         let wanted = problem.with_op(op);
         let asked = TuningKey { device_class: device_class.into(), problem: *problem };
@@ -267,14 +238,18 @@ impl TuningTable {
             let record = entry.legal_record(&wanted, target)?;
             Some(Answer { matched: entry.rank.matched, layer: entry.layer, record })
         });
-        let mut answers: Vec<Answer> = answers.take(2).collect();
+        let mut answers: Vec<(Match, Answer)> = answers.take(2).map(|answer| (answer.matched, answer)).collect();
         if let Some(plain) = problem.op.stand_in() {
             let plain = self.explain_for(op, device_class, &problem.with_op(plain), target);
             rungs.extend(self.layers.iter().map(|(layer, _)| other_op(*layer, &plain.rungs)));
-            let answer = |answer| Answer { matched: Match::OtherOp, ..answer };
-            answers.extend(plain.serving.into_iter().chain(plain.second).map(answer));
+            rungs.sort_by_key(|rung| rung.matched);
+            // Of another (N, K) it comes last, as in a plan.
+            let rank = |answer: &Answer| if answer.matched.is_of_shape() { Match::OtherOp } else { Match::Untuned };
+            let ranked = |answer| (rank(&answer), Answer { matched: Match::OtherOp, ..answer });
+            answers.extend(plain.serving.into_iter().chain(plain.second).map(ranked));
+            answers.sort_by_key(|(rank, _)| *rank);
         }
-        let mut answers = answers.into_iter();
+        let mut answers = answers.into_iter().map(|(_, answer)| answer);
         let (serving, second) = (answers.next(), answers.next());
         Explanation { rungs, serving, second }
     }
@@ -295,9 +270,7 @@ impl TuningTable {
             .map(|prefix| self.anchors_under(op, prefix, &asked, target))
             .find(|anchors| !anchors.is_empty());
         let own = found.unwrap_or_default();
-        let of_shape = |anchors: &[(u32, Record, Match)]| {
-            anchors.iter().any(|(_, _, matched)| matches!(matched, Match::Exact | Match::NearestM | Match::OtherOp))
-        };
+        let of_shape = |anchors: &[(u32, Record, Match)]| anchors.iter().any(|(_, _, matched)| matched.is_of_shape());
         let Some(plain) = problem.op.stand_in() else { return own };
         let plain = self.anchors_for(op, device_class, &problem.with_op(plain), target);
         if !own.is_empty() && !of_shape(&plain) {

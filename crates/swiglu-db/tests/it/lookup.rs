@@ -19,13 +19,19 @@ fn at(m: u32, n: u32, k: u32) -> Record {
     measured(CLASS, problem(m, n, k), 1.0)
 }
 
-/// What is found, and how near.
+/// What serves, and how near it is.
+fn serving(table: &TuningTable, class: &str, problem: &Problem, target: Target) -> (Option<Record>, Match) {
+    let answer = table.explain(class, problem, target).serving;
+    answer.map_or((None, Match::Untuned), |answer| (Some(answer.record), answer.matched))
+}
+
+/// What problem's record serves, and how near it is.
 fn find(table: &TuningTable, problem: &Problem) -> (Option<Problem>, Match) {
-    let found = table.lookup(CLASS, problem, target());
-    if let Some(record) = &found.record {
+    let (record, matched) = serving(table, CLASS, problem, target());
+    if let Some(record) = &record {
         assert_eq!(record.config.check(problem, target()), Ok(()));
     }
-    (found.record.map(|record| record.problem), found.matched)
+    (record.map(|record| record.problem), matched)
 }
 
 #[test]
@@ -112,8 +118,8 @@ fn a_smaller_alignment_serves_a_larger_one_after_its_equals() {
 #[test]
 fn an_exact_record_that_is_illegal_on_this_target_is_not_returned() {
     let sm_75 = Target::Gpu(arch::by_name("sm_75").unwrap());
-    let found = table(&[&[at(64, 1024, 4096)]]).lookup(CLASS, &problem(64, 1024, 4096), sm_75);
-    assert_eq!((found.record, found.matched), (None, Match::Untuned));
+    let table = table(&[&[at(64, 1024, 4096)]]);
+    assert_eq!(serving(&table, CLASS, &problem(64, 1024, 4096), sm_75), (None, Match::Untuned));
 }
 
 #[test]
@@ -121,9 +127,9 @@ fn the_first_layer_wins_and_a_nearer_entry_of_the_second_beats_it() {
     let user = measured(CLASS, problem(64, 1024, 4096), 5.0);
     let shipped = [at(64, 1024, 4096), at(128, 1024, 4096)];
     let table = table(&[std::slice::from_ref(&user), &shipped]);
-    assert_eq!(table.lookup(CLASS, &user.problem, target()).record, Some(user));
-    let found = table.lookup(CLASS, &problem(128, 1024, 4096), target());
-    assert_eq!((found.record, found.matched), (Some(shipped[1].clone()), Match::Exact));
+    assert_eq!(serving(&table, CLASS, &user.problem, target()).0, Some(user));
+    let found = serving(&table, CLASS, &problem(128, 1024, 4096), target());
+    assert_eq!(found, (Some(shipped[1].clone()), Match::Exact));
 }
 
 #[test]
@@ -133,10 +139,10 @@ fn cpu_records_answer_for_the_cpu() {
     let config = candidates(&problem, cpu)[0];
     let of = |config: Config| Record { config, ..measured("cpu-x-8", problem, 1.0) };
     let table = table(&[&[of(config)]]);
-    assert_eq!(table.lookup("cpu-x-8", &problem, cpu).matched, Match::Exact);
+    assert_eq!(serving(&table, "cpu-x-8", &problem, cpu).1, Match::Exact);
     let Config::Cpu(tuned) = config else { panic!("{config}") };
     assert_eq!(tuned.threads, 8);
-    assert_eq!(table.lookup("cpu-y-4", &problem, Target::Cpu { threads: 4 }).matched, Match::Untuned);
+    assert_eq!(serving(&table, "cpu-y-4", &problem, Target::Cpu { threads: 4 }).1, Match::Untuned);
 }
 
 #[test]
@@ -166,7 +172,7 @@ fn the_published_snapshot_is_the_first_layer() {
     db.publish().unwrap();
     let (table, skipped) = TuningTable::load(&[(Layer::User, dir.path().into())]);
     assert!(skipped.is_empty(), "{skipped:?}");
-    assert_eq!(table.lookup(CLASS, &series(0).problem, target()).record, Some(series(0)));
+    assert_eq!(serving(&table, CLASS, &series(0).problem, target()).0, Some(series(0)));
 }
 
 #[test]
@@ -176,7 +182,7 @@ fn a_bad_snapshot_is_left_out_with_its_reason() {
     let (table, skipped) = TuningTable::load(&[(Layer::User, dir.path().into())]);
     assert!(matches!(skipped[..], [LayerError::Snapshot(SnapshotError::Damaged { .. })]), "{skipped:?}");
     let unknown = measured("sm_70-none", problem(1, 64, 64), 1.0);
-    assert_eq!(table.lookup(&unknown.device.class, &unknown.problem, target()).matched, Match::Untuned);
+    assert_eq!(serving(&table, &unknown.device.class, &unknown.problem, target()).1, Match::Untuned);
 }
 
 #[test]
@@ -190,7 +196,7 @@ fn the_journal_answers_in_place_of_a_damaged_snapshot() {
     fs::write(&path, &text[..text.len() - 9]).unwrap();
     let (table, skipped) = TuningTable::load(&[(Layer::User, dir.path().into())]);
     assert!(matches!(skipped[..], [LayerError::Snapshot(SnapshotError::Damaged { .. })]), "{skipped:?}");
-    assert_eq!(table.lookup(CLASS, &series(1).problem, target()).record, Some(series(1)));
+    assert_eq!(serving(&table, CLASS, &series(1).problem, target()).0, Some(series(1)));
 }
 
 #[test]
@@ -246,7 +252,7 @@ fn the_default_directory_is_named_after_the_project() {
 }
 
 #[test]
-fn an_explanation_ends_where_the_lookup_does() {
+fn what_serves_is_the_nearest_of_its_rung_and_nothing_is_nearer() {
     let noise = &mut Noise(4);
     let size = |noise: &mut Noise| (1 << noise.below(13), 512 * (1 + noise.below(4) as u32), 1024 << noise.below(3));
     for _ in 0..60 {
@@ -262,13 +268,13 @@ fn an_explanation_ends_where_the_lookup_does() {
         let table = table(&[&user, &shipped]);
         let (m, n, k) = size(noise);
         let asked = problem(m, n, k);
-        let (found, explained) = (table.lookup(CLASS, &asked, target()), table.explain(CLASS, &asked, target()));
-        assert_eq!(explained.serving.as_ref().map(|answer| &answer.record), found.record.as_ref());
-        assert_eq!(explained.serving.as_ref().map_or(Match::Untuned, |answer| answer.matched), found.matched);
+        let explained = table.explain(CLASS, &asked, target());
         assert_eq!(explained.rungs.len(), 8);
         if let Some(serving) = &explained.serving {
             let same = |rung: &&Rung| (rung.matched, rung.layer) == (serving.matched, serving.layer);
             assert_eq!(explained.rungs.iter().find(same).unwrap().nearest.as_ref(), Some(&serving.record));
+            let mut nearer = explained.rungs.iter().filter(|rung| rung.matched < serving.matched);
+            assert!(nearer.all(|rung| rung.nearest.is_none()), "{explained:?}");
             assert!(explained.second.is_none_or(|second| second.matched >= serving.matched));
         }
     }
@@ -298,11 +304,27 @@ fn what_stands_in_is_legal_for_the_op_that_was_asked() {
     let legal = plain.find(|record| shape(record) == shape(illegal) && is_legal(record)).unwrap();
     let (asked, table) = (of_saving(illegal), table(&[&[illegal.clone(), legal.clone()]]));
     let class = &illegal.device.class;
-    let found = table.lookup(class, &asked, target());
-    assert_eq!((found.record.as_ref(), found.matched), (Some(legal), Match::OtherOp));
-    let serving = table.explain(class, &asked, target()).serving.unwrap();
-    assert_eq!((&serving.record, serving.matched), (legal, Match::OtherOp));
+    assert_eq!(serving(&table, class, &asked, target()), (Some(legal.clone()), Match::OtherOp));
     assert_eq!(table.anchors(class, &asked, target()), [(legal.problem.m, legal.clone(), Match::OtherOp)]);
+}
+
+/// As in a plan.
+#[test]
+fn what_stands_in_goes_before_another_shape_of_the_ops_own_and_after_it_where_it_is_of_another_shape_too() {
+    let asked = problem(64, 1024, 4096).with_op(Op::ForwardSave);
+    let own = measured(CLASS, problem(64, 2048, 4096).with_op(Op::ForwardSave), 1.0);
+    let (plain, far) = (at(64, 1024, 4096), at(64, 1024, 2048));
+    for (other, expected) in [(&plain, (&plain, Match::OtherOp)), (&far, (&own, Match::NearestShape))] {
+        let table = table(&[&[own.clone(), other.clone()]]);
+        let explained = table.explain(CLASS, &asked, target());
+        let (serving, second) = (explained.serving.unwrap(), explained.second.unwrap());
+        assert_eq!((&serving.record, serving.matched), expected);
+        assert_ne!(serving.record, second.record);
+        let anchors = table.anchors(CLASS, &asked, target());
+        assert_eq!(anchors, [(64, serving.record, serving.matched)]);
+        let order: Vec<Match> = explained.rungs.iter().map(|rung| rung.matched).collect();
+        assert!(order.is_sorted(), "{order:?}");
+    }
 }
 
 #[test]

@@ -26,8 +26,8 @@ fn reader() {
         let begun = Instant::now();
         let (table, skipped) = TuningTable::load(&[(Layer::User, Path::new(&dir).into())]);
         assert!(skipped.is_empty(), "{skipped:?}");
-        let found = table.lookup(CLASS, &series(0).problem, target());
-        assert_eq!((found.record, found.matched), (Some(series(0)), Match::Exact));
+        let found = table.explain(CLASS, &series(0).problem, target()).serving.unwrap();
+        assert_eq!((found.record, found.matched), (series(0), Match::Exact));
         let (_, published) = table.layers().next().unwrap();
         assert!(published >= newest, "{published} records after {newest}");
         slowest = slowest.max(begun.elapsed());
