@@ -20,10 +20,8 @@ def plot(rows: list[dict], path: str) -> None:
 
     if not rows:
         sys.exit("no rows, nothing to draw")
-    matplotlib.rcParams |= {
-        "svg.hashsalt": "swiglu",
-        "svg.fonttype": "none",
-    }  # the same file of the same rows, and a small one
+    # The same file of the same rows, and a small one.
+    matplotlib.rcParams |= {"svg.hashsalt": "swiglu", "svg.fonttype": "none"}
     ways, sizes = (list(dict.fromkeys(of)) for of in zip(*((row["way"], (row["k"], row["n"])) for row in rows)))
     names = list(dict.fromkeys(row["provider"] for row in rows))
     tokens = sorted({row["m"] for row in rows})

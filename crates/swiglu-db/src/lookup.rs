@@ -178,12 +178,12 @@ pub struct Rung {
     pub nearest: Option<Record>,
 }
 
-/// How a lookup comes to its answer.
+/// What serves a problem, and how that was found.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Explanation {
     /// Every rung of every layer, best first.
     pub rungs: Vec<Rung>,
-    /// What [`TuningTable::explain`] returns; `None` when untuned.
+    /// The nearest record whose config is legal for the problem; `None` when untuned.
     pub serving: Option<Answer>,
     /// What would serve in its place.
     pub second: Option<Answer>,
@@ -262,6 +262,7 @@ impl TuningTable {
         self.anchors_for(problem.op, device_class, problem, target)
     }
 
+    /// As [`TuningTable::anchors`], for `op`, as above.
     fn anchors_for(&self, op: Op, device_class: &str, problem: &Problem, target: Target) -> Vec<(u32, Record, Match)> {
         let asked = TuningKey { device_class: device_class.into(), problem: *problem };
         let prefixes = [asked.kind_prefix(), arch_of(device_class).into()];

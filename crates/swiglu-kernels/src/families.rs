@@ -175,6 +175,16 @@ pub enum Raster {
 
 names!(Raster, "raster order", Raster::AlongM => "along_m", Raster::AlongN => "along_n", Raster::Resident => "resident");
 
+impl Raster {
+    /// Whether bands are of tiles of M, walked along N.
+    pub fn is_along_n(self) -> bool {
+        match self {
+            Self::AlongM => false,
+            Self::AlongN | Self::Resident => true,
+        }
+    }
+}
+
 /// The raster orders candidates are drawn from: direction and group.
 pub(crate) const RASTERS: [(Raster, u32); 2] = [(Raster::AlongN, 8), (Raster::AlongM, 8)];
 

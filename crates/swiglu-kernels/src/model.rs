@@ -3,7 +3,7 @@
 
 use crate::arch::{self, ArchSpec};
 use crate::families::wgmma_tma::is_split;
-use crate::families::{self, Config, Family, LaunchShape, Raster, Schedule, Staging, Target, WgmmaStreamConfig};
+use crate::families::{self, Config, Family, LaunchShape, Schedule, Staging, Target, WgmmaStreamConfig};
 use crate::problem::{DType, Format, INT4_GROUP, Problem};
 
 /// What decides speed, as far as a device's class tells it.
@@ -132,10 +132,8 @@ impl Chip {
         let outputs = f64::from(problem.op.outputs()) * f64::from(problem.m) * f64::from(problem.n);
         let z = outputs * bytes_of(problem.dtype.output());
         let group = f64::from(shape.raster_group.max(1));
-        let (of_x, of_weights) = match shape.raster {
-            Raster::AlongM => ((tiles.n / group).ceil(), 1.0),
-            Raster::AlongN | Raster::Resident => (1.0, (tiles.m / group).ceil()),
-        };
+        let (of_x, of_weights) =
+            if shape.raster.is_along_n() { (1.0, (tiles.m / group).ceil()) } else { ((tiles.n / group).ceil(), 1.0) };
         let read = |matrix: f64, times: f64| matrix * if matrix < L2_SHARE * self.l2_bytes { 1.0 } else { times };
         read(x, of_x) + read(weights, of_weights) + z
     }
@@ -292,7 +290,7 @@ pub fn flops_per_clock(arch: &str, dtype: DType) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::families::{candidates, default_config};
+    use crate::families::{Raster, candidates, default_config};
     use crate::problem::WeightMajor;
 
     fn h200() -> Chip {

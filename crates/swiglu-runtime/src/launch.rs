@@ -157,7 +157,7 @@ impl KernelParams {
             m: int(args.m)?,
             n: int(problem.n)?,
             k: int(problem.k)?,
-            raster_along_n: i32::from(raster != Raster::AlongM),
+            raster_along_n: i32::from(raster.is_along_n()),
             raster_group: int(raster_group)?,
             are_weights_passing: u16::from(weights_pass),
             is_z_passing: u16::from(z_passes),

@@ -219,36 +219,36 @@ impl Runtime {
         self.assemble(problem, vec![Choice::untuned(1, config, Match::Untuned)], &kernels)
     }
 
-    /// Compiles every source once, side by side; a config of a source that fails is left out with a warning.
+    /// Compiles every source once, side by side; a config that is illegal, or whose source fails, is left out with a warning.
     fn kernels(&self, problem: &Problem, configs: &[Config]) -> Result<BTreeMap<Config, Kernel>, PrepareError> {
-        let is_legal = |config: &Config| {
-            let legal = config.check(problem, Target::Gpu(self.gpu.arch));
-            legal.inspect_err(|why| tracing::warn!(%config, %why, "a config cannot be used")).is_ok()
+        let mut failure = None;
+        let mut leave_out = |config: &Config, error: PrepareError| {
+            tracing::warn!(%config, %error, "a config cannot be used");
+            failure = Some(error);
         };
-        let configs: Vec<Config> = configs.iter().copied().filter(is_legal).collect();
-        let shared = render::shared_sources(problem, &configs, self.gpu.arch)?;
+        let mut legal = Vec::new();
+        for config in configs {
+            match config.check(problem, Target::Gpu(self.gpu.arch)) {
+                Ok(()) => legal.push(*config),
+                Err(why) => leave_out(config, why.into()),
+            }
+        }
+        let shared = render::shared_sources(problem, &legal, self.gpu.arch)?;
         let loaded: Vec<Result<Vec<Kernel>, PrepareError>> =
             shared.par_iter().map(|shared| self.load(shared, problem)).collect();
         let mut kernels = BTreeMap::new();
-        let mut failure = None;
-        for config in configs.iter().filter(|config| config.family() == Family::Cublaslt) {
+        for config in legal.iter().filter(|config| config.family() == Family::Cublaslt) {
             match self.library_kernel(problem, config) {
                 Ok(kernel) => {
                     kernels.insert(*config, kernel);
                 }
-                Err(error) => {
-                    tracing::warn!(%config, %error, "a config cannot be used");
-                    failure = Some(error);
-                }
+                Err(error) => leave_out(config, error),
             }
         }
         for (shared, loaded) in shared.iter().zip(loaded) {
             match loaded {
                 Ok(loaded) => kernels.extend(loaded.into_iter().map(|kernel| (kernel.config, kernel))),
-                Err(error) => {
-                    tracing::warn!(config = ?shared.configs.first(), %error, "a config cannot be used");
-                    failure = Some(error);
-                }
+                Err(error) => leave_out(&shared.configs[0], error),
             }
         }
         match failure {

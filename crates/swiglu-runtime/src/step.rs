@@ -117,7 +117,7 @@ impl StepParams {
             rows: int(rows)?,
             cols: int(cols)?,
             depth: int(problem.product().map_or(0, |product| product.depth))?,
-            raster_along_n: i32::from(raster != Raster::AlongM),
+            raster_along_n: i32::from(raster.is_along_n()),
             raster_group: int(raster_group)?,
         })
     }

@@ -46,8 +46,8 @@ pub(crate) fn pick(
     let mut picked: Vec<Config> = Vec::new();
     let mut taken: BTreeSet<Config> = BTreeSet::new();
     let library = candidates.keys().copied().filter(|config| config.family() == Family::Cublaslt);
-    let first = wanted.iter().copied().chain(library).chain(nearest(problem, seeds, candidates));
-    for config in first.filter(|config| candidates.contains_key(config)) {
+    let wanted = wanted.iter().copied().filter(|config| candidates.contains_key(config));
+    for config in wanted.chain(library).chain(nearest(problem, seeds, candidates)) {
         if taken.insert(config) {
             picked.push(config);
         }
@@ -113,13 +113,13 @@ fn nearest(problem: &Problem, seeds: &[Record], candidates: &BTreeMap<Config, St
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::space::Space;
     use swiglu_db::shipped;
     use swiglu_kernels::DType;
 
-    fn shipped_h200() -> Vec<Record> {
+    pub(crate) fn shipped_h200() -> Vec<Record> {
         let text = shipped::TABLES.iter().find(|(name, _)| *name == "nvidia-h200.toml").unwrap().1;
         let mut records = shipped::parse("nvidia-h200.toml".as_ref(), text).unwrap();
         // What there is a model for, calibrated.

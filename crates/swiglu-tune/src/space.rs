@@ -112,8 +112,8 @@ fn is_pruned(record: &Record) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::search::tests::shipped_h200;
     use crate::workload::ANCHORS;
-    use swiglu_db::shipped;
     use swiglu_kernels::Op;
     use swiglu_kernels::families::{Raster, Schedule, WgmmaTmaConfig, default_config};
     use swiglu_kernels::{DType, WeightMajor, arch};
@@ -134,10 +134,8 @@ mod tests {
     /// An order of tiles that the space no longer draws.
     #[test]
     fn what_left_the_space_is_gone_and_nothing_else() {
-        let (name, text) = shipped::TABLES.iter().find(|(name, _)| *name == "nvidia-h200.toml").unwrap();
-        let mut shipped = shipped::parse(name.as_ref(), text).unwrap().into_iter();
         let of_tma = |record: &Record| matches!(record.config, Config::WgmmaTma(it) if it.raster == Raster::Resident);
-        let present = Record { origin: Origin::Local, ..shipped.find(of_tma).unwrap() };
+        let present = Record { origin: Origin::Local, ..shipped_h200().into_iter().find(of_tma).unwrap() };
         let Config::WgmmaTma(tile) = present.config else { panic!("wgmma_tma") };
         let config = Config::WgmmaTma(WgmmaTmaConfig { raster: Raster::AlongM, raster_group: 4, ..tile });
         let left = Record { config, ..present.clone() };

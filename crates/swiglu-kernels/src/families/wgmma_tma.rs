@@ -236,27 +236,27 @@ impl WgmmaTmaConfig {
     }
 
     pub(super) fn launch_shape(&self, problem: &Problem) -> LaunchShape {
-        let dtype = problem.dtype;
-        let rows = self.block_m * self.cluster_m;
-        let resident = || {
-            let row_bytes = u64::from(problem.k) * u64::from(dtype.x().bytes());
-            let tiles = (u64::from(self.raster_group) << 20) / (row_bytes * u64::from(rows)).max(1);
-            tiles.clamp(1, MOST_ACROSS) as u32
-        };
         LaunchShape {
-            block_m: rows,
+            block_m: self.block_m * self.cluster_m,
             block_n: self.block_n * self.cluster_n,
             cluster: self.cluster_m * self.cluster_n * self.cluster_k,
             per_sm: Some(self.fill),
             threads: self.threads(),
-            smem_bytes: self.smem_bytes(dtype),
+            smem_bytes: self.smem_bytes(problem.dtype),
             raster: self.raster,
             raster_group: match self.raster {
-                Raster::Resident => resident(),
+                Raster::Resident => self.resident_tiles(problem),
                 Raster::AlongM | Raster::AlongN => self.raster_group,
             },
             access_bytes: 16,
         }
+    }
+
+    /// Clusters of M whose rows of x have `raster_group` MiB.
+    fn resident_tiles(&self, problem: &Problem) -> u32 {
+        let [rows, k, bytes] = [self.block_m * self.cluster_m, problem.k, problem.dtype.x().bytes()].map(u64::from);
+        let tiles = (u64::from(self.raster_group) << 20) / (rows * k * bytes).max(1);
+        tiles.clamp(1, MOST_ACROSS) as u32
     }
 
     pub(super) fn check(&self, problem: &Problem, arch: &ArchSpec) -> Result<(), Rejected> {
