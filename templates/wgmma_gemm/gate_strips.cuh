@@ -13,55 +13,59 @@ struct GateStrips {
     int pair, consumer;     // which two, and which of them this warp is
     Cursor<kStoreBuffers> next = {};
 
-    static constexpr int kAcross = kBlockN / kStoreCols;
-    static constexpr int kCount = kRowBlocks * kAcross;
-    static constexpr int kAhead = kStoreBuffers < kCount ? kStoreBuffers : kCount;  // strips loaded before the first is computed
-    static constexpr int kFirstBarrier = 3;                                         // after those of the turns
+    static constexpr int kFirstBarrier = 3;  // after those of the turns
+
+    // Strips of a tile of kColumns: across, in all, and those loaded before the first is computed.
+    template <int kColumns> static constexpr int kAcross = kColumns / kStoreCols;
+    template <int kColumns> static constexpr int kCount = kRowBlocks * kAcross<kColumns>;
+    template <int kColumns> static constexpr int kAhead = kStoreBuffers < kCount<kColumns> ? kStoreBuffers : kCount<kColumns>;
 
     // Waits until the other warp has passed the slots on.
     __device__ __forceinline__ void take() const {
         if constexpr (kStagingInTurns) named_barrier_sync(kFirstBarrier + 2 * pair + consumer, 64);
     }
 
-    // Lets the other warp have the slots for a tile.
+    // Lets the other warp have the slots for a tile; if that is no whole one, there is none after it.
     __device__ __forceinline__ void pass_on() {
         if constexpr (kStagingInTurns) {
             __syncwarp();
             named_barrier_arrive(kFirstBarrier + 2 * pair + (consumer ^ 1), 64);
-            next.advance(kCount);
+            next.advance(kCount<kBlockN>);
         }
     }
 
+    template <int kColumns>
     __device__ __forceinline__ void load(const StepMaps& maps, int place, int strip, int row, int column) const {
         const u32 slot = staging + place * kSlotBytes, barrier = barriers + place * 8;
-        const int inner = column + strip % kAcross * kStoreCols, outer = row + strip / kAcross * 64;
+        const int inner = column + strip % kAcross<kColumns> * kStoreCols, outer = row + strip / kAcross<kColumns> * 64;
         mbarrier_arrive_expect(barrier, 2 * kStoreBytes);
         tma_load(slot, &maps.saved[0], barrier, inner, outer);
         tma_load(slot + kStoreBytes, &maps.saved[1], barrier, inner, outer);
     }
 
     // Loads the first strips of a tile; of one lane.
-    __device__ __forceinline__ void begin(const StepMaps& maps, int row, int column) const {
+    template <int kColumns> __device__ __forceinline__ void begin(const StepMaps& maps, int row, int column) const {
         tma_store_wait_read<0>();
         Cursor<kStoreBuffers> slot = next;
 #pragma unroll
-        for (int strip = 0; strip < kAhead; ++strip) {
-            load(maps, slot.stage, strip, row, column);
+        for (int strip = 0; strip < kAhead<kColumns>; ++strip) {
+            load<kColumns>(maps, slot.stage, strip, row, column);
             slot.advance();
         }
     }
 
-    __device__ __forceinline__ void finish(const StepMaps& maps, const float (&sums)[kAccumulators], int strip, bool with_z,
+    template <int kColumns>
+    __device__ __forceinline__ void finish(const StepMaps& maps, const float (&sums)[kColumns / 2], int strip, bool with_z,
                                            int row, int column, int lane) {
         if (strip == 0) take();
         if (lane == 0 && strip > 0) {
             tma_store_wait_read<0>();  // of the strip before this one, whose slot and z are free now
-            const int following = strip - 1 + kAhead;
-            if (following < kCount) load(maps, (next.stage == 0 ? kStoreBuffers : next.stage) - 1, following, row, column);
+            const int following = strip - 1 + kAhead<kColumns>;
+            if (following < kCount<kColumns>) load<kColumns>(maps, (next.stage == 0 ? kStoreBuffers : next.stage) - 1, following, row, column);
         }
         const u32 slot = staging + next.stage * kSlotBytes;
         const u32 z_strip = staging + kStoreBuffers * kSlotBytes + strip % kStripsOfZ * kStoreBytes;
-        const int first = strip % kAcross * kStoreCols;
+        const int first = strip % kAcross<kColumns> * kStoreCols;
         mbarrier_wait(barriers + next.stage * 8, next.phase);
 #pragma unroll
         for (int c = 0; c < kStoreCols; c += 16) {  // in fragments of 16 x 16, as the sums lie in a warp
@@ -91,7 +95,7 @@ struct GateStrips {
         fence_async_shared();
         __syncwarp();
         if (lane == 0) {
-            const int inner = column + first, outer = row + strip / kAcross * 64;
+            const int inner = column + first, outer = row + strip / kAcross<kColumns> * 64;
             tma_store(&maps.out[0], slot, inner, outer);
             tma_store(&maps.out[1], slot + kStoreBytes, inner, outer);
             if (with_z) tma_store(&maps.out[2], z_strip, inner, outer);

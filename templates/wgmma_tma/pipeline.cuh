@@ -1,6 +1,5 @@
 // What the kernels on TMA and wgmma share: the walk over the tiles, the lockstep, the main loop.
-// The including template has defined the tile, `wgmma` (one product), kAccumulators (sums of one m64 block a thread) and how
-// an operand lies in a stage: the span of its swizzle, the bytes to the next span (kLeadingBytes) and to the next 32 bytes'
+// The including template has defined the tile, `wgmma` (one product) and how an operand lies in a stage: the span of its swizzle, the bytes to the next span (kLeadingBytes) and to the next 32 bytes'
 // worth of the sums (kStepBytes). kSplit: these are of high parts, then of low ones. kRingCtas fill each other's stages;
 // kStream: tiles of few tokens; kLockstep: whether the CTAs keep together; kPromoteTiles K tiles are summed by the tensor cores
 // before fp32 takes over (0: all).
@@ -115,21 +114,21 @@ __device__ __forceinline__ void pass_turn(int consumer) {
 }
 
 // Waits for all products; what reads the accumulators stays behind.
-__device__ __forceinline__ void finish_products(float (&accumulators)[kRowBlocks][kAccumulators]) {
+template <int kCount> __device__ __forceinline__ void finish_products(float (&accumulators)[kRowBlocks][kCount]) {
     wgmma_wait<0>();
 #pragma unroll
     for (int rows = 0; rows < kRowBlocks; ++rows) {
 #pragma unroll
-        for (int i = 0; i < kAccumulators; ++i) wgmma_fence_operand(accumulators[rows][i]);
+        for (int i = 0; i < kCount; ++i) wgmma_fence_operand(accumulators[rows][i]);
     }
 }
 
-__device__ __forceinline__ void add(float (&sums)[kRowBlocks][kAccumulators],
-                                    const float (&terms)[kRowBlocks][kAccumulators]) {
+template <int kCount>
+__device__ __forceinline__ void add(float (&sums)[kRowBlocks][kCount], const float (&terms)[kRowBlocks][kCount]) {
 #pragma unroll
     for (int rows = 0; rows < kRowBlocks; ++rows) {
 #pragma unroll
-        for (int i = 0; i < kAccumulators; ++i) sums[rows][i] += terms[rows][i];
+        for (int i = 0; i < kCount; ++i) sums[rows][i] += terms[rows][i];
     }
 }
 
@@ -139,12 +138,13 @@ constexpr int kProducts = kSplit ? 6 : kRowBytes / 32;
 __device__ __forceinline__ constexpr int left_step(int product) { return !kSplit ? product : product < 2 ? product + 2 : product % 2; }
 __device__ __forceinline__ constexpr int right_step(int product) { return !kSplit || product == 2 || product == 3 ? product : product % 2; }
 
-// Accumulates one tile; leaves every stage it read released.
-__device__ __forceinline__ void multiply_tile(float (&accumulators)[kRowBlocks][kAccumulators], RingCursor& cursor,
+// Accumulates one tile, as wide as there are accumulators; leaves every stage it read released.
+template <int kCount>
+__device__ __forceinline__ void multiply_tile(float (&accumulators)[kRowBlocks][kCount], RingCursor& cursor,
                                               int k_blocks, u32 stages, u32 full, u32 empty, int a_offset,
                                               int consumer, int lane) {
     constexpr bool kPromote = kPromoteTiles > 0;
-    [[maybe_unused]] float sums[kRowBlocks][kAccumulators] = {};  // what fp32 has taken over
+    [[maybe_unused]] float sums[kRowBlocks][kCount] = {};  // what fp32 has taken over
     // Consumers of one tile take over at different times, so that the others multiply meanwhile.
     [[maybe_unused]] const int shift = kPingpong ? 0 : consumer * kPromoteTiles / kConsumers;
     if constexpr (kPingpong) take_turn(consumer);

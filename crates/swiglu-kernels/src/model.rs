@@ -108,9 +108,20 @@ impl Chip {
     fn work(&self, problem: &Problem, config: &Config) -> Option<f64> {
         let shape = config.launch_shape(problem)?;
         let per_sm = shape.per_sm.map_or_else(|| resident(problem, &shape, self.arch), f64::from);
-        let slots = (self.sms * per_sm / f64::from(shape.cluster.max(1))).floor().max(1.0);
+        let slots = (self.sms * per_sm / f64::from(shape.cluster.max(1))).max(1.0) as u64;
         let depth = problem.product().filter(|_| problem.sums_over_m()).map_or(1, |product| product.depth.max(1));
-        Some((shape.tiles(problem) as f64 / slots).ceil().max(1.0) * f64::from(depth))
+        let (whole, rest) = (shape.tiles(problem) / slots, shape.tiles(problem) % slots);
+        let parts = match config {
+            Config::WgmmaGemm(gemm) => gemm.tail_parts(),
+            _ => None,
+        };
+        let last = match parts {
+            _ if rest == 0 => 0.0,
+            // A last wave that is cut up takes half of one (docs/kernels/wgmma_gemm.md).
+            Some(parts) if whole > 0 && rest * u64::from(parts) <= slots => 0.5,
+            _ => 1.0,
+        };
+        Some((whole as f64 + last).max(1.0) * f64::from(depth))
     }
 
     /// Operations a clock of one multiprocessor.
@@ -291,7 +302,7 @@ pub fn flops_per_clock(arch: &str, dtype: DType) -> Option<f64> {
 mod tests {
     use super::*;
     use crate::families::{Raster, candidates, default_config};
-    use crate::problem::WeightMajor;
+    use crate::problem::{Op, WeightMajor};
 
     fn h200() -> Chip {
         Chip::of_class("sm_90a-sm132-l2_60m-smem227k-bus6016-mem3201mhz").unwrap()
@@ -333,6 +344,20 @@ mod tests {
             h200().dram_bytes(&problem, &shape, &Tiles::new(&problem, &shape))
         });
         assert!(bytes.is_sorted_by(|more, less| more > less), "{bytes:?}");
+    }
+
+    /// Tiles of 128x192 of 14336 columns are 75 across.
+    #[test]
+    fn a_last_wave_that_is_cut_up_takes_half_of_one() {
+        let problem = Problem::forward(DType::Bf16, WeightMajor::K, 2048, 14336, 4096).with_op(Op::Dgated);
+        let Config::WgmmaGemm(default) = default_config(&problem, h200().arch).unwrap() else { panic!("wgmma_gemm") };
+        let cut = families::WgmmaGemmConfig { cluster_m: 1, ..default };
+        assert_eq!((cut.block_m, cut.block_n, cut.tail_n), (128, 192, 64));
+        let waves = |config, m| h200().work(&problem.with_m(m), &Config::WgmmaGemm(config)).unwrap();
+        // 9 waves and 12 tiles, 7 and 51, of which the parts are too many, 75 in the first.
+        assert_eq!([2048, 1664, 128].map(|m| waves(cut, m)), [9.5, 8.0, 1.0]);
+        let whole = families::WgmmaGemmConfig { tail_n: 0, ..cut };
+        assert_eq!([2048, 1664, 128].map(|m| waves(whole, m)), [10.0, 8.0, 1.0]);
     }
 
     #[test]

@@ -92,6 +92,12 @@ fn a_step_is_refused_by_the_families_of_the_forward_and_its_own_say_why() {
     assert_eq!(rule(gemm(good), &problem.with_op(Op::Gate)), "the family computes this op");
     let boxes = "columns that are contiguous in the right operand load in boxes of 64 or 32";
     assert_eq!(rule(gemm(WgmmaGemmConfig { block_n: 80, ..good }), &problem), boxes);
+    let wide = WgmmaGemmConfig { tail_n: 64, block_n: 192, stages: 4, ..good };
+    gemm(wide).check(&problem, Target::Gpu(arch)).unwrap();
+    let cut = "a last wave is cut into boxes of 64 columns";
+    for config in [WgmmaGemmConfig { tail_n: 32, ..wide }, WgmmaGemmConfig { block_n: 64, ..wide }] {
+        assert_eq!(rule(gemm(config), &problem), cut);
+    }
     let slots = WgmmaGemmConfig { store_buffers: 1, ..good };
     assert_eq!(rule(gemm(slots), &problem), "pre-activations arrive while others are used");
     let room = "the stages of all blocks of a multiprocessor fit in its shared memory";
@@ -114,6 +120,8 @@ fn a_step_is_refused_by_the_families_of_the_forward_and_its_own_say_why() {
     let lone = problem.with_op(Op::InputGrad);
     let Config::WgmmaGemm(two) = families::default_config(&lone, arch).unwrap() else { panic!("wgmma_gemm") };
     assert_eq!((two.consumers, two.schedule, two.cluster_k), (2, Schedule::Cooperative, 2));
+    let of_many = "a last wave is cut of tiles for many tokens, in 16 bits, whose sums are not split";
+    assert_eq!(rule(gemm(WgmmaGemmConfig { tail_n: 64, block_n: 128, stages: 4, ..two }), &lone), of_many);
     let of_a_block = "sums that are split are of one 64-row block a warpgroup, of the plain products in 16 bits";
     for config in
         [WgmmaGemmConfig { schedule: Schedule::Pingpong, ..two }, WgmmaGemmConfig { block_m: 256, stages: 3, ..two }]
@@ -323,7 +331,7 @@ proptest! {
             Config::ColumnSum(ColumnSumConfig { threads: a, lanes: b, access_bytes: c }),
             Config::SimtGemm(SimtGemmConfig { block_m: a, block_n: b, block_k: c, thread_m: d, thread_n: e, access_bytes: g, raster: Raster::AlongN, raster_group: h }),
             Config::MmaGemm(MmaGemmConfig { block_m: a, block_n: b, block_k: c, stages: d, warps_m: e, warps_n: f, access_bytes: g, raster: Raster::AlongM, raster_group: h }),
-            Config::WgmmaGemm(WgmmaGemmConfig { block_m: a, block_n: b, block_k: c, stages: d, consumers: e, schedule: if tma { Schedule::Pingpong } else { Schedule::Cooperative }, cluster_m: f, cluster_n: g, cluster_k: 1 + f % 4, store_cols: h, store_buffers: e, blocks_per_sm: 1 + b % 2, fill: 1 + c % 2, prefetch: a, raster: Raster::AlongM, raster_group: d }),
+            Config::WgmmaGemm(WgmmaGemmConfig { block_m: a, block_n: b, block_k: c, tail_n: 64 * (h % 2), stages: d, consumers: e, schedule: if tma { Schedule::Pingpong } else { Schedule::Cooperative }, cluster_m: f, cluster_n: g, cluster_k: 1 + f % 4, store_cols: h, store_buffers: e, blocks_per_sm: 1 + b % 2, fill: 1 + c % 2, prefetch: a, raster: Raster::AlongM, raster_group: d }),
         ];
         let problems = Op::ALL.map(|op| problem.with_op(op));
         for arch in &ARCHES {

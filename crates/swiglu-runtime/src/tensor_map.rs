@@ -146,15 +146,15 @@ pub(crate) fn of_int4_scales(config: &WeightOnlyTmaConfig, problem: &Problem, ar
 }
 
 /// `StepMaps` of `templates/wgmma_gemm/kernel.cu.tera`: two left and two right, each with its [`tail`], three out, two saved. What
-/// the step has not is its first of that kind again.
+/// the step has not is its first of that kind again. Where a last wave is cut up, the right one's tail is a box of its parts.
 pub(crate) fn of_wgmma_gemm(
     config: &WgmmaGemmConfig,
     problem: &Problem,
     product: &Product,
     args: &RawStep,
 ) -> [BoxedMatrix; 13] {
-    let operand = |matrix: RawMatrix, (rows, cols): (u32, u32), major: OperandMajor, block: [u32; 2], sharers: u32| {
-        let [extent, across] = block;
+    let operand = |matrix: RawMatrix, (rows, cols): (u32, u32), major: OperandMajor, block: [u32; 3], sharers: u32| {
+        let [extent, across, part] = block;
         let in_boxes = |box_rows, box_cols| BoxedMatrix {
             format: problem.dtype.output(),
             address: matrix.address,
@@ -168,12 +168,14 @@ pub(crate) fn of_wgmma_gemm(
         match major {
             OperandMajor::Depth => {
                 let whole = in_boxes(extent / sharers, config.block_k);
-                [whole, tail(whole, extent, sharers)]
+                let last =
+                    if part > 0 { in_boxes(part / sharers, config.block_k) } else { tail(whole, extent, sharers) };
+                [whole, last]
             }
             OperandMajor::Outer => [in_boxes(config.block_k / sharers, across); 2],
         }
     };
-    let (rows, cols) = ([config.block_m, 64], [config.block_n, config.right_cols()]);
+    let (rows, cols) = ([config.block_m, 64, 0], [config.block_n, config.right_cols(), config.tail_n]);
     let left = |matrix| operand(matrix, product.left_shape(), product.left, rows, config.cluster_n);
     let right = |matrix| operand(matrix, product.right_shape(), product.right, cols, config.cluster_m);
     let strip = |format| {

@@ -21,6 +21,9 @@ pub struct WgmmaGemmConfig {
     pub block_n: u32,
     /// Step along the sums: 128 bytes.
     pub block_k: u32,
+    /// Columns of the tiles that a last wave of few is cut into, so that more multiprocessors share it: 64, or 0 for none.
+    #[serde(default)]
+    pub tail_n: u32,
     /// Steps in flight between global and shared memory.
     pub stages: u32,
     /// Warpgroups that multiply; one more feeds them.
@@ -52,6 +55,10 @@ pub struct WgmmaGemmConfig {
     /// Clusters walked side by side; a launch parameter.
     pub raster_group: u32,
 }
+
+/// Columns of the tiles that a last wave is cut into: one box. Narrower than this, and of two parts, they gain nothing: what they
+/// take in is half as much again for each product (docs/kernels/wgmma_gemm.md).
+const TAIL_COLUMNS: u32 = 64;
 
 /// Beside the usual orders narrow bands, which keep less of both operands in L2: long sums.
 const ORDERS: [(Raster, u32); 4] = [(Raster::AlongM, 8), (Raster::AlongN, 8), (Raster::AlongM, 4), (Raster::AlongN, 4)];
@@ -118,6 +125,11 @@ impl WgmmaGemmConfig {
         box_cols(self.block_n)
     }
 
+    /// Parts that a tile of a last wave is cut into, if it is.
+    pub(crate) const fn tail_parts(&self) -> Option<u32> {
+        self.block_n.checked_div(self.tail_n)
+    }
+
     pub(super) fn launch_shape(&self, problem: &Problem) -> LaunchShape {
         LaunchShape {
             block_m: self.block_m * self.cluster_m,
@@ -140,6 +152,7 @@ impl WgmmaGemmConfig {
             block_m,
             block_n,
             block_k,
+            tail_n,
             stages,
             consumers,
             cluster_m,
@@ -228,6 +241,16 @@ impl WgmmaGemmConfig {
             || format!("{} {block_m} rows of {consumers} consumers, {}", self.schedule, problem.op),
         )?;
         ensure(
+            tail_n == 0 || (tail_n == TAIL_COLUMNS && block_n > tail_n && block_n.is_multiple_of(tail_n)),
+            "a last wave is cut into boxes of 64 columns",
+            || format!("tail_n {tail_n} of block_n {block_n}"),
+        )?;
+        ensure(
+            tail_n == 0 || (consumers > 1 && cluster_k == 1 && !is_split(problem.dtype)),
+            "a last wave is cut of tiles for many tokens, in 16 bits, whose sums are not split",
+            || format!("{consumers} consumers, cluster_k {cluster_k}, {}", problem.dtype),
+        )?;
+        ensure(
             block_n.is_multiple_of(store_cols)
                 && store_cols.is_multiple_of(8)
                 && matches!(store_cols * output_bytes(problem.op, problem.dtype), 32 | 64 | 128),
@@ -267,6 +290,15 @@ fn tile(
         block_m,
         block_n,
         block_k: 128 / dtype.bytes(),
+        tail_n: if consumers > 1
+            && block_n > 2 * TAIL_COLUMNS
+            && block_n.is_multiple_of(TAIL_COLUMNS)
+            && !is_split(dtype)
+        {
+            TAIL_COLUMNS
+        } else {
+            0
+        },
         stages: 0,
         consumers,
         schedule,
@@ -314,7 +346,7 @@ const LONE_TILES: [(u32, u32); 5] = [(128, 1), (192, 1), (64, 2), (128, 2), (192
 fn lone_tile(problem: &Problem, (block_n, cluster_k): (u32, u32)) -> WgmmaGemmConfig {
     let (op, dtype) = (problem.op, problem.dtype);
     let lone = tile(op, dtype, (Schedule::Cooperative, 128, block_n, 2), 1);
-    WgmmaGemmConfig { cluster_k, ..lone }.with_most_stages(op, dtype, 8)
+    WgmmaGemmConfig { cluster_k, tail_n: 0, ..lone }.with_most_stages(op, dtype, 8)
 }
 
 /// Whether a problem of these sizes can have few; at some M, where M is a size of the output.
@@ -433,11 +465,12 @@ impl fmt::Display for WgmmaGemmConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "wgmma_gemm {} {}x{}x{} stages {} consumers {} cluster {}x{}x{} store {}x{} blocks {}/{} prefetch {} {} {}",
+            "wgmma_gemm {} {}x{}x{} tail {} stages {} consumers {} cluster {}x{}x{} store {}x{} blocks {}/{} prefetch {} {} {}",
             self.schedule,
             self.block_m,
             self.block_n,
             self.block_k,
+            self.tail_n,
             self.stages,
             self.consumers,
             self.cluster_m,

@@ -12,7 +12,7 @@ use rand_distr::{Distribution, StandardNormal};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::ffi::c_void;
-use swiglu_kernels::families::{Config, Family, Schedule, Target, candidates};
+use swiglu_kernels::families::{Config, Family, Schedule, Target, WgmmaGemmConfig, candidates};
 use swiglu_kernels::problem::OperandMajor;
 use swiglu_kernels::{ArchSpec, DType, Op, Problem, WeightMajor, arch, oracle, render};
 
@@ -55,6 +55,8 @@ struct StepCase<T> {
     saved: Vec<Strided<T>>,
     bias: Option<Vec<T>>,
     with_z: bool,
+    /// Clusters of a persistent kernel, of as many tiles.
+    clusters: fn(&Config, u32) -> u32,
 }
 
 /// What an fp32 output holds before it is added to.
@@ -78,7 +80,7 @@ impl<T: Element> StepCase<T> {
         };
         let saved = several(2, (rows, cols), 1.5);
         let bias = problem.op.is_down().then(|| (0..cols).map(|_| T::from_f32(normal(1.0))).collect());
-        Self { problem, left, right, saved, bias, with_z: seed.is_multiple_of(2) }
+        Self { problem, left, right, saved, bias, with_z: seed.is_multiple_of(2), clusters: some_waves }
     }
 
     /// The outputs in float64.
@@ -162,8 +164,7 @@ impl<T: Element> StepCase<T> {
         arguments.extend(scales.iter().map(|scales| std::ptr::from_ref(scales).cast()));
         arguments.push((&raw const params).cast());
         let tiles = u32::try_from(shape.tiles(problem)).unwrap();
-        // Fewer than there are tiles, so that persistent kernels walk.
-        let clusters = if shape.per_sm.is_some() { tiles.div_ceil(3) } else { tiles };
+        let clusters = if shape.per_sm.is_some() { (self.clusters)(config, tiles) } else { tiles };
         let (grid, bytes) = (clusters * shape.cluster, u64::from(shape.smem_bytes));
         // SAFETY: the arguments are the kernel's, in its order, and alive; the operands hold the problem.
         let done = unsafe { run(arguments.as_ptr(), grid, shape.threads, shape.cluster, bytes) };
@@ -188,6 +189,17 @@ impl<T: Element> StepCase<T> {
         }
         Ok(())
     }
+}
+
+/// Fewer than there are tiles, so that persistent kernels walk, and cut up the last wave where they can.
+fn some_waves(config: &Config, tiles: u32) -> u32 {
+    cut_wave(config, tiles).unwrap_or(tiles.div_ceil(3))
+}
+
+/// The fewest clusters that leave of `tiles` a last wave which is cut up.
+fn cut_wave(config: &Config, tiles: u32) -> Option<u32> {
+    let Config::WgmmaGemm(WgmmaGemmConfig { tail_n: tail_n @ 1.., block_n, .. }) = *config else { return None };
+    (1..tiles).find(|&clusters| (1..=clusters / (block_n / tail_n)).contains(&(tiles % clusters)))
 }
 
 fn check(problem: Problem, config: &Config, arch: &'static ArchSpec, seed: u64) -> Result<(), String> {
@@ -385,6 +397,49 @@ fn columns_in_boxes_of_32_match_the_oracle() {
     }
     assert_eq!(cases.len(), 4);
     check_all(&cases, arch);
+}
+
+/// In every op and order: narrower tiles behind whole ones, with columns that lie outside and others', shared by a pair and not.
+#[test]
+fn a_last_wave_that_is_cut_up_matches_the_oracle() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    let mut rng = SmallRng::seed_from_u64(18);
+    let mut cases: Vec<(Problem, Config)> = Vec::new();
+    for (index, op) in Op::PRODUCTS.into_iter().enumerate() {
+        for (order, major) in WeightMajor::ALL.into_iter().enumerate() {
+            let dtype = [DType::F16, DType::Bf16][(index + order) % 2];
+            let problem = Problem::forward(dtype, major, 264, 456, 392).with_op(op);
+            for cluster in [(1, 1), (2, 1), (1, 2)] {
+                let mut all = candidates(&problem, Target::Gpu(arch));
+                all.retain(|config| match config {
+                    Config::WgmmaGemm(gemm) => {
+                        let tiles = config.launch_shape(&problem).unwrap().tiles(&problem) as u32;
+                        (gemm.cluster_m, gemm.cluster_n) == cluster && cut_wave(config, tiles).is_some()
+                    }
+                    _ => false,
+                });
+                assert!(!all.is_empty(), "{problem:?} {cluster:?}");
+                cases.extend(all.sample(&mut rng, 1).map(|config| (problem, *config)));
+            }
+        }
+    }
+    check_all(&cases, arch);
+}
+
+/// Parts of the last wave that would be more than the clusters, and tiles that would be no more than parts: neither is cut up.
+#[test]
+fn a_last_wave_that_is_too_long_to_be_cut_up_matches_the_oracle() {
+    let arch = arch::by_name("sm_90a").unwrap();
+    let problem = Problem::forward(DType::Bf16, WeightMajor::K, 100, 904, 72).with_op(Op::Dgated);
+    let all = candidates(&problem, Target::Gpu(arch));
+    let config = all
+        .iter()
+        .find(|config| matches!(config, Config::WgmmaGemm(WgmmaGemmConfig { block_n: 192, tail_n: 64, .. })))
+        .unwrap();
+    for clusters in [|_: &Config, tiles: u32| (tiles / 2).max(1), |_: &Config, tiles: u32| 4 * tiles] {
+        let case = StepCase::<bf16> { clusters, ..StepCase::new(problem, 19) };
+        case.check(config, arch).unwrap_or_else(|why| panic!("{config}: {why}"));
+    }
 }
 
 /// Sums of one step: a warpgroup comes to its epilogue while the other, whose slots it shares, is still in its own.

@@ -4,7 +4,7 @@ use super::{FOREIGN, Gpu, Host, gpu, limit};
 use half::{bf16, f16};
 use rand::{SeedableRng, rngs::SmallRng, seq::IndexedRandom};
 use rand_distr::{Distribution, StandardNormal};
-use swiglu_kernels::families::{Config, Family, Target, candidates};
+use swiglu_kernels::families::{Config, Family, Target, WgmmaGemmConfig, candidates};
 use swiglu_kernels::problem::{Problem, WeightMajor};
 use swiglu_kernels::{ArchSpec, Op, oracle};
 use swiglu_runtime::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
@@ -311,6 +311,40 @@ fn tiles_for_an_output_of_few_match_the_oracle_and_repeat_their_bits() {
         for config in narrow.sample(&mut rng, 1).chain(wide_ones.sample(&mut rng, 2)) {
             case.check_config_twice(&gpu, config, &references);
         }
+    }
+}
+
+/// In every op and order, shared by a pair and not: tiles of a last wave that are cut up, at the output's edges too.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn a_last_wave_that_is_cut_up_matches_the_oracle_and_repeats_its_bits() {
+    let gpu = gpu();
+    let arch = gpu.runtime.gpu().arch;
+    let is_cut = |config: &Config, problem: &Problem| {
+        let Config::WgmmaGemm(WgmmaGemmConfig { tail_n: tail_n @ 1.., block_n, .. }) = *config else { return false };
+        let shape = config.launch_shape(problem).unwrap();
+        let (tiles, clusters) = (shape.tiles(problem), u64::from(gpu.runtime.gpu().sm_count / shape.cluster));
+        tiles > clusters && (1..=clusters / u64::from(block_n / tail_n)).contains(&(tiles % clusters))
+    };
+    let mut rng = SmallRng::seed_from_u64(23);
+    for (op, major) in Op::PRODUCTS.into_iter().flat_map(|op| WeightMajor::ALL.map(|major| (op, major))) {
+        let sizes = [(1104, 136, 3104), (1104, 3104, 136), (136, 1104, 3104), (136, 3104, 1104)];
+        let problem = sizes.map(|(m, n, k)| Problem::forward(DType::Bf16, major, m, n, k).with_op(op));
+        let problem = problem.into_iter().find(|problem| problem.output() == (1104, 3104)).unwrap();
+        let mut cut = candidates(&problem, Target::Gpu(arch));
+        cut.retain(|config| is_cut(config, &problem));
+        let case = Case::<bf16>::new(problem, 0, 2);
+        let references = case.references();
+        for cluster in [1, 2] {
+            let of_size: Vec<_> = cut
+                .iter()
+                .filter(|config| config.launch_shape(&problem).is_some_and(|shape| shape.cluster == cluster))
+                .collect();
+            for config in of_size.sample(&mut rng, 2) {
+                case.check_config_twice(&gpu, config, &references);
+            }
+        }
+        assert!(!cut.is_empty(), "{problem:?}");
     }
 }
 
