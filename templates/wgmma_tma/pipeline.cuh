@@ -1,8 +1,8 @@
 // What the kernels on TMA and wgmma share: the walk over the tiles, the lockstep, the main loop.
-// The including template has defined the tile, `wgmma` (one product) and how an operand lies in a stage: the span of its swizzle, the bytes to the next span (kLeadingBytes) and to the next 32 bytes'
-// worth of the sums (kStepBytes). kSplit: these are of high parts, then of low ones. kRingCtas fill each other's stages;
-// kStream: tiles of few tokens; kLockstep: whether the CTAs keep together; kPromoteTiles K tiles are summed by the tensor cores
-// before fp32 takes over (0: all).
+// The including template has defined the tile, `wgmma` (one product) and how an operand lies in a stage: the span of its swizzle,
+// the bytes to the next span (kLeadingBytes) and to the next 32 bytes' worth of the sums (kStepBytes). kSplit: these are of high
+// parts, then of low ones. kRingCtas fill each other's stages; kStream: tiles of few tokens; kLockstep: whether the CTAs keep
+// together; kPromoteTiles K tiles are summed by the tensor cores before fp32 takes over (0: all).
 #include "shared/ring.cuh"
 
 // ---- raster order ----

@@ -110,18 +110,13 @@ impl Chip {
         let per_sm = shape.per_sm.map_or_else(|| resident(problem, &shape, self.arch), f64::from);
         let slots = (self.sms * per_sm / f64::from(shape.cluster.max(1))).max(1.0) as u64;
         let depth = problem.product().filter(|_| problem.sums_over_m()).map_or(1, |product| product.depth.max(1));
-        let (whole, rest) = (shape.tiles(problem) / slots, shape.tiles(problem) % slots);
-        let parts = match config {
-            Config::WgmmaGemm(gemm) => gemm.tail_parts(),
-            _ => None,
-        };
-        let last = match parts {
-            _ if rest == 0 => 0.0,
+        let tiles = shape.tiles(problem);
+        let waves = match config {
             // A last wave that is cut up takes half of one (docs/kernels/wgmma_gemm.md).
-            Some(parts) if whole > 0 && rest * u64::from(parts) <= slots => 0.5,
-            _ => 1.0,
+            Config::WgmmaGemm(gemm) if gemm.cuts(tiles, slots) => (tiles / slots) as f64 + 0.5,
+            _ => tiles.div_ceil(slots).max(1) as f64,
         };
-        Some((whole as f64 + last).max(1.0) * f64::from(depth))
+        Some(waves * f64::from(depth))
     }
 
     /// Operations a clock of one multiprocessor.

@@ -98,6 +98,9 @@ fn a_step_is_refused_by_the_families_of_the_forward_and_its_own_say_why() {
     for config in [WgmmaGemmConfig { tail_n: 32, ..wide }, WgmmaGemmConfig { block_n: 64, ..wide }] {
         assert_eq!(rule(gemm(config), &problem), cut);
     }
+    let together = WgmmaGemmConfig { schedule: Schedule::Cooperative, stages: 3, ..wide };
+    let in_turns = "dgated has registers for a second epilogue where tiles are taken in turns";
+    assert_eq!(rule(gemm(together), &problem), in_turns);
     let slots = WgmmaGemmConfig { store_buffers: 1, ..good };
     assert_eq!(rule(gemm(slots), &problem), "pre-activations arrive while others are used");
     let room = "the stages of all blocks of a multiprocessor fit in its shared memory";

@@ -17,9 +17,9 @@ __device__ __forceinline__ void tma_load(u32 destination, const TensorMap* map, 
         : "memory");
 }
 
-// As tma_load; `policy` says how what it reads leaves L2.
-__device__ __forceinline__ void tma_load_stream(u32 destination, const TensorMap* map, u32 barrier, int inner, int outer,
-                                                const StreamPolicy& policy) {
+// The same; `policy` says how what it reads leaves L2.
+__device__ __forceinline__ void tma_load(u32 destination, const TensorMap* map, u32 barrier, int inner, int outer,
+                                         const StreamPolicy& policy) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(destination),

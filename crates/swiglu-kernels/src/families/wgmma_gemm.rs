@@ -56,9 +56,15 @@ pub struct WgmmaGemmConfig {
     pub raster_group: u32,
 }
 
-/// Columns of the tiles that a last wave is cut into: one box. Narrower than this, and of two parts, they gain nothing: what they
-/// take in is half as much again for each product (docs/kernels/wgmma_gemm.md).
+/// Columns of the tiles that a last wave is cut into: one box.
 const TAIL_COLUMNS: u32 = 64;
+
+/// Whether a tile has narrower ones for a last wave. Two parts of one gain nothing (docs/kernels/wgmma_gemm.md), and a cooperative
+/// tile of `dgated` spills 72 bytes for its second epilogue.
+fn has_tail(op: Op, dtype: DType, (schedule, _, block_n, consumers): (Schedule, u32, u32, u32)) -> bool {
+    let is_wide = block_n > 2 * TAIL_COLUMNS && block_n.is_multiple_of(TAIL_COLUMNS);
+    is_wide && consumers > 1 && !is_split(dtype) && (op != Op::Dgated || schedule == Schedule::Pingpong)
+}
 
 /// Beside the usual orders narrow bands, which keep less of both operands in L2: long sums.
 const ORDERS: [(Raster, u32); 4] = [(Raster::AlongM, 8), (Raster::AlongN, 8), (Raster::AlongM, 4), (Raster::AlongN, 4)];
@@ -125,9 +131,10 @@ impl WgmmaGemmConfig {
         box_cols(self.block_n)
     }
 
-    /// Parts that a tile of a last wave is cut into, if it is.
-    pub(crate) const fn tail_parts(&self) -> Option<u32> {
-        self.block_n.checked_div(self.tail_n)
+    /// Whether the last wave of so many tiles on so many clusters is cut up: `Walk` of the template decides alike.
+    pub fn cuts(&self, tiles: u64, clusters: u64) -> bool {
+        let (rest, parts) = (tiles % clusters.max(1), self.block_n.checked_div(self.tail_n));
+        parts.is_some_and(|parts| rest > 0 && rest < tiles && rest * u64::from(parts) <= clusters)
     }
 
     pub(super) fn launch_shape(&self, problem: &Problem) -> LaunchShape {
@@ -251,6 +258,11 @@ impl WgmmaGemmConfig {
             || format!("{consumers} consumers, cluster_k {cluster_k}, {}", problem.dtype),
         )?;
         ensure(
+            tail_n == 0 || problem.op != Op::Dgated || self.schedule == Schedule::Pingpong,
+            "dgated has registers for a second epilogue where tiles are taken in turns",
+            || format!("tail_n {tail_n}, {}", self.schedule),
+        )?;
+        ensure(
             block_n.is_multiple_of(store_cols)
                 && store_cols.is_multiple_of(8)
                 && matches!(store_cols * output_bytes(problem.op, problem.dtype), 32 | 64 | 128),
@@ -277,12 +289,8 @@ const fn output_bytes(op: Op, dtype: DType) -> u32 {
 }
 
 /// A tile with `buffers` for its stores.
-fn tile(
-    op: Op,
-    dtype: DType,
-    (schedule, block_m, block_n, consumers): (Schedule, u32, u32, u32),
-    buffers: u32,
-) -> WgmmaGemmConfig {
+fn tile(op: Op, dtype: DType, shape: (Schedule, u32, u32, u32), buffers: u32) -> WgmmaGemmConfig {
+    let (schedule, block_m, block_n, consumers) = shape;
     // Narrower strips leave room for more of them.
     let widest = if op == Op::Dgated { 64 } else { 128 };
     let cols = [128, 64, 32].into_iter().filter(|&bytes| bytes <= widest).map(|bytes| bytes / output_bytes(op, dtype));
@@ -290,15 +298,7 @@ fn tile(
         block_m,
         block_n,
         block_k: 128 / dtype.bytes(),
-        tail_n: if consumers > 1
-            && block_n > 2 * TAIL_COLUMNS
-            && block_n.is_multiple_of(TAIL_COLUMNS)
-            && !is_split(dtype)
-        {
-            TAIL_COLUMNS
-        } else {
-            0
-        },
+        tail_n: if has_tail(op, dtype, shape) { TAIL_COLUMNS } else { 0 },
         stages: 0,
         consumers,
         schedule,
@@ -346,6 +346,7 @@ const LONE_TILES: [(u32, u32); 5] = [(128, 1), (192, 1), (64, 2), (128, 2), (192
 fn lone_tile(problem: &Problem, (block_n, cluster_k): (u32, u32)) -> WgmmaGemmConfig {
     let (op, dtype) = (problem.op, problem.dtype);
     let lone = tile(op, dtype, (Schedule::Cooperative, 128, block_n, 2), 1);
+    // A tile for every multiprocessor at most: there is no last wave.
     WgmmaGemmConfig { cluster_k, tail_n: 0, ..lone }.with_most_stages(op, dtype, 8)
 }
 

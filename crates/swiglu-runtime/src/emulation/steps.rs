@@ -12,7 +12,7 @@ use rand_distr::{Distribution, StandardNormal};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::ffi::c_void;
-use swiglu_kernels::families::{Config, Family, Schedule, Target, WgmmaGemmConfig, candidates};
+use swiglu_kernels::families::{Config, Family, Schedule, Target, candidates};
 use swiglu_kernels::problem::OperandMajor;
 use swiglu_kernels::{ArchSpec, DType, Op, Problem, WeightMajor, arch, oracle, render};
 
@@ -55,9 +55,13 @@ struct StepCase<T> {
     saved: Vec<Strided<T>>,
     bias: Option<Vec<T>>,
     with_z: bool,
-    /// Clusters of a persistent kernel, of as many tiles.
-    clusters: fn(&Config, u32) -> u32,
+    clusters: Clusters,
+    /// The boxes of narrower tiles hold NaN.
+    is_narrow_nan: bool,
 }
+
+/// Clusters of a persistent kernel, of as many tiles.
+type Clusters = fn(&Config, u32) -> u32;
 
 /// What an fp32 output holds before it is added to.
 const BEFORE: f32 = 0.25;
@@ -80,7 +84,16 @@ impl<T: Element> StepCase<T> {
         };
         let saved = several(2, (rows, cols), 1.5);
         let bias = problem.op.is_down().then(|| (0..cols).map(|_| T::from_f32(normal(1.0))).collect());
-        Self { problem, left, right, saved, bias, with_z: seed.is_multiple_of(2), clusters: some_waves }
+        Self {
+            problem,
+            left,
+            right,
+            saved,
+            bias,
+            with_z: seed.is_multiple_of(2),
+            clusters: thirds,
+            is_narrow_nan: false,
+        }
     }
 
     /// The outputs in float64.
@@ -148,11 +161,19 @@ impl<T: Element> StepCase<T> {
             source.prologue.map(|_| run_split(&library, Split::of_step(&problem.product().unwrap(), &args)));
         let split = with_memory.as_ref().map(|(split, _)| *split);
         let scales = split.map(|split| split.scales());
+        let shape_of_right = problem.product().map_or((0, 0), |product| product.right_shape());
+        let nan = Strided::<T>::new((shape_of_right.0 as usize, shape_of_right.1 as usize), || f32::NAN);
         let maps: Vec<Map> = match config {
             Config::WgmmaGemm(config) => {
                 let product = problem.product().unwrap();
                 let (product, parts) = split.map_or((product, args), |split| split.step(&product, &args));
-                tensor_map::of_wgmma_gemm(config, problem, &product, &parts).iter().map(Map::new).collect()
+                let mut boxes = tensor_map::of_wgmma_gemm(config, problem, &product, &parts);
+                if self.is_narrow_nan {
+                    for tail in [5, 7] {
+                        boxes[tail].address = nan.data.as_ptr() as u64;
+                    }
+                }
+                boxes.iter().map(Map::new).collect()
             }
             _ => Vec::new(),
         };
@@ -191,22 +212,28 @@ impl<T: Element> StepCase<T> {
     }
 }
 
-/// Fewer than there are tiles, so that persistent kernels walk, and cut up the last wave where they can.
-fn some_waves(config: &Config, tiles: u32) -> u32 {
-    cut_wave(config, tiles).unwrap_or(tiles.div_ceil(3))
+/// Fewer than there are tiles, so that persistent kernels walk.
+fn thirds(_: &Config, tiles: u32) -> u32 {
+    tiles.div_ceil(3)
 }
 
 /// The fewest clusters that leave of `tiles` a last wave which is cut up.
 fn cut_wave(config: &Config, tiles: u32) -> Option<u32> {
-    let Config::WgmmaGemm(WgmmaGemmConfig { tail_n: tail_n @ 1.., block_n, .. }) = *config else { return None };
-    (1..tiles).find(|&clusters| (1..=clusters / (block_n / tail_n)).contains(&(tiles % clusters)))
+    let Config::WgmmaGemm(gemm) = config else { return None };
+    (1..tiles).find(|&clusters| gemm.cuts(tiles.into(), clusters.into()))
 }
 
-fn check(problem: Problem, config: &Config, arch: &'static ArchSpec, seed: u64) -> Result<(), String> {
+fn check(
+    problem: Problem,
+    config: &Config,
+    arch: &'static ArchSpec,
+    seed: u64,
+    clusters: Clusters,
+) -> Result<(), String> {
     let result = match problem.dtype {
-        DType::F32 | DType::Tf32 => StepCase::<f32>::new(problem, seed).check(config, arch),
-        DType::F16 => StepCase::<f16>::new(problem, seed).check(config, arch),
-        DType::Bf16 => StepCase::<bf16>::new(problem, seed).check(config, arch),
+        DType::F32 | DType::Tf32 => StepCase::<f32> { clusters, ..StepCase::new(problem, seed) }.check(config, arch),
+        DType::F16 => StepCase::<f16> { clusters, ..StepCase::new(problem, seed) }.check(config, arch),
+        DType::Bf16 => StepCase::<bf16> { clusters, ..StepCase::new(problem, seed) }.check(config, arch),
         scaled => Err(format!("no step takes {scaled}")),
     };
     result.map_err(|why| format!("{problem:?} {config}: {why}"))
@@ -399,7 +426,7 @@ fn columns_in_boxes_of_32_match_the_oracle() {
     check_all(&cases, arch);
 }
 
-/// In every op and order: narrower tiles behind whole ones, with columns that lie outside and others', shared by a pair and not.
+/// In every op and order, shared by a pair and not: narrower tiles behind whole ones, some of them half or wholly outside.
 #[test]
 fn a_last_wave_that_is_cut_up_matches_the_oracle() {
     let arch = arch::by_name("sm_90a").unwrap();
@@ -423,22 +450,27 @@ fn a_last_wave_that_is_cut_up_matches_the_oracle() {
             }
         }
     }
-    check_all(&cases, arch);
+    check_all_on(&cases, arch, |config, tiles| cut_wave(config, tiles).unwrap());
 }
 
-/// Parts of the last wave that would be more than the clusters, and tiles that would be no more than parts: neither is cut up.
+/// Where the columns are whole tiles only narrower ones are loaded by the tails' maps. NaN there shows who is cut up: five tiles on
+/// four clusters, but not on two, where the three parts of the last are more than these, nor on fifteen, where no tile is whole.
 #[test]
-fn a_last_wave_that_is_too_long_to_be_cut_up_matches_the_oracle() {
+fn a_last_wave_is_cut_up_where_its_parts_are_no_more_than_the_clusters() {
     let arch = arch::by_name("sm_90a").unwrap();
-    let problem = Problem::forward(DType::Bf16, WeightMajor::K, 100, 904, 72).with_op(Op::Dgated);
-    let all = candidates(&problem, Target::Gpu(arch));
-    let config = all
-        .iter()
-        .find(|config| matches!(config, Config::WgmmaGemm(WgmmaGemmConfig { block_n: 192, tail_n: 64, .. })))
-        .unwrap();
-    for clusters in [|_: &Config, tiles: u32| (tiles / 2).max(1), |_: &Config, tiles: u32| 4 * tiles] {
-        let case = StepCase::<bf16> { clusters, ..StepCase::new(problem, 19) };
-        case.check(config, arch).unwrap_or_else(|why| panic!("{config}: {why}"));
+    for (major, schedule) in [(WeightMajor::K, Schedule::Cooperative), (WeightMajor::N, Schedule::Pingpong)] {
+        let problem = Problem::forward(DType::Bf16, major, 100, 72, 960).with_op(Op::Down);
+        let all = candidates(&problem, Target::Gpu(arch));
+        let of_schedule = |config: &&Config| matches!(config, Config::WgmmaGemm(it) if it.schedule == schedule && (it.block_n, it.tail_n) == (192, 64));
+        let is_alone = |config: &&Config| config.launch_shape(&problem).unwrap().cluster == 1;
+        let config = all.iter().filter(of_schedule).find(is_alone).unwrap();
+        let on: [Clusters; 3] = [|_, _| 4, |_, _| 2, |_, _| 15];
+        for (clusters, is_cut) in on.into_iter().zip([true, false, false]) {
+            let case = StepCase::<bf16> { clusters, ..StepCase::new(problem, 19) };
+            case.check(config, arch).unwrap_or_else(|why| panic!("{config}: {why}"));
+            let spoilt = StepCase { is_narrow_nan: true, ..case };
+            assert_eq!(spoilt.check(config, arch).is_err(), is_cut, "{config} on {}", clusters(config, 5));
+        }
     }
 }
 
@@ -462,10 +494,14 @@ fn slots_pass_between_warpgroups_that_take_turns() {
 }
 
 fn check_all(cases: &[(Problem, Config)], arch: &'static ArchSpec) {
+    check_all_on(cases, arch, thirds);
+}
+
+fn check_all_on(cases: &[(Problem, Config)], arch: &'static ArchSpec, clusters: Clusters) {
     let wrong: Vec<String> = cases
         .par_iter()
         .enumerate()
-        .filter_map(|(seed, (problem, config))| check(*problem, config, arch, seed as u64).err())
+        .filter_map(|(seed, (problem, config))| check(*problem, config, arch, seed as u64, clusters).err())
         .collect();
     assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
 }

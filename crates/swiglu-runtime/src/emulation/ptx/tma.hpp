@@ -34,7 +34,7 @@ inline void tma_load(u32 destination, const TensorMap* map, u32 barrier, int inn
     machine::settle(state);
 }
 
-inline void tma_load_stream(u32 destination, const TensorMap* map, u32 barrier, int inner, int outer, const StreamPolicy&) {
+inline void tma_load(u32 destination, const TensorMap* map, u32 barrier, int inner, int outer, const StreamPolicy&) {
     tma_load(destination, map, barrier, inner, outer);
 }
 
