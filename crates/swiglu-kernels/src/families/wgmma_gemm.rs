@@ -59,8 +59,8 @@ pub struct WgmmaGemmConfig {
 /// Columns of the tiles that a last wave is cut into: one box.
 const TAIL_COLUMNS: u32 = 64;
 
-/// Whether a tile has narrower ones for a last wave. Two parts of one gain nothing (docs/kernels/wgmma_gemm.md), and a cooperative
-/// tile of `dgated` spills 72 bytes for its second epilogue.
+/// Whether a tile has narrower ones for a last wave. Two parts of one gain nothing (docs/kernels/wgmma_gemm.md), and some
+/// cooperative tiles of `dgated` spill 72 bytes for their second epilogue.
 fn has_tail(op: Op, dtype: DType, (schedule, _, block_n, consumers): (Schedule, u32, u32, u32)) -> bool {
     let is_wide = block_n > 2 * TAIL_COLUMNS && block_n.is_multiple_of(TAIL_COLUMNS);
     is_wide && consumers > 1 && !is_split(dtype) && (op != Op::Dgated || schedule == Schedule::Pingpong)
@@ -346,7 +346,7 @@ const LONE_TILES: [(u32, u32); 5] = [(128, 1), (192, 1), (64, 2), (128, 2), (192
 fn lone_tile(problem: &Problem, (block_n, cluster_k): (u32, u32)) -> WgmmaGemmConfig {
     let (op, dtype) = (problem.op, problem.dtype);
     let lone = tile(op, dtype, (Schedule::Cooperative, 128, block_n, 2), 1);
-    // A tile for every multiprocessor at most: there is no last wave.
+    // For outputs of few tiles, where there is no last wave.
     WgmmaGemmConfig { cluster_k, tail_n: 0, ..lone }.with_most_stages(op, dtype, 8)
 }
 

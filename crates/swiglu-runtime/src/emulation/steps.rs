@@ -453,8 +453,8 @@ fn a_last_wave_that_is_cut_up_matches_the_oracle() {
     check_all_on(&cases, arch, |config, tiles| cut_wave(config, tiles).unwrap());
 }
 
-/// Where the columns are whole tiles only narrower ones are loaded by the tails' maps. NaN there shows who is cut up: five tiles on
-/// four clusters, but not on two, where the three parts of the last are more than these, nor on fifteen, where no tile is whole.
+/// Where the columns are whole tiles, only narrower ones load by the tails' maps, so NaN there shows who is cut up. Five tiles are
+/// on four clusters; not on two, where the last one's three parts are too many; nor on fifteen, where they are the first wave.
 #[test]
 fn a_last_wave_is_cut_up_where_its_parts_are_no_more_than_the_clusters() {
     let arch = arch::by_name("sm_90a").unwrap();

@@ -321,6 +321,9 @@ fn tiles_for_an_output_of_few_match_the_oracle_and_repeat_their_bits() {
 fn a_last_wave_that_is_cut_up_matches_the_oracle_bit_for_bit_as_a_whole_one_does() {
     let gpu = gpu();
     let arch = gpu.runtime.gpu().arch;
+    if !arch.has_wgmma || gpu.runtime.gpu().sm_count != 132 {
+        return; // The sizes below are for as many multiprocessors.
+    }
     let mut rng = SmallRng::seed_from_u64(23);
     for (op, major) in Op::PRODUCTS.into_iter().flat_map(|op| WeightMajor::ALL.map(|major| (op, major))) {
         // Rows at which 132 multiprocessors leave a wave to cut of either width, alone and in pairs; paired outputs are two.
@@ -411,7 +414,7 @@ fn wide<O: Element>(outputs: Vec<Option<Vec<O>>>) -> Vec<Option<Vec<f64>>> {
 #[ignore = "needs an NVIDIA GPU"]
 fn the_gates_backward_works_in_place_and_twice_gives_the_same_bits() {
     let gpu = gpu();
-    // The second leaves a last wave that is cut up on 132 multiprocessors.
+    // The last leaves a wave that is cut up on 132 multiprocessors, by the default and by the nearest of the shipped table.
     for (op, m, n) in [(Op::GateBackward, 777, 1032), (Op::Dgated, 777, 1032), (Op::Dgated, 904, 4104)] {
         for major in WeightMajor::ALL {
             let problem = Problem::forward(DType::Bf16, major, m, n, 264).with_op(op);
