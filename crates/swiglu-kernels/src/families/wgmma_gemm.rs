@@ -59,13 +59,6 @@ pub struct WgmmaGemmConfig {
 /// Columns of the tiles that a last wave is cut into: one box.
 const TAIL_COLUMNS: u32 = 64;
 
-/// Whether a tile has narrower ones for a last wave. Two parts of one gain nothing (docs/kernels/wgmma_gemm.md), and some
-/// cooperative tiles of `dgated` spill 72 bytes for their second epilogue.
-fn has_tail(op: Op, dtype: DType, (schedule, _, block_n, consumers): (Schedule, u32, u32, u32)) -> bool {
-    let is_wide = block_n > 2 * TAIL_COLUMNS && block_n.is_multiple_of(TAIL_COLUMNS);
-    is_wide && consumers > 1 && !is_split(dtype) && (op != Op::Dgated || schedule == Schedule::Pingpong)
-}
-
 /// Beside the usual orders narrow bands, which keep less of both operands in L2: long sums.
 const ORDERS: [(Raster, u32); 4] = [(Raster::AlongM, 8), (Raster::AlongN, 8), (Raster::AlongM, 4), (Raster::AlongN, 4)];
 
@@ -137,6 +130,30 @@ impl WgmmaGemmConfig {
         parts.is_some_and(|parts| rest > 0 && rest < tiles && rest * u64::from(parts) <= clusters)
     }
 
+    /// Whether its tiles can have narrower ones for a last wave.
+    fn check_tail(&self, op: Op, dtype: DType) -> Result<(), Rejected> {
+        let &Self { block_n, tail_n, consumers, cluster_k, schedule, .. } = self;
+        if tail_n == 0 {
+            return Ok(());
+        }
+        ensure(
+            tail_n == TAIL_COLUMNS && block_n > tail_n && block_n.is_multiple_of(tail_n),
+            "a last wave is cut into boxes of 64 columns",
+            || format!("tail_n {tail_n} of block_n {block_n}"),
+        )?;
+        ensure(
+            consumers > 1 && cluster_k == 1 && !is_split(dtype),
+            "a last wave is cut of tiles for many tokens, in 16 bits, whose sums are not split",
+            || format!("{consumers} consumers, cluster_k {cluster_k}, {dtype}"),
+        )?;
+        // Some cooperative tiles spill 72 bytes for it (NVRTC 13.0).
+        ensure(
+            op != Op::Dgated || schedule == Schedule::Pingpong,
+            "dgated has registers for a second epilogue where tiles are taken in turns",
+            || format!("tail_n {tail_n}, {schedule}"),
+        )
+    }
+
     pub(super) fn launch_shape(&self, problem: &Problem) -> LaunchShape {
         LaunchShape {
             block_m: self.block_m * self.cluster_m,
@@ -159,7 +176,6 @@ impl WgmmaGemmConfig {
             block_m,
             block_n,
             block_k,
-            tail_n,
             stages,
             consumers,
             cluster_m,
@@ -247,21 +263,7 @@ impl WgmmaGemmConfig {
             "sums that are split are of one 64-row block a warpgroup, of the plain products in 16 bits",
             || format!("{} {block_m} rows of {consumers} consumers, {}", self.schedule, problem.op),
         )?;
-        ensure(
-            tail_n == 0 || (tail_n == TAIL_COLUMNS && block_n > tail_n && block_n.is_multiple_of(tail_n)),
-            "a last wave is cut into boxes of 64 columns",
-            || format!("tail_n {tail_n} of block_n {block_n}"),
-        )?;
-        ensure(
-            tail_n == 0 || (consumers > 1 && cluster_k == 1 && !is_split(problem.dtype)),
-            "a last wave is cut of tiles for many tokens, in 16 bits, whose sums are not split",
-            || format!("{consumers} consumers, cluster_k {cluster_k}, {}", problem.dtype),
-        )?;
-        ensure(
-            tail_n == 0 || problem.op != Op::Dgated || self.schedule == Schedule::Pingpong,
-            "dgated has registers for a second epilogue where tiles are taken in turns",
-            || format!("tail_n {tail_n}, {}", self.schedule),
-        )?;
+        self.check_tail(problem.op, problem.dtype)?;
         ensure(
             block_n.is_multiple_of(store_cols)
                 && store_cols.is_multiple_of(8)
@@ -289,8 +291,12 @@ const fn output_bytes(op: Op, dtype: DType) -> u32 {
 }
 
 /// A tile with `buffers` for its stores.
-fn tile(op: Op, dtype: DType, shape: (Schedule, u32, u32, u32), buffers: u32) -> WgmmaGemmConfig {
-    let (schedule, block_m, block_n, consumers) = shape;
+fn tile(
+    op: Op,
+    dtype: DType,
+    (schedule, block_m, block_n, consumers): (Schedule, u32, u32, u32),
+    buffers: u32,
+) -> WgmmaGemmConfig {
     // Narrower strips leave room for more of them.
     let widest = if op == Op::Dgated { 64 } else { 128 };
     let cols = [128, 64, 32].into_iter().filter(|&bytes| bytes <= widest).map(|bytes| bytes / output_bytes(op, dtype));
@@ -298,7 +304,7 @@ fn tile(op: Op, dtype: DType, shape: (Schedule, u32, u32, u32), buffers: u32) ->
         block_m,
         block_n,
         block_k: 128 / dtype.bytes(),
-        tail_n: if has_tail(op, dtype, shape) { TAIL_COLUMNS } else { 0 },
+        tail_n: 0,
         stages: 0,
         consumers,
         schedule,
@@ -314,7 +320,10 @@ fn tile(op: Op, dtype: DType, shape: (Schedule, u32, u32, u32), buffers: u32) ->
         raster: Raster::AlongN,
         raster_group: 8,
     };
-    config.with_most_stages(op, dtype, 8)
+    let config = config.with_most_stages(op, dtype, 8);
+    // Two parts of a tile gain nothing (docs/kernels/wgmma_gemm.md).
+    let cut = WgmmaGemmConfig { tail_n: TAIL_COLUMNS, ..config };
+    if block_n > 2 * TAIL_COLUMNS && cut.check_tail(op, dtype).is_ok() { cut } else { config }
 }
 
 /// Whether the right operand is a weight, which no launch ahead has written.

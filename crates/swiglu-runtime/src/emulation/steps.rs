@@ -161,17 +161,18 @@ impl<T: Element> StepCase<T> {
             source.prologue.map(|_| run_split(&library, Split::of_step(&problem.product().unwrap(), &args)));
         let split = with_memory.as_ref().map(|(split, _)| *split);
         let scales = split.map(|split| split.scales());
-        let shape_of_right = problem.product().map_or((0, 0), |product| product.right_shape());
-        let nan = Strided::<T>::new((shape_of_right.0 as usize, shape_of_right.1 as usize), || f32::NAN);
+        let nan = self.is_narrow_nan.then(|| {
+            let (rows, cols) = problem.product().unwrap().right_shape();
+            Strided::<T>::new((rows as usize, cols as usize), || f32::NAN)
+        });
         let maps: Vec<Map> = match config {
             Config::WgmmaGemm(config) => {
                 let product = problem.product().unwrap();
                 let (product, parts) = split.map_or((product, args), |split| split.step(&product, &args));
                 let mut boxes = tensor_map::of_wgmma_gemm(config, problem, &product, &parts);
-                if self.is_narrow_nan {
-                    for tail in [5, 7] {
-                        boxes[tail].address = nan.data.as_ptr() as u64;
-                    }
+                if let Some(nan) = &nan {
+                    boxes[5].address = nan.raw().address;
+                    boxes[7].address = nan.raw().address;
                 }
                 boxes.iter().map(Map::new).collect()
             }
@@ -461,9 +462,13 @@ fn a_last_wave_is_cut_up_where_its_parts_are_no_more_than_the_clusters() {
     for (major, schedule) in [(WeightMajor::K, Schedule::Cooperative), (WeightMajor::N, Schedule::Pingpong)] {
         let problem = Problem::forward(DType::Bf16, major, 100, 72, 960).with_op(Op::Down);
         let all = candidates(&problem, Target::Gpu(arch));
-        let of_schedule = |config: &&Config| matches!(config, Config::WgmmaGemm(it) if it.schedule == schedule && (it.block_n, it.tail_n) == (192, 64));
-        let is_alone = |config: &&Config| config.launch_shape(&problem).unwrap().cluster == 1;
-        let config = all.iter().filter(of_schedule).find(is_alone).unwrap();
+        let is_it = |config: &&Config| match config {
+            Config::WgmmaGemm(it) => {
+                (it.schedule, it.block_n, it.tail_n, it.cluster_m * it.cluster_n) == (schedule, 192, 64, 1)
+            }
+            _ => false,
+        };
+        let config = all.iter().find(is_it).unwrap();
         let on: [Clusters; 3] = [|_, _| 4, |_, _| 2, |_, _| 15];
         for (clusters, is_cut) in on.into_iter().zip([true, false, false]) {
             let case = StepCase::<bf16> { clusters, ..StepCase::new(problem, 19) };
