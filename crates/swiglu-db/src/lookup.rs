@@ -434,8 +434,10 @@ fn arch_of(device_class: &str) -> &str {
 }
 
 fn load_layer(layer: Layer, path: &Path, skipped: &mut Vec<LayerError>) -> Result<Snapshot, LayerError> {
-    if layer == Layer::Override && !path.exists() {
-        return Err(LayerError::Absent { layer, path: path.into() });
+    // A folder in which nothing was ever published is another one than was meant; of the other layers it is a machine without one.
+    let published = if path.is_dir() { path.join(snapshot::FILE_NAME) } else { path.into() };
+    if layer == Layer::Override && !published.exists() {
+        return Err(LayerError::Absent { layer, path: published });
     }
     if path.is_file() {
         let text = fs::read_to_string(path).context("read", path)?;

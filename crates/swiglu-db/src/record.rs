@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 use swiglu_kernels::families::Target;
-use swiglu_kernels::{Config, Family, Problem, arch};
+use swiglu_kernels::{Config, Problem, arch};
 
 /// The device a record holds for.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -361,7 +361,7 @@ fn mark(records: &mut [Record], chosen: Option<Config>) {
 
 impl Record {
     fn is_of_library(&self) -> bool {
-        self.config.family() == Family::Cublaslt
+        self.config.family().is_library()
     }
 
     /// Which of several that are as fast serves: a kernel of ours, which needs no library, and of those the least. Stable from

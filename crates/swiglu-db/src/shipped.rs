@@ -75,7 +75,7 @@ pub fn parse(path: &Path, text: &str) -> Result<Vec<Record>, ShippedError> {
         .map(|Row { problem, config, measurement, environment, origin }| {
             let outcome = Outcome::Measured(measurement);
             let record = Record { device: device.clone(), problem, config, outcome, environment, origin };
-            record.to_json()?;
+            record.check()?;
             Ok(record)
         })
         .collect()
@@ -92,7 +92,7 @@ pub fn export(device: &Device, records: &[Record]) -> Result<String, ShippedErro
     );
     let of_class = records.iter().filter(|record| record.device.class == device.class).cloned();
     for record in winners(of_class) {
-        record.to_json()?;
+        record.check()?;
         let Some(measurement) = record.measurement() else { continue };
         let rows = [
             ("problem", inline(&record.problem)?),

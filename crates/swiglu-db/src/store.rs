@@ -192,7 +192,7 @@ impl TuningDb {
         Ok(record.is_some_and(|record| record.environment.source_digest == source_digest))
     }
 
-    /// The record with the lowest median; of equal ones the first in the order of configs.
+    /// The record that serves: the fastest, by the rules of a race where several are as fast (docs/measurement.md).
     ///
     /// # Errors
     /// sled failed.

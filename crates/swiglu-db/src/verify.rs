@@ -1,4 +1,4 @@
-//! Whether a tuning directory is what it should be. Changes nothing.
+//! Whether a tuning directory is what it should be. Changes no record; it takes the lock, and opens the index.
 
 use crate::index::{Index, OpenError};
 use crate::journal::{self, SkippedLine};
@@ -57,7 +57,7 @@ pub enum Finding {
 /// Everything that is wrong in `dir`. A directory without a journal has an empty one.
 ///
 /// # Errors
-/// A tuner holds the directory, a file cannot be read, or the journal has a newer schema.
+/// A tuner holds the directory, which must be writable for its lock, a file cannot be read, or the journal has a newer schema.
 pub fn verify(dir: &Path) -> Result<Vec<Finding>, DbError> {
     let _lock = Lock::take(&dir.join(store::LOCK_NAME))?;
     let contents = journal::read(&dir.join(journal::FILE_NAME))?;

@@ -88,6 +88,11 @@ names!(Family, "family", Family::Simt => "simt", Family::MmaDirect => "mma_direc
     Family::Cublaslt => "cublaslt", Family::Cpu => "cpu");
 
 impl Family {
+    /// Whether its kernels are a library's, which may not be installed.
+    pub const fn is_library(self) -> bool {
+        matches!(self, Self::Cublaslt)
+    }
+
     /// Families that are CUDA source.
     pub const GPU: [Self; 11] = [
         Self::Simt,
@@ -298,7 +303,7 @@ impl Config {
     /// How the kernel is launched; `None` for the CPU, and for a library that decides itself.
     pub fn launch_shape(&self, problem: &Problem) -> Option<LaunchShape> {
         match self {
-            Self::Simt(config) => Some(config.launch_shape(problem.dtype)),
+            Self::Simt(config) => Some(config.launch_shape()),
             Self::MmaDirect(config) => Some(config.launch_shape()),
             Self::WeightOnlyTma(config) => Some(config.launch_shape(problem)),
             Self::MmaSync(config) => Some(config.launch_shape(problem.dtype)),

@@ -49,11 +49,12 @@ impl WeightLayout {
         }
     }
 
-    /// Elements from the start of a packed matrix to its second half; `None` for separate ones.
+    /// Elements from the start of a packed matrix to its second half; `None` for separate ones, and where they are more than can be
+    /// counted: of a matrix without elements, whose stride may be any.
     pub const fn second_half(self, n: usize, row_stride: usize) -> Option<usize> {
         match self {
             Self::PackedKn => Some(n),
-            Self::PackedNk => Some(n * row_stride),
+            Self::PackedNk => n.checked_mul(row_stride),
             Self::SeparateNk | Self::SeparateKn => None,
         }
     }

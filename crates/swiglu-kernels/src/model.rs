@@ -2,7 +2,7 @@
 //! anything is compiled; what it says in microseconds is not to be believed.
 
 use crate::arch::{self, ArchSpec};
-use crate::families::wgmma_tma::is_split;
+use crate::families::wgmma_tma::{RESERVED_BYTES, is_split};
 use crate::families::{self, Config, Family, LaunchShape, Schedule, Staging, Target, WgmmaStreamConfig};
 use crate::problem::{DType, Format, INT4_GROUP, Problem};
 
@@ -107,7 +107,7 @@ impl Chip {
     /// over. `None` for a CPU's config and a library's.
     fn work(&self, problem: &Problem, config: &Config) -> Option<f64> {
         let shape = config.launch_shape(problem)?;
-        let per_sm = shape.per_sm.map_or_else(|| resident(problem, &shape, self.arch), f64::from);
+        let per_sm = resident(problem, &shape, self.arch).min(shape.per_sm.map_or(f64::INFINITY, f64::from));
         let slots = (self.sms * per_sm / f64::from(shape.cluster.max(1))).max(1.0) as u64;
         let depth = problem.product().filter(|_| problem.sums_over_m()).map_or(1, |product| product.depth.max(1));
         let tiles = shape.tiles(problem);
@@ -257,8 +257,7 @@ fn resident(problem: &Problem, shape: &LaunchShape, arch: &ArchSpec) -> f64 {
     let threads = shape.threads.max(1);
     let sums = 2 * shape.block_m * shape.block_n / shape.cluster.max(1) / threads;
     let registers = (sums + if problem.dtype == DType::F32 { 100 } else { 50 }).min(255);
-    // A kilobyte of every block is the system's.
-    let by_smem = (arch.smem_per_block + 1024) / (shape.smem_bytes + 1024);
+    let by_smem = (arch.smem_per_block + RESERVED_BYTES) / (shape.smem_bytes + RESERVED_BYTES);
     f64::from(by_smem.min(2048 / threads).min(arch.registers_per_sm / (registers * threads)).max(1))
 }
 
@@ -353,6 +352,31 @@ mod tests {
         assert_eq!([2048, 1664, 128].map(|m| waves(cut, m)), [9.5, 8.0, 1.0]);
         let whole = families::WgmmaGemmConfig { tail_n: 0, ..cut };
         assert_eq!([2048, 1664, 128].map(|m| waves(whole, m)), [10.0, 8.0, 1.0]);
+    }
+
+    #[test]
+    fn more_tokens_are_more_work_for_blocks_that_walk_over_tiles() {
+        let problem = Problem::forward(DType::Tf32, WeightMajor::K, 4096, 4096, 4096);
+        let walks = |config: &Config| config.launch_shape(&problem).is_some_and(|shape| shape.per_sm.is_some());
+        let all = candidates(&problem, Target::Gpu(h200().arch));
+        let walking: Vec<Config> = all.into_iter().filter(walks).collect();
+        assert!(walking.iter().any(|config| matches!(config, Config::MmaSync(_))));
+        for config in walking {
+            let work = |m| h200().work(&problem.with_m(m), &config).unwrap();
+            assert!(work(65536) >= 8.0 * work(4096), "{config}");
+        }
+    }
+
+    #[test]
+    fn as_many_blocks_as_a_config_asks_for_count_as_resident() {
+        for op in [Op::Forward, Op::Down] {
+            let problem = Problem::forward(DType::Bf16, WeightMajor::K, 16, 14336, 4096).with_op(op);
+            for config in candidates(&problem, Target::Gpu(h200().arch)) {
+                let Some(shape) = config.launch_shape(&problem) else { continue };
+                let asked = shape.per_sm.filter(|&asked| asked < u32::MAX).map_or(1.0, f64::from);
+                assert!(resident(&problem, &shape, h200().arch) >= asked, "{config}");
+            }
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ pub struct Forward<'a> {
     pub gate_bias: Option<&'a [f64]>,
     /// `[N]`, if any.
     pub up_bias: Option<&'a [f64]>,
-    /// Length of every sum.
+    /// Length of every sum. Of 0 the number of rows cannot be told from x: one is meant.
     pub k: usize,
 }
 
@@ -94,8 +94,9 @@ pub fn step(problem: &Problem, operands: &Step<'_>) -> Vec<Vec<f64>> {
         outs
     };
     let Some(shape) = problem.product() else {
-        let [dgate, dup, z] = gated(operands.left[0]);
-        return if problem.op == Op::Gate { vec![z] } else { vec![dgate, dup, z] };
+        let has_dz = problem.op != Op::Gate;
+        let [dgate, dup, z] = gated(if has_dz { operands.left[0] } else { &|_, _| 0.0 });
+        return if has_dz { vec![dgate, dup, z] } else { vec![z] };
     };
     let of = |left: Entry<'_>, right: Entry<'_>| {
         let left = |row, d| if shape.left == OperandMajor::Depth { left(row, d) } else { left(d, row) };

@@ -106,6 +106,11 @@ impl Op {
         matches!(self, Self::WeightGradAdd | Self::DownWeightGradAdd | Self::BiasGradAdd | Self::DownBiasGradAdd)
     }
 
+    /// Bytes of an element of its outputs, of operands in `dtype`: sums that are added to are fp32.
+    pub const fn output_bytes(self, dtype: DType) -> u32 {
+        if self.accumulates() { 4 } else { dtype.output().bytes() }
+    }
+
     /// Whether the pre-activations are stored beside z.
     pub const fn saves_preactivations(self) -> bool {
         matches!(self, Self::ForwardSave)

@@ -112,11 +112,12 @@ pub fn quantise_int4(weights: &[f32], k: usize, round: impl Fn(f32) -> f32) -> I
     columns
 }
 
-/// What takes the largest magnitude of `values` to `end`; 1 where all are 0.
+/// What takes the largest magnitude of `values` to `end`; 1 where all are 0, or so small that no scale is as small.
 fn scale_of(values: &[f32], end: f32) -> f32 {
     let largest =
         values.iter().fold(0.0f32, |largest, value| if value.is_nan() { *value } else { largest.max(value.abs()) });
-    if largest == 0.0 { 1.0 } else { largest / end }
+    let scale = largest / end;
+    if scale == 0.0 { 1.0 } else { scale }
 }
 
 #[cfg(test)]
@@ -171,6 +172,8 @@ mod tests {
             );
         }
         assert_eq!(quantise_e4m3(&[0.0; 4], 4).scales, [1.0]);
+        let smallest = quantise_e4m3(&[1e-44, 0.0], 2);
+        assert_eq!((smallest.scales, smallest.codes), (vec![1.0], vec![0, 0]), "no scale is as small");
         assert!(quantise_e4m3(&[0.0, f32::NAN], 2).scales[0].is_nan());
     }
 

@@ -3,6 +3,7 @@
 use crate::error::Failure;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
+use swiglu_runtime::operands::MAX_ROWS;
 use swiglu_runtime::{ForwardSpec, RawForward, RawMatrix};
 
 /// Where and on what; both weights are separate matrices, a packed one is passed as its two halves.
@@ -59,8 +60,8 @@ impl Call {
 
 /// M, held to its range.
 pub(crate) fn tokens(m: u64) -> Result<u32, Failure> {
-    let too_many = |_| Failure::argument("x", format!("has {m} rows, at most {} are supported", i32::MAX));
-    Ok(i32::try_from(m).map_err(too_many)?.unsigned_abs())
+    let rows = u32::try_from(m).ok().filter(|&rows| rows as usize <= MAX_ROWS);
+    rows.ok_or_else(|| Failure::argument("x", format!("has {m} rows, at most {MAX_ROWS} are supported")))
 }
 
 /// The matrices of one group of a step's operands, an address and a row stride in turn; at most as many as the group has.

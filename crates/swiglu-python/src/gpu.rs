@@ -7,6 +7,7 @@
 use crate::call::Call;
 use crate::error::Failure;
 use cudarc::driver::{DriverError, result, sys};
+use std::ptr;
 use swiglu_runtime::gpu::Gpu;
 use swiglu_runtime::{Options, Plan, PrepareError, RawStep, Runtime, StepPlan, library, runtime};
 
@@ -93,9 +94,9 @@ impl Current {
 
 impl Drop for Current {
     fn drop(&mut self) {
-        let Some(before) = self.before else { return };
+        // None, too, is put back: torch takes the device of a context that is current for the one that was chosen.
         // SAFETY: it was current on this thread a moment ago. An error would leave the other context current, which
         // the next call of torch's runtime corrects or reports.
-        let _ = unsafe { result::ctx::set_current(before) };
+        let _ = unsafe { result::ctx::set_current(self.before.unwrap_or(ptr::null_mut())) };
     }
 }

@@ -64,10 +64,9 @@ struct Operands {
 pub fn of_step(problem: &Problem, args: &RawStep) -> Result<Gemms, NoGemm> {
     let problem = problem.with_m(args.m);
     let product = problem.product().ok_or(NoGemm("the op has no GEMM"))?;
-    let out_bytes = if problem.op.accumulates() { 4 } else { problem.dtype.bytes() };
     let operands =
         Operands { left: args.left, right: args.right, out: [args.out[0], args.out[1]], bias: [args.bias; 2] };
-    gemms(&product, &operands, [problem.dtype.bytes(), out_bytes])
+    gemms(&product, &operands, [problem.dtype.bytes(), problem.op.output_bytes(problem.dtype)])
 }
 
 /// The GEMMs of the forward, from x to the pre-activations `sums` of gate and up; M is that of `args`.

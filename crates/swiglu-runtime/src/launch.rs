@@ -410,7 +410,8 @@ unsafe fn clear(problem: &Problem, stream: sys::CUstream, args: &RawStep) -> Res
     let bytes = u64::from(problem.dtype.bytes());
     let width = product.cols as usize * bytes as usize;
     for out in args.out.iter().take(product.outputs() as usize) {
-        let pitch = (out.stride.unsigned_abs() * bytes) as usize;
+        // One row may come without a stride, and the driver refuses a pitch of less than the width.
+        let pitch = ((out.stride.unsigned_abs() * bytes) as usize).max(width);
         // SAFETY: the output holds `rows` rows of `cols` elements, `stride` apart, by contract.
         let status = unsafe { sys::cuMemsetD2D8Async(out.address, pitch, 0, width, product.rows as usize, stream) };
         status.result()?;

@@ -37,8 +37,8 @@ impl ForwardSpec {
     }
 }
 
-/// Rows of x: whole tiles of them are still counted in 32 bits.
-pub(crate) const MAX_ROWS: usize = i32::MAX as usize - 1024;
+/// Rows of x at most: whole tiles of them are still counted in 32 bits.
+pub const MAX_ROWS: usize = i32::MAX as usize - 1024;
 
 /// An argument that does not fit the plan. Nothing was launched.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

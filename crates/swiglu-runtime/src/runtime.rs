@@ -20,7 +20,7 @@ use swiglu_kernels::families::{Target, default_config};
 use swiglu_kernels::model::Chip;
 use swiglu_kernels::problem::Problem;
 use swiglu_kernels::render::{self, RenderError, SharedSource};
-use swiglu_kernels::{ArchSpec, Config, Family, Op, Rejected};
+use swiglu_kernels::{ArchSpec, Config, Op, Rejected};
 
 /// The values of M that have a default config of their own where nothing was tuned.
 pub const UNTUNED_ANCHORS: [u32; 5] = [1, 16, 64, 512, 4096];
@@ -114,7 +114,7 @@ impl Runtime {
     ///
     /// # Errors
     /// When a size is out of range, or nothing compiles. A tuned config that no longer compiles is skipped with
-    /// a warning; the default serves in its place. In place of a library that is not installed
+    /// a warning; what was tuned for the nearest M serves in its place, the default where nothing else was. In place of a library that is not installed
     /// what came next in its race does.
     pub fn prepare(&self, spec: &ForwardSpec) -> Result<Plan, PrepareError> {
         check_sizes(&spec.problem(1))?;
@@ -237,7 +237,7 @@ impl Runtime {
         let loaded: Vec<Result<Vec<Kernel>, PrepareError>> =
             shared.par_iter().map(|shared| self.load(shared, problem)).collect();
         let mut kernels = BTreeMap::new();
-        for config in legal.iter().filter(|config| config.family() == Family::Cublaslt) {
+        for config in legal.iter().filter(|config| config.family().is_library()) {
             match self.library_kernel(problem, config) {
                 Ok(kernel) => {
                     kernels.insert(*config, kernel);
@@ -266,7 +266,14 @@ impl Runtime {
     ) -> Result<Selection, PrepareError> {
         let unaligned = Problem { alignment: problem.dtype.output().bytes(), ..*problem };
         let fallback = match default_config(&unaligned.with_m(256), self.gpu.arch) {
-            Ok(config) => Some(self.kernel(&unaligned, config)?),
+            Ok(config) => match self.kernel(&unaligned, config) {
+                Ok(kernel) => Some(kernel),
+                Err(error) if kernels.is_empty() => return Err(error),
+                Err(error) => {
+                    tracing::warn!(%config, %error, "operands that are not aligned cannot be served");
+                    None
+                }
+            },
             // The scaled formats ask for alignment.
             Err(why) if kernels.is_empty() => return Err(why.into()),
             Err(_) => None,
@@ -300,7 +307,7 @@ impl Runtime {
 }
 
 fn of_library(choice: &Choice) -> bool {
-    choice.config.family() == Family::Cublaslt
+    choice.config.family().is_library()
 }
 
 /// The same choices with kernels of ours only: what a plan has where the library is missing.

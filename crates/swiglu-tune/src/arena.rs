@@ -6,7 +6,7 @@ use crate::gpu_subject::{GpuLab, Stopwatch};
 use crate::race::Failure;
 use cudarc::driver::{CudaSlice, CudaView};
 use swiglu_kernels::problem::INT4_GROUP;
-use swiglu_kernels::{Family, Format, Op, Problem, WeightMajor};
+use swiglu_kernels::{Format, Op, Problem, WeightMajor};
 use swiglu_runtime::gpu::Kernel;
 use swiglu_runtime::{RawForward, RawMatrix, RawScales, RawStep, launch};
 
@@ -123,7 +123,7 @@ impl Arena {
         let support = Support::load(&lab.gpu, &lab.nvrtc, &lab.cache, &lab.stream, &problem)
             .map_err(|error| Failure::new("compile", error))?;
         let Layout { inputs, outputs } = Layout::of(&problem);
-        let output_bytes = if problem.op.accumulates() { 4 } else { problem.dtype.output().bytes() as usize };
+        let output_bytes = problem.op.output_bytes(problem.dtype) as usize;
         let bytes = |input: &Input| (input.elements * input.element_bytes as usize).next_multiple_of(2);
         let in_bytes = inputs.iter().map(bytes);
         let all_bytes = in_bytes.chain(outputs.iter().map(|elements| elements * output_bytes)).sum::<usize>();
@@ -253,8 +253,7 @@ impl Arena {
                 RawStep { left, right, out, ..step }
             }
             Op::BiasGrad | Op::BiasGradAdd => {
-                let bytes = if op.accumulates() { 4 } else { u64::from(self.problem.dtype.output().bytes()) };
-                let second = output(0) + u64::from(n) * bytes;
+                let second = output(0) + u64::from(n) * u64::from(op.output_bytes(self.problem.dtype));
                 RawStep { right: self.beside(input(0)), out: [one(output(0), n), one(second, n), none], ..step }
             }
             Op::DownBiasGrad | Op::DownBiasGradAdd => {
@@ -386,7 +385,7 @@ impl Arena {
             if problem.op.accumulates() { support.prepare_sums(output)? } else { support.poison(output)? }
         }
         // What the library loads at its first launch is not its time.
-        if kernel.config.family() == Family::Cublaslt {
+        if kernel.config.family().is_library() {
             self.launch(lab, kernel, 1)?;
         }
         let once_us = stopwatch.time(|| self.launch(lab, kernel, 0))?;

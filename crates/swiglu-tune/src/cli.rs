@@ -378,8 +378,9 @@ fn crew(cli: &Cli, devices: &[GpuChoice], stop: &Stop) -> Result<Crew> {
     let measuring = devices.iter().map(start).collect::<Result<Vec<_>>>()?;
     let stop = stop.clone();
     // A large source alone may take a compiler longer than any candidate runs.
-    let compiling =
-        move |arch: &str| Worker::start(recipe(&["--compile-for".into(), arch.into()], 5 * patience, &stop));
+    let compiling = move |arch: &str| {
+        Worker::start(recipe(&["--compile-for".into(), arch.into()], patience.saturating_mul(5), &stop))
+    };
     Ok(Crew { measuring, compiling: Box::new(compiling) })
 }
 

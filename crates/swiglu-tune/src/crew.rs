@@ -86,7 +86,11 @@ fn run(worker: &mut Worker, task: &Task, stop: &Stop) -> Result<Finding, Fault> 
     let mut subject = Remote::open(worker, task.problem, &task.candidates, always)?;
     let field = Field { candidates: &task.candidates, pinned: &task.pinned, rounds: task.rounds };
     let raced = race(&mut subject, &field, stop);
-    Ok(Finding { raced, registers: subject.registers })
+    match subject.lost {
+        // What came out before a stop is kept.
+        None | Some(Fault::Stopped) => Ok(Finding { raced, registers: subject.registers }),
+        Some(fault) => Err(fault),
+    }
 }
 
 /// What to compile ahead: the number of the group, one of its problems, its candidates.

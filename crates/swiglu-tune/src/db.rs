@@ -55,12 +55,14 @@ pub(crate) fn run(command: &DbCommand, options: &Options) -> Result<ExitCode> {
 }
 
 fn export(class: Option<&str>, options: &Options) -> Result<ExitCode> {
-    let mut devices: BTreeMap<Device, Vec<Record>> = BTreeMap::new();
+    // By class: a name is a label, and one class may have had two.
+    let mut devices: BTreeMap<String, (Device, Vec<Record>)> = BTreeMap::new();
     for record in record::winners(records::read(options)?) {
-        devices.entry(record.device.clone()).or_default().push(record);
+        let of_class = devices.entry(record.device.class.clone());
+        of_class.or_insert_with(|| (record.device.clone(), Vec::new())).1.push(record);
     }
-    devices.retain(|device, _| class.is_none_or(|class| class == device.class));
-    let mut devices = devices.into_iter();
+    devices.retain(|device, _| class.is_none_or(|class| class == device));
+    let mut devices = devices.into_values();
     match (devices.next(), devices.next()) {
         (Some((device, records)), None) => print!("{}", shipped::export(&device, &records)?),
         (None, _) => bail!("nothing is tuned for {}", class.unwrap_or("any device")),

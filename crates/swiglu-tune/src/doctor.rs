@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use swiglu_db::{Layer, TuningTable};
-use swiglu_runtime::gpu::{self, Gpu};
+use swiglu_runtime::gpu::{self, Gpu, GpuError};
 use swiglu_runtime::nvrtc::Nvrtc;
 use swiglu_runtime::{Options, library};
 
@@ -38,8 +38,8 @@ pub(crate) fn run(json: bool, options: &Options) -> Result<ExitCode> {
             format!("{} at {}, compiles for sm_{:?}", nvrtc.version_string(), nvrtc.path.display(), nvrtc.supported)
         }),
     ));
-    let count = gpu::count().unwrap_or(0);
-    for ordinal in 0..count {
+    let count = gpu::count();
+    for ordinal in 0..*count.as_ref().unwrap_or(&0) {
         let gpu = Gpu::open(ordinal);
         checks.push(Check::new(
             "GPU",
@@ -52,8 +52,11 @@ pub(crate) fn run(json: bool, options: &Options) -> Result<ExitCode> {
             ));
         }
     }
-    if count == 0 {
-        checks.push(Check::new("GPU", Err::<String, _>("none; `swiglu-tune --gpu auto` tunes the CPU backend")));
+    const NO_GPU: &str = "none; `swiglu-tune --gpu auto` tunes the CPU backend";
+    match &count {
+        Ok(1..) => {}
+        Ok(0) | Err(GpuError::Missing(_)) => checks.push(Check::new("GPU", Err::<String, _>(NO_GPU))),
+        Err(why) => checks.push(Check::new("GPU", Err::<String, _>(why))),
     }
     // Optional: `ok` either way.
     let library = library::cublaslt()

@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "launches a kernel that is made to fail")]
 
 use crate::gpu_subject::GpuLab;
+use crate::protocol::Reply;
 use crate::race::{Failure, Subject};
 use cudarc::driver::LaunchConfig;
 use cudarc::nvrtc::Ptx;
@@ -36,6 +37,8 @@ enum Kind {
     Hang,
     /// The device no longer works in the process.
     Poison,
+    /// It answers what it was not asked.
+    Babble,
 }
 
 impl fmt::Display for Fault {
@@ -49,6 +52,7 @@ impl fmt::Display for Fault {
             Kind::Crash => "crash",
             Kind::Hang => "hang",
             Kind::Poison => "poison",
+            Kind::Babble => "babble",
         };
         write!(f, "{at}:{how}:{}", self.config)
     }
@@ -71,11 +75,12 @@ impl FromStr for Fault {
                 "crash" => Kind::Crash,
                 "hang" => Kind::Hang,
                 "poison" => Kind::Poison,
+                "babble" => Kind::Babble,
                 _ => return None,
             };
             Some(Self { at, how, config: config.into() })
         };
-        parse().ok_or_else(|| "use verify|sample|sustain:crash|hang|poison:PART OF A CONFIG".into())
+        parse().ok_or_else(|| "use verify|sample|sustain:crash|hang|poison|babble:PART OF A CONFIG".into())
     }
 }
 
@@ -102,6 +107,10 @@ impl<S: Subject> Faulty<'_, S> {
             (Kind::Poison, None) => {
                 self.is_lost = true;
                 Err(Failure::new("launch", "an illegal address, say"))
+            }
+            (Kind::Babble, _) => {
+                println!("{}", serde_json::json!(Reply::Settled));
+                Ok(())
             }
         }
     }

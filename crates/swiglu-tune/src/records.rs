@@ -4,7 +4,6 @@ use anyhow::{Context, Result};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use swiglu_db::{Match, Record, TuningTable, journal};
-use swiglu_kernels::families::Family;
 use swiglu_kernels::{Problem, Target};
 use swiglu_runtime::{Choice, Options, library, runtime, serving_choice};
 
@@ -35,7 +34,7 @@ pub(crate) fn serving(
     let anchors = table.anchors(class, problem, target);
     let mut choices: Vec<Choice> =
         anchors.iter().map(|(m, record, matched)| Choice::tuned(*m, record, *matched)).collect();
-    let names_library = choices.iter().any(|choice| choice.config.family() == Family::Cublaslt);
+    let names_library = choices.iter().any(|choice| choice.config.family().is_library());
     if let (Target::Gpu(arch), true) = (target, names_library && library::cublaslt().is_err()) {
         choices = runtime::without_library(&choices, class, problem, arch).ok()?;
     }

@@ -224,7 +224,8 @@ pub(crate) struct Remote<'a> {
     /// Registers a thread.
     pub(crate) registers: BTreeMap<Config, u32>,
     conditions: Conditions,
-    is_lost: bool,
+    /// What ended the work on the problem, by no fault of one candidate.
+    pub(crate) lost: Option<Fault>,
 }
 
 /// What the CPU does at least, in operations a second: a large problem may be silent for longer.
@@ -252,7 +253,7 @@ impl<'a> Remote<'a> {
             blamed: BTreeMap::new(),
             registers: BTreeMap::new(),
             conditions: Conditions::default(),
-            is_lost: false,
+            lost: None,
         };
         let mut attempts = 0;
         let blamed = culprits(configs, &mut |configs| {
@@ -287,12 +288,19 @@ impl<'a> Remote<'a> {
     fn ask(&mut self, request: &Request) -> Result<Reply, Fault> {
         if !self.worker.is_running() {
             tracing::info!("the worker is started anew");
-            self.reopen().inspect_err(|_| self.is_lost = true)?;
+            self.reopen().map_err(|fault| self.lose(fault))?;
         }
-        let reply = self.worker.ask(request, self.patience);
-        // Nothing helps against these.
-        self.is_lost |= matches!(reply, Err(Fault::Broken(_) | Fault::Stopped));
-        reply
+        match self.worker.ask(request, self.patience) {
+            // Nothing helps against these.
+            Err(fault @ (Fault::Broken(_) | Fault::Stopped)) => Err(self.lose(fault)),
+            reply => reply,
+        }
+    }
+
+    /// Notes that the work ends by `fault`, which it gives back.
+    fn lose(&mut self, fault: Fault) -> Fault {
+        self.lost = Some(fault.clone());
+        fault
     }
 
     /// The `count` times that `request` asks for.
@@ -316,14 +324,17 @@ impl<'a> Remote<'a> {
         times.pop().unwrap_or_else(|| Err(Failure::untimed()))
     }
 
+    /// One that does not answer what it was asked is not asked again.
     fn misunderstood(&mut self, reply: Reply) -> Fault {
-        self.is_lost = true;
-        unexpected(reply)
+        self.worker.process = None;
+        self.lose(unexpected(reply))
     }
 }
 
 fn blame(config: &Config, fault: Fault) -> Failure {
-    tracing::warn!(%config, %fault, "a candidate broke its worker");
+    if fault.may_be_of_candidate() {
+        tracing::warn!(%config, %fault, "a candidate broke its worker");
+    }
     fault.of_candidate()
 }
 
@@ -351,23 +362,25 @@ impl Subject for Remote<'_> {
             Ok(times) => return times,
             Err(fault) => fault,
         };
+        if self.lost.is_some() {
+            return vec![Err(first.of_candidate()); configs.len()];
+        }
         // Who of them broke the worker is not known until each has run alone.
         let alone = |config: &Config| self.alone(config, &Request::Sample(vec![*config]));
         let alone: Vec<Result<f64, Failure>> = configs.iter().map(alone).collect();
         let sound: Vec<Config> =
             configs.iter().zip(&alone).filter(|(_, time)| time.is_ok()).map(|(config, _)| *config).collect();
         // Nobody by itself: the device or the machine, or all of them together.
-        self.is_lost |= sound.len() == configs.len();
-        if self.is_lost {
+        if sound.len() == configs.len() {
+            self.lose(first.clone());
+        }
+        if self.lost.is_some() {
             return vec![Err(first.of_candidate()); configs.len()];
         }
         // Those that are left are timed together, as ever.
         let mut together = match self.try_sample(&sound) {
             Ok(times) => times.into_iter(),
-            Err(fault) => {
-                self.is_lost = true;
-                return vec![Err(fault.of_candidate()); configs.len()];
-            }
+            Err(fault) => return vec![Err(self.lose(fault).of_candidate()); configs.len()],
         };
         alone
             .into_iter()
@@ -385,7 +398,7 @@ impl Subject for Remote<'_> {
     }
 
     fn is_lost(&mut self) -> bool {
-        self.is_lost
+        self.lost.is_some()
     }
 }
 

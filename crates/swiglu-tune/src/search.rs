@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use swiglu_db::Record;
 use swiglu_kernels::families::LaunchShape;
 use swiglu_kernels::model::Chip;
-use swiglu_kernels::{Config, Family, Problem};
+use swiglu_kernels::{Config, Problem};
 
 /// How candidates are chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -45,7 +45,7 @@ pub(crate) fn pick(
     let most = (SHARE * candidates.len() as f64) as usize;
     let mut picked: Vec<Config> = Vec::new();
     let mut taken: BTreeSet<Config> = BTreeSet::new();
-    let library = candidates.keys().copied().filter(|config| config.family() == Family::Cublaslt);
+    let library = candidates.keys().copied().filter(|config| config.family().is_library());
     let wanted = wanted.iter().copied().filter(|config| candidates.contains_key(config));
     for config in wanted.chain(library).chain(nearest(problem, seeds, candidates)) {
         if taken.insert(config) {
@@ -174,7 +174,7 @@ pub(crate) mod tests {
         let wide = Problem { dtype: DType::F32, ..problem };
         let sources_of_wide = Space::new(&wide, target).unwrap().candidates;
         let picked = pick(Some(&chip), &wide, &sources_of_wide, &[], &records);
-        assert!(picked[..5].iter().all(|config| config.family() == Family::Cublaslt), "{:?}", &picked[..5]);
+        assert!(picked[..5].iter().all(|config| config.family().is_library()), "{:?}", &picked[..5]);
         let few: BTreeMap<_, _> = sources.into_iter().take(20).collect();
         assert_eq!(pick(Some(&chip), &problem, &few, &[], &records).len(), 20);
     }

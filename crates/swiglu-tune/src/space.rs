@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use swiglu_db::{Origin, Outcome, Record, TuningDb, TuningKey};
 use swiglu_kernels::families::{Target, candidates};
 use swiglu_kernels::model::Chip;
-use swiglu_kernels::{Config, Family, Problem, render};
+use swiglu_kernels::{Config, Problem, render};
 
 /// The candidates of problems that differ in M only: legality and sources do not depend on it.
 pub(crate) struct Space {
@@ -44,7 +44,7 @@ impl Space {
 
     /// The same without the library's candidates: it is not there.
     pub(crate) fn without_library(mut self) -> Self {
-        self.candidates.retain(|config, _| config.family() != Family::Cublaslt);
+        self.candidates.retain(|config, _| !config.family().is_library());
         self
     }
 
@@ -122,7 +122,7 @@ mod tests {
     fn the_librarys_candidates_have_digests_and_are_left_out_where_it_is_missing() {
         let target = Target::Gpu(arch::by_name("sm_90a").unwrap());
         let problem = Problem::forward(DType::Bf16, WeightMajor::K, 1, 1024, 1024).with_op(Op::Down);
-        let count = |space: &Space| space.candidates.keys().filter(|it| it.family() == Family::Cublaslt).count();
+        let count = |space: &Space| space.candidates.keys().filter(|it| it.family().is_library()).count();
         let space = Space::new(&problem, target).unwrap();
         assert_eq!(count(&space), 5);
         assert!(space.candidates.values().all(|digest| digest.len() == 64));
@@ -166,7 +166,7 @@ mod tests {
             };
             all.iter().find(is_it).unwrap()
         };
-        let library = all.iter().find(|config| config.family() == Family::Cublaslt).unwrap();
+        let library = all.iter().find(|config| config.family().is_library()).unwrap();
         // 64 tiles, and 128 at twice as many tokens: the same time. Of half the width they fill the device already.
         let over_library = |us: f64, config| ratio(chip.as_ref(), &problem, (us, config), (53.8, library));
         assert!((over_library(94.4, find(Schedule::Cooperative, 128)) - 94.4 / 107.6).abs() < 1e-9);

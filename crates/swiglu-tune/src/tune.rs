@@ -425,29 +425,7 @@ impl<'a> Tuner<'a> {
                 }
             }
             Err(Fault::Stopped) => {}
-            Err(fault) => {
-                let Problem { m, n, k, .. } = key.problem;
-                tracing::error!(m, n, k, %fault, "cannot tune");
-                let refused = matches!(fault, Fault::Refused(_));
-                let others = self.stations.iter().enumerate();
-                let mut others = others.filter(|(other, (front, _))| *other != worker && *front == at);
-                let others_work = others.any(|(_, (_, station))| station.faults < FAULTS);
-                // Alone, a worker goes on with what is smaller: memory that others hold does not refuse everything.
-                if refused && !others_work {
-                    self.stations[worker].1.faults = 0;
-                } else if !others_work && self.stations[worker].1.faults >= FAULTS {
-                    bail!("no worker is left that can measure: {fault}");
-                }
-                // Another device may have what this one lacks; once, since none may.
-                let front = &mut self.fronts[at];
-                if others_work && front.given_back.insert(task.item) {
-                    front.share.give_back(task.item);
-                    return Ok(());
-                }
-                self.summary.unraced += 1;
-                self.progress.inc(1);
-                return Ok(());
-            }
+            Err(fault) => return self.faulted(worker, task.item, &key, &fault),
         }
         match (self.db.best(&key)?, stopped) {
             (_, true) => self.summary.left += 1,
@@ -460,6 +438,31 @@ impl<'a> Tuner<'a> {
                 self.summary.without_winner += 1;
             }
         }
+        self.progress.inc(1);
+        Ok(())
+    }
+
+    /// Takes note that `item` could not be raced on `worker`, and gives it back where another worker may do better.
+    fn faulted(&mut self, worker: usize, item: Item, key: &TuningKey, fault: &Fault) -> Result<()> {
+        let at = self.stations[worker].0;
+        let Problem { m, n, k, .. } = key.problem;
+        tracing::error!(m, n, k, %fault, "cannot tune");
+        let mut others =
+            self.stations.iter().enumerate().filter(|(other, (front, _))| *other != worker && *front == at);
+        let others_work = others.any(|(_, (_, station))| station.faults < FAULTS);
+        // Alone, a worker goes on with what is smaller: memory that others hold does not refuse everything.
+        if matches!(fault, Fault::Refused(_)) && !others_work {
+            self.stations[worker].1.faults = 0;
+        } else if !others_work && self.stations[worker].1.faults >= FAULTS {
+            bail!("no worker is left that can measure: {fault}");
+        }
+        // Another device may have what this one lacks; once, since none may.
+        let front = &mut self.fronts[at];
+        if others_work && front.given_back.insert(item) {
+            front.share.give_back(item);
+            return Ok(());
+        }
+        self.summary.unraced += 1;
         self.progress.inc(1);
         Ok(())
     }

@@ -27,6 +27,23 @@ fn a_table_is_imported_served_exported_and_verified() {
 }
 
 #[test]
+fn a_class_that_had_two_names_is_exported_under_one() {
+    let home = Home::new();
+    let table = fs::read_to_string(SHIPPED).unwrap();
+    let parts: Vec<&str> = table.split("[[record]]").collect();
+    let name = r#"name = "NVIDIA H200""#;
+    assert!(parts[0].contains(name));
+    for (part, label) in [(1, name), (2, r#"name = "NVIDIA H200 as drivers call it today""#)] {
+        let text = [&parts[0].replace(name, label), parts[part]].join("[[record]]");
+        let file = home.write(&format!("{part}.toml"), &text);
+        home.tune(&["db", "import", &file]).success().stdout(contains("1 added"));
+    }
+    let exported = home.tune(&["db", "export"]).success();
+    let text = String::from_utf8(exported.get_output().stdout.clone()).unwrap();
+    assert_eq!(text.matches("[[record]]").count(), 2, "{text}");
+}
+
+#[test]
 fn what_cannot_be_imported_or_merged_is_named() {
     let home = Home::new();
     home.tune(&["db", "import", "/nowhere/a.toml"]).code(1).stderr(contains("/nowhere/a.toml"));

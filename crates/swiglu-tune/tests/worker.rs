@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use assert_cmd::Command;
+use predicates::prelude::PredicateBooleanExt as _;
 use predicates::str::contains;
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Write};
@@ -110,6 +111,18 @@ fn a_candidate_that_poisons_its_device_is_told_by_what_it_did() {
     let home = TempDir::new().unwrap();
     run(&home, &["--fault", "verify:poison:cpu 32x64", "--fault", "sample:poison:cpu 32x64"]).success();
     only_32x64_failed(&home, "launch", "illegal address, say; it took the device down");
+}
+
+#[test]
+fn a_worker_that_is_lost_leaves_its_problems_untuned_and_the_run_says_so() {
+    let home = TempDir::new().unwrap();
+    let lost = run(&home, &["--fault", "sample:babble:cpu 32x64"]).code(1);
+    lost.stderr(contains("cannot tune").and(contains("Settled")).and(contains(" 0 problems tuned")));
+    assert!(records(&home).iter().all(|record| record["outcome"] != "measured"));
+    // What is tuned already stays so, and the run fails all the same.
+    run(&home, &[]).success().stderr(contains("2 problems tuned"));
+    run(&home, &["--retune", "--fault", "sample:babble:cpu 32x64"]).code(1).stderr(contains("cannot tune"));
+    assert!(records(&home).iter().all(|record| record["outcome"] == "measured"));
 }
 
 #[test]

@@ -233,6 +233,12 @@ fn an_override_that_is_not_there_is_said_and_a_missing_site_is_not() {
     let (_, skipped) = TuningTable::load(&nowhere(Layer::Override));
     assert!(skipped[0].to_string().contains("the override layer `/nowhere/at/all` is not there"), "{skipped:?}");
     assert!(TuningTable::load(&nowhere(Layer::Site)).1.is_empty());
+    // A folder that is no database, say the one above it.
+    let empty = tempfile::tempdir().unwrap();
+    let place = |layer| vec![(layer, empty.path().to_path_buf())];
+    let (_, skipped) = TuningTable::load(&place(Layer::Override));
+    assert!(skipped[0].to_string().contains("snapshot.tsv` is not there"), "{skipped:?}");
+    assert!(TuningTable::load(&place(Layer::User)).1.is_empty());
 }
 
 #[test]

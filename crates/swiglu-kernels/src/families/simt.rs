@@ -58,7 +58,7 @@ impl SimtConfig {
         4 * self.stages * self.block_k * (self.block_m + 4 + 2 * self.block_n)
     }
 
-    pub(super) fn launch_shape(&self, _dtype: DType) -> LaunchShape {
+    pub(super) fn launch_shape(&self) -> LaunchShape {
         LaunchShape {
             block_m: self.block_m,
             block_n: self.block_n,
@@ -91,7 +91,7 @@ impl SimtConfig {
             "a tile row is whole accesses",
             || format!("block_k {block_k}, block_n {block_n}, {access} elements an access"),
         )?;
-        check_block(&self.launch_shape(problem.dtype), problem, arch)?;
+        check_block(&self.launch_shape(), problem, arch)?;
         // Beside the sums a thread holds its fragments and the tile that is on its way.
         let prefetch = registers_on_the_way((block_m + 2 * block_n) * block_k, access_bytes, problem, self.threads());
         check_registers(2 * thread_m * thread_n, thread_m + 2 * thread_n + prefetch + 40, self.threads(), arch)

@@ -99,7 +99,7 @@ impl WgmmaGemmConfig {
     /// Shared memory: the ring, the staging of loads and stores, their barriers, what a split of the sums exchanges.
     pub fn smem_bytes(&self, op: Op, dtype: DType) -> u32 {
         let ring = self.stages * self.block_k * (self.block_m + self.block_n) * dtype.bytes();
-        let strip = 16 * self.store_cols * output_bytes(op, dtype);
+        let strip = 16 * self.store_cols * op.output_bytes(dtype);
         let staging = match op {
             Op::Dgated => {
                 // Slots for gate and up, whose places dgate and dup take, a barrier each, and two strips of z.
@@ -267,7 +267,7 @@ impl WgmmaGemmConfig {
         ensure(
             block_n.is_multiple_of(store_cols)
                 && store_cols.is_multiple_of(8)
-                && matches!(store_cols * output_bytes(problem.op, problem.dtype), 32 | 64 | 128),
+                && matches!(store_cols * problem.op.output_bytes(problem.dtype), 32 | 64 | 128),
             "a store is whole boxes of 32, 64 or 128 bytes",
             || format!("store_cols {store_cols} of {block_n}"),
         )?;
@@ -285,11 +285,6 @@ fn is_plain_product(problem: &Problem) -> bool {
     problem.op != Op::Dgated && !is_split(problem.dtype)
 }
 
-/// Bytes of an output's element: sums that are added to are fp32.
-const fn output_bytes(op: Op, dtype: DType) -> u32 {
-    if op.accumulates() { 4 } else { dtype.bytes() }
-}
-
 /// A tile with `buffers` for its stores.
 fn tile(
     op: Op,
@@ -299,7 +294,7 @@ fn tile(
 ) -> WgmmaGemmConfig {
     // Narrower strips leave room for more of them.
     let widest = if op == Op::Dgated { 64 } else { 128 };
-    let cols = [128, 64, 32].into_iter().filter(|&bytes| bytes <= widest).map(|bytes| bytes / output_bytes(op, dtype));
+    let cols = [128, 64, 32].into_iter().filter(|&bytes| bytes <= widest).map(|bytes| bytes / op.output_bytes(dtype));
     let config = WgmmaGemmConfig {
         block_m,
         block_n,

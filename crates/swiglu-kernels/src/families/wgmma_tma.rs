@@ -161,7 +161,7 @@ const PROMOTED_TILES: [(Schedule, u32, u32, u32); 11] = [
 ];
 
 /// Shared memory that the driver takes for every block.
-pub(super) const RESERVED_BYTES: u32 = 1024;
+pub(crate) const RESERVED_BYTES: u32 = 1024;
 
 /// Whether fp32 takes over what the tensor cores have summed: e4m3, whose sums keep too few bits, and fp32 in parts of fp16.
 const fn is_promoted(dtype: DType) -> bool {

@@ -92,12 +92,14 @@ impl<T: Element + DeviceRepr> Case<T> {
         let gpu = gpu();
         let (stream, spec) = (&gpu.stream, self.spec);
         let plan = gpu.runtime.prepare_ffn(&spec).unwrap();
-        let upload = |matrix: &Host<T>| stream.clone_htod(&matrix.data).unwrap();
+        // One element more: of no tokens there are none, and the driver allocates no 0 bytes.
+        let upload =
+            |matrix: &Host<T>| stream.clone_htod(&[&matrix.data[..], &[T::from_f32(f32::NAN)]].concat()).unwrap();
         let (x, dy, weights) = (upload(&self.x), upload(&self.dy), self.weights.each_ref().map(upload));
         let raw = |data: u64, cols: usize| RawMatrix { address: data, stride: cols as i64 };
         let [gate, up, down] = [0, 1, 2].map(|i| raw(weights[i].device_ptr(stream).0, self.weights[i].cols));
         let k = spec.k as usize;
-        let poison = |count: usize| stream.clone_htod(&vec![T::from_f32(f32::NAN); count]).unwrap();
+        let poison = |count: usize| stream.clone_htod(&vec![T::from_f32(f32::NAN); count.max(1)]).unwrap();
         let (y, dx) = (poison(self.m * k), poison(self.m * k));
         let before = if spec.gradients == Gradients::Added { 0.0 } else { f32::NAN };
         let biases = self.biases.each_ref().map(|bias| stream.clone_htod(bias).unwrap());
@@ -236,4 +238,17 @@ fn check<T: Element + DeviceRepr>(dtype: DType) {
 fn the_whole_ffn_and_its_gradients_match_float64_in_every_mode() {
     check::<f32>(DType::F32);
     check::<bf16>(DType::Bf16);
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn of_no_tokens_every_gradient_is_zero() {
+    for (keep, weight_major) in [(Keep::Preactivations, WeightMajor::K), (Keep::Nothing, WeightMajor::N)] {
+        let (dtype, gradients) = (DType::F32, Gradients::All);
+        let spec = FfnSpec { dtype, weight_major, n: 24, k: 40, keep, gradients, bias_gradients: true };
+        for typed in [false, true] {
+            let outputs = Case::<f32>::new(spec, 0).run::<f32>(typed);
+            assert!(outputs[2..].iter().flatten().all(|&value| value == 0.0), "{spec:?} on slices: {typed}");
+        }
+    }
 }
