@@ -266,7 +266,7 @@ impl Runtime {
     ) -> Result<Selection, PrepareError> {
         let unaligned = Problem { alignment: problem.dtype.output().bytes(), ..*problem };
         let fallback = match default_config(&unaligned.with_m(256), self.gpu.arch) {
-            Ok(config) => match self.kernel(&unaligned, config) {
+            Ok(config) => match compile(&self.gpu, (&self.nvrtc, &self.cache), &unaligned, config) {
                 Ok(kernel) => Some(kernel),
                 Err(error) if kernels.is_empty() => return Err(error),
                 Err(error) => {
@@ -289,21 +289,32 @@ impl Runtime {
         Ok(Selection { table, anchors, fallback })
     }
 
-    fn kernel(&self, problem: &Problem, config: Config) -> Result<Kernel, PrepareError> {
-        let source = render::render(problem, &config, self.gpu.arch)?;
-        let cubin = self.cache.get_or_compile(&self.nvrtc, &source, self.gpu.arch)?;
-        let entries = self.gpu.load_source(&source, &cubin)?;
-        Ok(self.gpu.kernel(&entries, &config, problem)?)
-    }
-
     fn library_kernel(&self, problem: &Problem, config: &Config) -> Result<Kernel, PrepareError> {
-        self.gpu.library_kernel(&self.library()?, problem, config, |gate, config| self.kernel(gate, config))
+        let compiler = (&self.nvrtc, &self.cache);
+        self.gpu.library_kernel(&self.library()?, problem, config, |gate, config| {
+            compile(&self.gpu, compiler, gate, config)
+        })
     }
 
     fn load(&self, shared: &SharedSource, problem: &Problem) -> Result<Vec<Kernel>, PrepareError> {
         let cubin = self.cache.get_or_compile(&self.nvrtc, &shared.source, self.gpu.arch)?;
         Ok(self.gpu.load_configs(shared, &cubin, problem)?)
     }
+}
+
+/// The kernel of `config`, from the cache or compiled.
+///
+/// # Errors
+/// When the config is not legal for `problem`, does not compile, or the driver refuses it.
+pub fn compile(
+    gpu: &Gpu,
+    (nvrtc, cache): (&Nvrtc, &CubinCache),
+    problem: &Problem,
+    config: Config,
+) -> Result<Kernel, PrepareError> {
+    let source = render::render(problem, &config, gpu.arch)?;
+    let cubin = cache.get_or_compile(nvrtc, &source, gpu.arch)?;
+    Ok(gpu.kernel(&gpu.load_source(&source, &cubin)?, &config, problem)?)
 }
 
 fn of_library(choice: &Choice) -> bool {

@@ -2,7 +2,7 @@
 #![allow(unsafe_code, reason = "vouches for the addresses of checked slices")]
 
 use crate::launch::{RawForward, RawScales};
-use crate::operands::{ArgumentError, Forward, Matrix, Preactivations, Weights, sealed};
+use crate::operands::{ArgumentError, Forward, ForwardSpec, Matrix, Preactivations, Weights, sealed};
 use crate::plan::{LaunchError, Plan};
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceSlice};
 use half::{bf16, f16};
@@ -148,13 +148,56 @@ impl<X: Stored, W: Stored, O: Stored> ScaledForward<'_, X, W, O> {
         self.x_scales.as_ref().map_or(Ok(()), |scales| plan.check_device("x_scales", scales.stream()))
     }
 
-    /// Whether each row has a scale of its own.
-    fn check_scales(argument: &'static str, scales: &CudaView<'_, f32>, rows: usize) -> Result<bool, ArgumentError> {
-        match scales.len() {
-            1 => Ok(false),
-            len if len == rows => Ok(true),
-            len => Err(ArgumentError::new(argument, format!("has {len} scales, expected 1 or {rows}"))),
-        }
+    /// Holds the scales to the plan's formats; whether each token, and each column, has one of its own.
+    fn check_scales(&self, spec: &ForwardSpec) -> Result<(bool, bool), ArgumentError> {
+        let n = spec.n as usize;
+        let x_rows = match (&self.x_scales, spec.dtype.x()) {
+            (Some(scales), Format::E4m3) => is_by_row("x_scales", scales, self.x.rows)?,
+            (None, Format::E4m3) => return Err(ArgumentError::new("x_scales", "is missing: x is e4m3")),
+            (Some(_), format) => {
+                return Err(ArgumentError::new("x_scales", format!("is given, but x is {format}")));
+            }
+            (None, _) => false,
+        };
+        let weight_rows = match (&self.weight_scales, spec.dtype.weights()) {
+            (WeightScales::Columns { gate, up }, Format::E4m3) => {
+                let each = is_by_row("weight_scales.gate", gate, n)?;
+                if is_by_row("weight_scales.up", up, n)? != each {
+                    return Err(ArgumentError::new("weight_scales.up", "has another length than `gate`"));
+                }
+                each
+            }
+            (WeightScales::Groups(groups), Format::Int4) => {
+                let rows = (spec.k.div_ceil(INT4_GROUP)) as usize;
+                let is_packed = spec.layout.is_packed();
+                match weight_lengths(groups) {
+                    Weights::Packed(packed) if is_packed => packed.check("weight_scales", rows, 2 * n, packed.data)?,
+                    Weights::Separate { gate, up } if !is_packed && gate.row_stride == up.row_stride => {
+                        gate.check("weight_scales.gate", rows, n, gate.data)?;
+                        up.check("weight_scales.up", rows, n, up.data)?;
+                    }
+                    _ => {
+                        let reason = "is not packed as the weights are, or gate and up differ in their row stride";
+                        return Err(ArgumentError::new("weight_scales", reason));
+                    }
+                }
+                false
+            }
+            (_, format) => {
+                let reason = format!("is of another kind: {format} has one a column (e4m3) or one a group (int4)");
+                return Err(ArgumentError::new("weight_scales", reason));
+            }
+        };
+        Ok((x_rows, weight_rows))
+    }
+}
+
+/// Whether each of `rows` rows has a scale of its own, or all have one.
+fn is_by_row(argument: &'static str, scales: &CudaView<'_, f32>, rows: usize) -> Result<bool, ArgumentError> {
+    match scales.len() {
+        1 => Ok(false),
+        len if len == rows => Ok(true),
+        len => Err(ArgumentError::new(argument, format!("has {len} scales, expected 1 or {rows}"))),
     }
 }
 
@@ -172,43 +215,7 @@ impl Plan {
         forward.check_formats(self)?;
         let offsets = forward.shapes().check(&self.spec, |&len| len, |&len| len)?;
         let (m, n) = (forward.x.rows, self.spec.n as usize);
-        let x_rows = match (&forward.x_scales, self.spec.dtype.x()) {
-            (Some(scales), Format::E4m3) => ScaledForward::<X, W, O>::check_scales("x_scales", scales, m)?,
-            (None, Format::E4m3) => return Err(ArgumentError::new("x_scales", "is missing: x is e4m3").into()),
-            (Some(_), format) => {
-                return Err(ArgumentError::new("x_scales", format!("is given, but x is {format}")).into());
-            }
-            (None, _) => false,
-        };
-        let weight_rows = match (&forward.weight_scales, self.spec.dtype.weights()) {
-            (WeightScales::Columns { gate, up }, Format::E4m3) => {
-                let each = ScaledForward::<X, W, O>::check_scales("weight_scales.gate", gate, n)?;
-                if ScaledForward::<X, W, O>::check_scales("weight_scales.up", up, n)? != each {
-                    return Err(ArgumentError::new("weight_scales.up", "has another length than `gate`").into());
-                }
-                each
-            }
-            (WeightScales::Groups(groups), Format::Int4) => {
-                let rows = (self.spec.k.div_ceil(INT4_GROUP)) as usize;
-                let is_packed = self.spec.layout.is_packed();
-                match weight_lengths(groups) {
-                    Weights::Packed(packed) if is_packed => packed.check("weight_scales", rows, 2 * n, packed.data)?,
-                    Weights::Separate { gate, up } if !is_packed && gate.row_stride == up.row_stride => {
-                        gate.check("weight_scales.gate", rows, n, gate.data)?;
-                        up.check("weight_scales.up", rows, n, up.data)?;
-                    }
-                    _ => {
-                        let reason = "is not packed as the weights are, or gate and up differ in their row stride";
-                        return Err(ArgumentError::new("weight_scales", reason).into());
-                    }
-                }
-                false
-            }
-            (_, format) => {
-                let reason = format!("is of another kind: {format} has one a column (e4m3) or one a group (int4)");
-                return Err(ArgumentError::new("weight_scales", reason).into());
-            }
-        };
+        let (x_rows, weight_rows) = forward.check_scales(&self.spec)?;
         self.check_device("stream", stream)?;
         forward.check_devices(self)?;
         if m == 0 || n == 0 {

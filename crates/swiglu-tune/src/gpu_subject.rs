@@ -10,11 +10,11 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 use swiglu_kernels::render::{self, RenderError, SharedSource};
 use swiglu_kernels::{Config, Family, Problem};
-use swiglu_runtime::PrepareError;
 use swiglu_runtime::cubin_cache::CubinCache;
 use swiglu_runtime::cublaslt::{CublasLt, CublasLtError};
 use swiglu_runtime::gpu::{Gpu, Kernel};
 use swiglu_runtime::nvrtc::{Nvrtc, Resources};
+use swiglu_runtime::{PrepareError, runtime};
 
 /// A candidate whose first launch takes this many times the shortest one's is not timed more closely.
 const ABANDON_FACTOR: f64 = 1.4;
@@ -89,12 +89,9 @@ impl GpuLab {
     }
 
     fn library_kernel(&self, problem: &Problem, config: &Config) -> Result<Kernel, PrepareError> {
-        self.gpu.library_kernel(&self.library()?, problem, config, |gate, config| -> Result<Kernel, PrepareError> {
-            let source = render::render(gate, &config, self.gpu.arch)?;
-            let cubin = self.cache.get_or_compile(&self.nvrtc, &source, self.gpu.arch)?;
-            let entries = self.gpu.load_source(&source, &cubin)?;
-            Ok(self.gpu.kernel(&entries, &config, gate)?)
-        })
+        let compiler = (&self.nvrtc, &self.cache);
+        let gate = |gate: &Problem, config| runtime::compile(&self.gpu, compiler, gate, config);
+        self.gpu.library_kernel(&self.library()?, problem, config, gate)
     }
 
     fn compile_one(&self, problem: &Problem, shared: &SharedSource) -> Vec<(Config, Compiled)> {
