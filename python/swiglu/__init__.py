@@ -13,6 +13,7 @@
 CPU tensors run on the CPU backend. Importing needs neither a GPU nor CUDA.
 """
 
+from . import _minimum  # noqa: F401, first: the others' imports would say less
 from ._functional import forward, split_packed, swiglu_ffn, swiglu_fused, swiglu_torch
 from ._module import FusedSwiGLU, SwiGLU
 from ._native import __version__

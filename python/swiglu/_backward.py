@@ -7,6 +7,7 @@ differentiated again and torch.func are torch's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 from . import _native, _steps
 from ._ffn import ffn_op, ffn_saving_op
 from ._gate import gate_gradients, gate_op
-from ._library import define, is_batch, is_plain_call, is_transformed, register_gradients
+from ._library import define, is_batch, is_plain_call, is_transformed, register_gradients, tell_flop_counter
 from ._op import forward_op, forward_saving_op, run_saving
 from ._operands import as_rows, as_weights, is_dtensor, lay
 from ._steps import Gradients
@@ -41,11 +42,13 @@ def gradients(
     ``in_place``; where they are None, they are computed again, which takes the biases.
     """
     operands = (dy, x, gate, up, down, gate_bias, up_bias, g, u)
-    alike = all(t is None or (t.dtype is x.dtype and t.device == x.device) for t in operands)  # torch says what is wrong
+    # Of operands that are not alike torch says what is wrong.
+    alike = all(t is None or (t.dtype is x.dtype and t.device == x.device) for t in operands)
     if alike and are_of_steps(needs) and _steps.is_supported(x) and not torch.is_grad_enabled():
         if is_plain_call(*operands):
             return _launched(*operands, needs, True, in_place)
         if not (is_transformed() or is_batch(dy) or any(map(is_dtensor, (dy, x, gate)))):
+            tell_flop_counter()
             found = iter(backward_op(*operands, needs))
             return tuple(next(found) if need else None for need in needs)
     return _plain(*operands, needs)
@@ -161,11 +164,19 @@ def _fake(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs):
     return [output for output in _outputs(x, gate, up, down, needs) if output is not None]
 
 
+def _flops(_dy, x, gate, _up, down, _gate_bias, _up_bias, saved_gate, _saved_up, needs, **_results) -> int:
+    need_x, need_gate, need_up, need_down, *_ = needs
+    of_gate = 2 * (saved_gate is None) + 2 * need_x + need_gate + need_up
+    of_down = 0 if down is None else prod(down) * (1 + need_down)
+    return 2 * prod(x[:-1]) * (of_gate * prod(gate) + of_down)
+
+
 backward_op = define(
     "backward(Tensor dy, Tensor x, Tensor gate, Tensor up, Tensor? down, Tensor? gate_bias, Tensor? up_bias, Tensor? saved_gate, "
     "Tensor? saved_up, bool[] needs) -> Tensor[]",
     _run,
     _fake,
+    _flops,
 )
 
 

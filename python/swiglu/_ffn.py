@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _steps
 from ._library import autocast_dtype, define, register_autocast
-from ._op import run_keeping, run_saving
+from ._op import gemm_flops, run_keeping, run_saving
 from ._operands import bad_type, bad_value, check, check_bias
 
 _NAMES = ("w_gate", "w_up", "b_gate", "b_up")
@@ -67,9 +70,12 @@ def _fake_saving(x, w_gate, w_up, w_down, b_gate, b_up, b_down):
     return y, g, u
 
 
-ffn_op = define(f"ffn({_OPERANDS}) -> Tensor", run_ffn, _fake)
-ffn_saving_op = define(f"ffn_saving({_OPERANDS}) -> (Tensor, Tensor, Tensor)", run_ffn_saving, _fake_saving)
+def _flops(x: Sequence[int], w_gate: Sequence[int], _w_up, w_down: Sequence[int], *_biases, **_results) -> int:
+    return gemm_flops(x, w_gate) + 2 * prod(x[:-1]) * prod(w_down)
 
+
+ffn_op = define(f"ffn({_OPERANDS}) -> Tensor", run_ffn, _fake, _flops)
+ffn_saving_op = define(f"ffn_saving({_OPERANDS}) -> (Tensor, Tensor, Tensor)", run_ffn_saving, _fake_saving, _flops)
 
 register_autocast(ffn_op, autocast_dtype)
 register_autocast(ffn_saving_op, autocast_dtype)

@@ -18,7 +18,7 @@ from ._gate import (
     run_gate,
     run_gate_packed,
 )
-from ._library import is_plain_call, is_recording, is_transformed, is_undisturbed
+from ._library import is_plain_call, is_recording, is_transformed, is_undisturbed, tell_flop_counter
 from ._op import forward_op, forward_saving_op, reference
 from ._operands import GATE_ORDERS, LAYOUTS, SAVE, are_halves, bad_value, check, check_choice
 from ._sharding import prepare_for
@@ -49,12 +49,12 @@ def forward(
             2 N numbers a token, stored by the same launch. ``"nothing"``: the backward computes both again.
 
     Nothing is copied where each matrix is described by one row stride, transposed views included. float32 on a GPU
-    runs in TF32 where ``torch.set_float32_matmul_precision`` allows it. The first call for a new ``(device, dtype,
-    order of the weights, N, K)`` compiles its kernels; :func:`prepare` does that ahead.
+    runs in TF32 where torch's own matmuls may. The first call for a new ``(device, dtype, order of the weights, N, K)``
+    compiles its kernels; :func:`prepare` does that ahead.
 
     The backward on a GPU is three launches: the gate's, one GEMM for ``x``, one for both weights; what is frozen is not
     computed. On the CPU, in float64 and where gradients are differentiated again it is torch's operations. Under
-    ``torch.func`` and with forward gradients all of it is.
+    ``torch.func``, with forward gradients and of nested tensors all of it is.
 
     Raises:
         TypeError: a number format is not supported or differs from ``x``'s.
@@ -79,8 +79,9 @@ def forward(
         z = _recorded.call(x, gate, up, None, gate_bias, up_bias, None, keep, recording)
         if z is not None:
             return z
-    if _is_transformed_eagerly():
-        check(*operands)
+    if _is_torchs(x):
+        if not x.is_nested:  # whose shapes torch checks
+            check(*operands)
         return reference(*operands)
     _make_ready(*operands)
     return forward_saving_op(*operands)[0] if recording and keep else forward_op(*operands)
@@ -129,8 +130,9 @@ def swiglu_ffn(
         y = _recorded.call(*operands, keep, recording)
         if y is not None:
             return y
-    if _is_transformed_eagerly():
-        check_ffn(*operands)
+    if _is_torchs(x):
+        if not x.is_nested:
+            check_ffn(*operands)
         return F.linear(reference(x, w_gate, w_up, b_gate, b_up), w_down, b_down)
     _make_ready(*operands)
     return ffn_saving_op(*operands)[0] if recording and keep else ffn_op(*operands)
@@ -214,25 +216,29 @@ def swiglu_fused(gate: Tensor, up: Tensor | None = None, *, gate_order: str = "g
         if up is None:
             return (gate_packed_recorded if recording else run_gate_packed)(gate, gate_order == "up_first")
         return (gate_recorded if recording else run_gate)(gate, up)
-    if _is_transformed_eagerly():
+    if _is_torchs(gate):
         if up is None:
-            check_packed(gate)
+            if not gate.is_nested:
+                check_packed(gate)
             first, second = gate.chunk(2, -1)
             gate, up = (first, second) if gate_order == "gate_first" else (second, first)
-        check_pair(gate, up)
+        if not gate.is_nested:
+            check_pair(gate, up)
         return swiglu_torch(gate, up)
     _make_ready(gate, up)
     return gate_packed_op(gate, gate_order == "up_first") if up is None else gate_op(gate, up)
 
 
-def _is_transformed_eagerly() -> bool:
-    return not torch.compiler.is_compiling() and is_transformed()
+def _is_torchs(x: Tensor) -> bool:
+    """Whether torch's own operations compute all of it: of nested tensors, under torch.func, with forward gradients."""
+    return x.is_nested or is_transformed()
 
 
 def _make_ready(*tensors: Tensor | None) -> None:
-    """What torch's dispatcher does with DTensors."""
+    """What torch's dispatcher does with DTensors, and what its FLOP counter counts."""
     if not torch.compiler.is_compiling():
         prepare_for(tensors)
+        tell_flop_counter()
 
 
 def _transposed(name: str, matrix: Tensor) -> Tensor:

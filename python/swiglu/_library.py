@@ -3,6 +3,7 @@ may step past torch's dispatcher."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch._C import (
 from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ._straight import are_plain
 
@@ -26,16 +28,55 @@ lib = torch.library.Library("swiglu", "DEF")
 
 _AUTOCAST = {"cpu": DispatchKey.AutocastCPU, "cuda": DispatchKey.AutocastCUDA}
 _BOTH = DispatchKeySet(DispatchKey.AutocastCPU) | DispatchKeySet(DispatchKey.AutocastCUDA)
+# Operations of which torch's FLOP counter does not know yet, and what counts them.
+_uncounted: dict[Any, Callable[..., int]] = {}
 
 
-def define(schema: str, run: Callable, fake: Callable) -> torch._ops.OpOverload:
-    """Defines ``swiglu::schema``, computed by ``run`` on CPU and CUDA tensors and shaped by ``fake``."""
+def define(
+    schema: str, run: Callable, fake: Callable, flops: Callable[..., int] | None = None
+) -> torch._ops.OpOverload:
+    """Defines ``swiglu::schema``, computed by ``run`` on CPU and CUDA tensors and shaped by ``fake``.
+
+    ``flops`` takes the operands' shapes in place of tensors. It counts GEMMs alone, as torch's counter does.
+
+    Called with forward gradients it raises NotImplementedError: torch.library would drop them.
+    """
     name = schema.partition("(")[0]
+
+    def run_without_tangents(*operands):
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, operands)):
+            raise NotImplementedError(
+                f"torch.ops.swiglu.{name} has no forward gradients: call swiglu.forward(), swiglu_ffn() or swiglu_fused() "
+                "under forward_ad.dual_level()"
+            )
+        return run(*operands)
+
     lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device_type in ("CPU", "CUDA"):
-        lib.impl(name, run, device_type)
+        lib.impl(name, run_without_tangents, device_type)
     torch.library.register_fake(f"swiglu::{name}", fake, lib=lib)
-    return getattr(torch.ops.swiglu, name).default
+    op = getattr(torch.ops.swiglu, name)
+    if flops is not None:
+        _uncounted[op] = flops
+        tell_flop_counter()
+    return op.default
+
+
+def tell_flop_counter() -> None:
+    """Tells torch's FLOP counter how to count, once somebody has imported it: that takes its time, and imports triton."""
+    if not _uncounted or "torch.utils.flop_counter" not in sys.modules or is_dynamo_compiling():
+        return
+    from torch.utils.flop_counter import register_flop_formula
+
+    formulas = {op: register_flop_formula(op)(flops) for op, flops in _uncounted.items()}
+    _uncounted.clear()
+    # A counter that is at work has copied what there was before. Up to torch 2.5 it is the mode itself.
+    for mode in _get_current_dispatch_mode_stack():
+        getattr(getattr(mode, "counter", mode), "flop_registry", {}).update(formulas)
+
+
+def _has_tangent(operand: object) -> bool:
+    return isinstance(operand, Tensor) and forward_ad.unpack_dual(operand).tangent is not None
 
 
 def register_gradients(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> None:
@@ -62,12 +103,20 @@ def is_recording(*tensors: Tensor | None) -> bool:
 
 def is_transformed() -> bool:
     """Whether torch.func or forward gradients are at work: torch.library refuses the former and drops the latter."""
-    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or _is_in_torch_func()
+
+
+def _is_in_torch_func() -> bool:
+    return peek_interpreter_stack() is not None
+
+
+# Dynamo calls it while it traces: torch.compiler.assume_constant_result, without the import of all of torch._dynamo.
+_is_in_torch_func._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_batch(gradient: Tensor) -> bool:
-    """Whether it stands for many, by ``is_grads_batched``, and has no memory of its own."""
-    return is_legacy_batchedtensor(gradient)
+    """Whether it stands for many, by ``is_grads_batched``, and has no memory of its own; none does where dynamo traces."""
+    return not is_dynamo_compiling() and is_legacy_batchedtensor(gradient)
 
 
 def is_undisturbed() -> bool:
@@ -82,7 +131,8 @@ def is_undisturbed() -> bool:
         and not _len_torch_function_stack()
         and not _is_any_autocast_enabled()
         and not _is_tracing()
-        and not is_transformed()
+        and forward_ad._current_level < 0
+        and peek_interpreter_stack() is None
     )
 
 

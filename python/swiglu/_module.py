@@ -69,7 +69,7 @@ class FusedSwiGLU(nn.Module):
     Args:
         in_features: K.
         hidden_dim: N.
-        block: accepted and ignored; the tuner decides.
+        block: kept as an attribute and otherwise ignored; the tuner decides.
         gate_order: which half goes through silu. ``"gate_first"`` is what fused-swiglu's README documents,
             ``"up_first"`` what its kernels compute: take that for weights that were trained with them.
         device, dtype: of ``Wf``.
@@ -100,6 +100,7 @@ class FusedSwiGLU(nn.Module):
             _note_block()
         self.in_features = in_features
         self.hidden_dim = hidden_dim
+        self.block = block
         self.gate_order = gate_order
         bound = max(in_features, 1) ** -0.5
         self.Wf = nn.Parameter(torch.empty(in_features, 2 * hidden_dim, device=device, dtype=dtype))
@@ -147,7 +148,7 @@ def _fused(
 ) -> Tensor:
     if of_down := _linear(down):
         return swiglu_ffn(x, gate, up, of_down[0], gate_bias, up_bias, of_down[1], save=save)
-    return down(forward(x, gate, up, gate_bias, up_bias))
+    return down(forward(x, gate, up, gate_bias, up_bias, save=save))
 
 
 def _linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:

@@ -9,7 +9,9 @@ from torch import Tensor
 __version__: str
 
 def set_nvrtc_folder(folder: str) -> None: ...
-def prepare(device: int, dtype: str, layout: str, n: int, k: int, save: bool = False, static_weights: bool = False) -> Plan: ...
+def prepare(
+    device: int, dtype: str, layout: str, n: int, k: int, save: bool = False, static_weights: bool = False
+) -> Plan: ...
 def forward(
     device: int,
     dtype: str,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import torch
@@ -132,8 +134,15 @@ def _fake_saving(x, gate, up, gate_bias=None, up_bias=None):
     return z, g, u
 
 
+def gemm_flops(x: Sequence[int], gate: Sequence[int], *_others, **_results) -> int:
+    """Of both GEMMs, of operands of these shapes."""
+    return 4 * prod(x) * gate[0]
+
+
 _OPERANDS = "Tensor x, Tensor gate, Tensor up, Tensor? gate_bias=None, Tensor? up_bias=None"
-forward_op = define(f"forward({_OPERANDS}) -> Tensor", run, _fake)
-forward_saving_op = define(f"forward_saving({_OPERANDS}) -> (Tensor, Tensor, Tensor)", run_saving, _fake_saving)
+forward_op = define(f"forward({_OPERANDS}) -> Tensor", run, _fake, gemm_flops)
+forward_saving_op = define(
+    f"forward_saving({_OPERANDS}) -> (Tensor, Tensor, Tensor)", run_saving, _fake_saving, gemm_flops
+)
 register_autocast(forward_op, autocast_dtype)
 register_autocast(forward_saving_op, autocast_dtype)

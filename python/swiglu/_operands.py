@@ -13,6 +13,8 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 LAYOUTS = ("separate_nk", "separate_kn", "packed_nk", "packed_kn")
 GATE_ORDERS = ("gate_first", "up_first")
 SAVE = ("preactivations", "nothing")
+# What torch.backends.cuda.matmul.fp32_precision reads; since torch 2.9.
+_fp32_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 
 def bad_value(argument: str, reason: str) -> NoReturn:
@@ -156,9 +158,15 @@ def are_halves(first: Tensor, second: Tensor) -> bool:
 def dtype_word(dtype: torch.dtype, device: int) -> str:
     """The runtime's word for a number format; fp32 on a GPU follows torch's matmul precision."""
     word = DTYPES[dtype]
-    if word == "f32" and device >= 0 and torch.get_float32_matmul_precision() != "highest":
+    if word == "f32" and device >= 0 and _allows_tf32():
         return "tf32" if torch.cuda.get_device_capability(device) >= (8, 0) else word
     return word
+
+
+def _allows_tf32() -> bool:
+    if _fp32_precision is not None:  # where it is used, the older call may refuse to answer
+        return _fp32_precision("cuda", "matmul") == "tf32"
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 def stream_of(device: int) -> int:

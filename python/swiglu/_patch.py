@@ -1,7 +1,8 @@
 """``patch(model)``: SwiGLU blocks of an existing model run on the fused operations, with the weights they have.
 
 A block is known by its parts, not by its class, so nothing here needs transformers. It keeps its parameters, their
-names and its place; only its class becomes a subclass with another ``forward``, which ``unpatch`` takes back.
+names and its place; its class becomes a subclass with another ``forward``, which is in force while the block has
+``_swiglu_save``. ``unpatch`` takes back both.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -53,11 +55,13 @@ class _Kind:
 def patch(model: nn.Module, *, save: str = "preactivations") -> PatchReport:
     """Replaces the SwiGLU blocks of ``model`` in place: Llama, Mistral, Qwen, Phi-3, Mixtral and what is built alike.
 
-    A block is replaced if its parts are those of a SwiGLU block and two probe tokens come out as they should. The
-    report names the others with the reason: another activation (Gemma), projections that are no plain ``nn.Linear``
-    (LoRA, quantised), a ``forward`` that was replaced before (Liger, accelerate). Weights are neither copied nor
-    renamed, so state dicts and optimizers stay valid. Experts keep the implementation that their config names: with
-    the eager one each expert runs fused, with any other one its gate does. Patch before sharding or compiling.
+    A block is replaced if its parts are those of a SwiGLU block and probe tokens, small and large, come out as they
+    should whether it trains or not. The report names the others with the reason: another activation (Gemma),
+    projections that are no plain ``nn.Linear`` (LoRA, quantised), a ``forward`` that was replaced before (Liger,
+    accelerate). Weights are neither copied nor renamed, so state dicts and optimizers stay valid. Experts keep the
+    implementation that their config names: with the eager one each expert runs fused, with any other one its gate
+    does. Patch before sharding or compiling. A block that was patched before takes the new ``save``, and is reported
+    if that changes it.
 
     Args:
         model: changed in place; a block alone will do.
@@ -85,38 +89,49 @@ def patch(model: nn.Module, *, save: str = "preactivations") -> PatchReport:
     report = PatchReport()
     for name, module in model.named_modules():
         kind = _kind(module)
-        if kind is None or hasattr(module, "_swiglu_original"):
+        if kind is None or _saving(module) == save:
             continue
-        reason = _refusal(module, kind)
-        if reason is None:
-            report.replaced[name] = type(module).__name__
-            module.__class__ = _subclass(type(module), kind, save)
-        else:
-            report.refused[name] = reason
+        if not hasattr(module, "_swiglu_original"):
+            reason = _refusal(module, kind)
+            if reason is not None:
+                report.refused[name] = reason
+                continue
+            module.__class__ = _subclass(type(module), kind)
+        module._swiglu_save = save  # type: ignore[assignment]
+        report.replaced[name] = module._swiglu_original.__name__  # type: ignore[union-attr]
     return report
 
 
 def unpatch(model: nn.Module) -> int:
-    """Gives every block that :func:`patch` replaced its own class back; returns how many.
+    """Gives every block that :func:`patch` replaced its own forward back; returns how many.
+
+    And its own class, unless another was put on top since (``fully_shard``).
 
     >>> import torch, swiglu
     >>> swiglu.unpatch(torch.nn.Linear(2, 2))
     0
     """
-    patched = [module for module in model.modules() if "_swiglu_original" in type(module).__dict__]
+    patched = [module for module in model.modules() if _saving(module) is not None]
     for module in patched:
-        module.__class__ = type(module)._swiglu_original  # type: ignore[attr-defined]
+        del module._swiglu_save
+        if "_swiglu_original" in type(module).__dict__:
+            module.__class__ = type(module)._swiglu_original  # type: ignore[attr-defined]
     return len(patched)
 
 
+def _saving(module: nn.Module) -> str | None:
+    """What a block that is patched keeps for its backward; None of any other module."""
+    return getattr(module, "_swiglu_save", None)
+
+
 @functools.cache
-def _subclass(original: type[nn.Module], kind: _Kind, save: str) -> type[nn.Module]:
+def _subclass(original: type[nn.Module], kind: _Kind) -> type[nn.Module]:
     names: dict[str, Any] = {
         "__module__": __name__,
         "__reduce_ex__": _reduce,
         "_swiglu_kind": kind.name,
         "_swiglu_original": original,
-        "_swiglu_save": save,
+        "_swiglu_save": None,
         "forward": kind.forward,
     }
     if kind is _EXPERTS:
@@ -129,12 +144,12 @@ def _reduce(self: Any, protocol: int) -> tuple:
     original = self._swiglu_original
     make, arguments, *state = original.__reduce_ex__(self, protocol)
     arguments = tuple(original if argument is type(self) else argument for argument in arguments)
-    return (_remake, (self._swiglu_kind, self._swiglu_save, make, *arguments), *state)
+    return (_remake, (self._swiglu_kind, make, *arguments), *state)
 
 
-def _remake(kind: str, save: str, make: Callable, *arguments) -> nn.Module:
+def _remake(kind: str, make: Callable, *arguments) -> nn.Module:
     module = make(*arguments)
-    module.__class__ = _subclass(type(module), next(k for k in _KINDS if k.name == kind), save)
+    module.__class__ = _subclass(type(module), next(k for k in _KINDS if k.name == kind))
     return module
 
 
@@ -142,10 +157,10 @@ def _remake(kind: str, save: str, make: Callable, *arguments) -> nn.Module:
 
 
 def _of_tokens_alone(forward: Callable) -> Callable:
-    """Takes the tokens under any name; a call with more than them is the original's."""
+    """Takes the tokens under any name; a call with more than them is the original's, as every call once unpatched."""
 
     def of_any(self: Any, *args, **kwargs):
-        if len(args) + len(kwargs) != 1:
+        if self._swiglu_save is None or len(args) + len(kwargs) != 1:
             return self._swiglu_original.forward(self, *args, **kwargs)
         return forward(self, *args, *kwargs.values())
 
@@ -181,22 +196,29 @@ def _plain_packed(module: Any, x: Tensor) -> Tensor:
 
 def _forward_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """``[tokens, K]``, and for every token its experts and their weights, both ``[tokens, top_k]``."""
-    if getattr(getattr(self, "config", None), "_experts_implementation", None) not in (None, "eager"):
+    implementation = getattr(getattr(self, "config", None), "_experts_implementation", None)
+    if self._swiglu_save is None or implementation not in (None, "eager"):
         return self._swiglu_original.forward(self, hidden_states, top_k_index, top_k_weights)
     result = torch.zeros_like(hidden_states)
-    for expert in range(self.gate_up_proj.shape[0]):
-        token, place = torch.where(top_k_index == expert)
-        if token.numel() == 0:
+    chosen, places = top_k_index.flatten().sort(stable=True)
+    numbers = torch.arange(self.gate_up_proj.shape[0] + 1, dtype=chosen.dtype, device=chosen.device)
+    # The GPU is waited for here alone, not for every expert. Numbers of no expert here fall before the first or behind the last.
+    starts = torch.searchsorted(chosen, numbers).tolist()
+    weights = top_k_weights.flatten()
+    for expert, (start, end) in enumerate(pairwise(starts)):
+        if start == end:
             continue
+        place = places[start:end]
+        token = place // top_k_index.shape[1]
         gate, up = split_packed(self.gate_up_proj[expert], layout="packed_nk")
         out = swiglu_ffn(hidden_states[token], gate, up, self.down_proj[expert], save=self._swiglu_save)
-        result.index_add_(0, token, (out * top_k_weights[token, place, None]).to(result.dtype))
+        result.index_add_(0, token, (out * weights[place, None]).to(result.dtype))
     return result
 
 
-def _apply_gate(self, gate_up: Tensor) -> Tensor:
+def _apply_gate(self: Any, gate_up: Tensor) -> Tensor:
     """What transformers' other implementations of experts call between their two GEMMs."""
-    return swiglu_fused(gate_up)
+    return self._swiglu_original._apply_gate(self, gate_up) if self._swiglu_save is None else swiglu_fused(gate_up)
 
 
 def _plain_experts(module: Any, x: Tensor) -> Tensor:
@@ -251,22 +273,28 @@ def _refusal(module: nn.Module, kind: _Kind) -> str | None:
     others = sorted({*module._modules, *module._parameters, *module._buffers} - known)
     if others:
         return f"it has parts that a SwiGLU block has not: {', '.join(others)}"
+    where = {parameter.device.type for parameter in module.parameters()}
+    if "meta" in where:
+        return "its weights are on the meta device; load them first"
+    if not where <= {"cpu", "cuda"}:
+        return f"its weights are on {' and '.join(sorted(where))}, and the kernels on CPU and CUDA devices alone"
     return _probe(module, kind)
 
 
 def _is_silu(activation: Callable) -> bool:
-    points = torch.linspace(-6, 6, 25, dtype=torch.float64)
+    points = torch.linspace(-60, 60, 241, dtype=torch.float64)
     try:
         return torch.allclose(activation(points), F.silu(points), rtol=1e-9, atol=1e-12)
     except (TypeError, ValueError, RuntimeError):
         return False
 
 
+_SCALES = (1, 10, 100)  # of the probe tokens: clamps show in large ones alone
+
+
 def _probe(module: Any, kind: _Kind) -> str | None:
-    """Two tokens through the block as it is: multipliers, clamps or another order of the halves would show."""
+    """Tokens through the block as it is: multipliers, clamps, dropout or another order of the halves would show."""
     weight = next(module.parameters())
-    if weight.is_meta:
-        return "its weights are on the meta device; load them first"
     if kind is _EXPERTS:
         experts, rows, k = module.gate_up_proj.shape
         if module.down_proj.shape != (experts, k, rows // 2):
@@ -274,14 +302,37 @@ def _probe(module: Any, kind: _Kind) -> str | None:
     else:
         k = getattr(module, kind.name.split("/")[0]).in_features
     # No random numbers: those of the program stay as they are.
-    x = torch.arange(2 * k, device=weight.device).view(2, k).sin().to(weight.dtype)
-    with torch.no_grad():
-        try:
-            expected, got = kind.plain(module, x).float(), kind.call(module, x).float()
-        except Exception as error:  # whatever the model's own code raises
-            return f"two probe tokens do not pass through it: {error}"
-    if not 0 < expected.norm() < torch.inf:
-        return "two probe tokens come out as zeros or not finite, which tells nothing"
-    if got.shape != expected.shape or (got - expected).norm() > 0.02 * expected.norm():
-        return "its output is not down(silu(gate(x)) * up(x))"
+    tokens = torch.arange(2 * k, device=weight.device).view(2, k).sin()
+    x = torch.cat([scale * tokens for scale in _SCALES]).to(weight.dtype)
+    try:
+        expected, *both = _plainly_and_in_both_modes(module, kind, x)
+    except Exception as error:  # whatever the model's own code raises
+        return f"probe tokens do not pass through it: {error}"
+    if not 0 < expected[:2].norm() < torch.inf:
+        return "probe tokens come out as zeros or not finite, which tells nothing"
+    for got in both:
+        if got.shape != expected.shape or any(map(_differs, got.split(2), expected.split(2))):
+            return "its output is not down(silu(gate(x)) * up(x))"
     return None
+
+
+@torch.no_grad()
+def _plainly_and_in_both_modes(module: nn.Module, kind: _Kind, x: Tensor) -> list[Tensor]:
+    """What the block should compute, and what it does while it trains and while it does not."""
+    found, parts = [kind.plain(module, x)], {part: part.training for part in module.modules()}
+    try:
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):  # of a dropout
+            for training in (True, False):
+                for part in parts:
+                    part.training = training
+                found.append(kind.call(module, x))
+    finally:
+        for part, training in parts.items():
+            part.training = training
+    return [y.float() for y in found]
+
+
+def _differs(got: Tensor, expected: Tensor) -> bool:
+    """What overflows tells nothing."""
+    size = expected.norm()
+    return bool(size.isfinite() and not (got - expected).norm() <= 0.02 * size)

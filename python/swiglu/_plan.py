@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import _native, _steps
 from ._operands import DTYPES, LAYOUTS, bad_type, bad_value, check_choice, dtype_word, row_stride, stream_of
@@ -41,7 +42,7 @@ class Plan:
         """As :func:`swiglu.forward` on ``x`` ``[M, K]``, without autograd, on the current stream; may be captured.
 
         ``gate`` and ``up`` are ``[N, K]``; a plan for ``separate_kn`` or ``packed_kn`` takes transposed views of
-        ``[K, N]``. ``out`` is ``[M, N]``; without it a new tensor is made.
+        ``[K, N]``. ``out`` is ``[M, N]`` and written in place; without it a new tensor is made.
 
         Raises:
             TypeError, ValueError: an argument does not fit, or would have to be copied; the message names it.
@@ -51,9 +52,8 @@ class Plan:
         if x.dim() != 2:
             bad_value("x", f"has shape {list(x.shape)}, expected [M, {k}]")
         m = x.shape[0]
-        if out is None:
-            out = empty(x, (m, n))
-        if torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad or up.requires_grad):
+        z = empty(x, (m, n)) if out is None else out
+        if torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad or up.requires_grad or z.requires_grad):
             raise RuntimeError("a plan records no gradients: call it under torch.no_grad(), or call swiglu.forward()")
         rows, cols = n, k
         if self._transposed:
@@ -69,11 +69,13 @@ class Plan:
             stride("up", up, rows, cols),
             0 if gate_bias is None else self._bias("gate_bias", gate_bias),
             0 if up_bias is None else self._bias("up_bias", up_bias),
-            out.data_ptr(),
-            stride("out", out, m, n),
+            z.data_ptr(),
+            stride("out", z, m, n),
         )
         self._launch(stream_of(self._index), *arguments)
-        return out
+        if out is not None:
+            increment_version(out)  # a backward that saved it is told
+        return z
 
     def config(self, m: int) -> str:
         """The kernel that serves ``m`` tokens, and how it was found.
@@ -117,11 +119,12 @@ def prepare(
     dtype: torch.dtype,
     device: torch.device | str | int,
     layout: str = "separate_nk",
+    out_features: int | None = None,
     training: bool = False,
     static_weights: bool = False,
 ) -> Plan:
-    """Compiles and loads every kernel that :func:`swiglu.forward` and :func:`swiglu.swiglu_ffn` may launch for these sizes,
-    whatever M.
+    """Compiles and loads every kernel that :func:`swiglu.forward`, :func:`swiglu.swiglu_ffn` and :func:`swiglu.swiglu_fused`
+    may launch for these sizes, whatever M.
 
     Afterwards they and the returned plan may be captured in a CUDA graph. Keep no plan for that: plans stay for the life of
     the process.
@@ -133,6 +136,7 @@ def prepare(
         device: ``"cuda"``, ``"cuda:1"``, ``"cpu"``.
         layout: how the weights lie in memory: ``"separate_nk"`` or ``"packed_nk"`` (rows of K, ``nn.Linear``),
             ``"separate_kn"`` or ``"packed_kn"`` (rows of N). The down projection lies likewise.
+        out_features: columns of what the down projection gives; ``hidden_size`` unless given.
         training: whether gradients will be asked for: then also what saves for them and what computes them.
         static_weights: whether calls will be made under :func:`static_weights`: then also what they launch, and the plan
             itself makes that promise.
@@ -150,7 +154,8 @@ def prepare(
     if dtype not in DTYPES:
         bad_type("dtype", f"is {dtype}, expected bfloat16, float16 or float32")
     check_choice("layout", layout, LAYOUTS)
-    for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
+    out = hidden_size if out_features is None else out_features
+    for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size), ("out_features", out)):
         if size < 0 or size > 2**30:
             bad_value(name, f"is {size}, expected 0 to {2**30}")
     device = torch.device(device)
@@ -169,7 +174,7 @@ def prepare(
         _native.prepare(index, word, layout, *sizes, True)
     if static_weights:
         native = _native.prepare(index, word, layout, *sizes, False, True)
-    if index >= 0 and min(sizes) > 0:
-        _steps.prepare(index, word, layout.endswith("kn"), *sizes, training, static_weights)
-    note_untuned(plain, index, intermediate_size, hidden_size, _MANY_TOKENS)
+    if index >= 0 and min(*sizes, out) > 0:
+        _steps.prepare(index, word, layout.endswith("kn"), *sizes, out, training, static_weights)
+    note_untuned(plain, index, word, layout, *sizes, training, _MANY_TOKENS)
     return Plan(native, device, dtype, layout.endswith("kn"), intermediate_size, hidden_size)

@@ -39,15 +39,20 @@ def serves(x: Tensor, *others: Tensor) -> bool:
     return True
 
 
-def prepare(device: int, dtype: str, transposed: bool, n: int, k: int, training: bool, static: bool) -> None:
-    """Compiles and loads what is launched for these sizes and weights, that of a backward too if ``training``."""
-    downs = ("down", "down_static") if static else ("down",)
-    backward = ("dgated", "input_grad", "weight_grad", "down_weight_grad") if training else ()
-    for op in (*downs, *backward):
-        _native.prepare_step(device, dtype, op, "n_major" if transposed else "k_major", n, k)
-    # Of a block whose weights are frozen in part, the gate is a launch of its own.
-    for op in ("gate", "gate_backward") if training else ():
-        _native.prepare_step(device, dtype, op, _ANY_MAJOR, n, n)
+def prepare(device: int, dtype: str, transposed: bool, n: int, k: int, out: int, training: bool, static: bool) -> None:
+    """Compiles and loads what is launched for these sizes and weights, that of a backward too if ``training``.
+
+    ``out`` are the rows of the down projection.
+    """
+    major = "n_major" if transposed else "k_major"
+    ops = [("down", major, out), ("gate", _ANY_MAJOR, n)]
+    if static:
+        ops += [("down_static", major, out)]
+    if training:
+        ops += [("dgated", major, out), ("down_weight_grad", major, out)]
+        ops += [("input_grad", major, k), ("weight_grad", major, k), ("gate_backward", _ANY_MAJOR, n)]
+    for op, op_major, columns in ops:
+        _native.prepare_step(device, dtype, op, op_major, n, columns)
 
 
 def _launcher(like: Tensor, m: int) -> Callable[..., None]:
@@ -99,7 +104,8 @@ def down(z: Tensor, weight: Tensor, bias: Tensor | None, static: bool) -> Tensor
     return y
 
 
-Down = tuple[int, str, tuple[int, int]]  # rows of a down projection, the step's word for its order, address and row stride
+# Rows of a down projection, the step's word for its order, address and row stride.
+Down = tuple[int, str, tuple[int, int]]
 Gradients = tuple["Tensor | None", ...]
 
 

@@ -60,7 +60,7 @@ def are_plain(*tensors: Tensor | None) -> bool:
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in PLAIN_TYPES or tensor.is_neg() or not _has_storage(tensor):
+        if type(tensor) not in PLAIN_TYPES or tensor.is_neg() or tensor.is_nested or not _has_storage(tensor):
             return False
         if not (tensor.is_cuda or tensor.is_cpu):
             return False

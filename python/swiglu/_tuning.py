@@ -15,19 +15,23 @@ _said: set[str] = set()
 
 def note_new(device: int, word: str, layout: str, n: int, k: int, save: bool, m: int) -> None:
     """:func:`note_untuned` of the plan that a call with ``m`` tokens had to prepare."""
-    note_untuned(_native.prepare(device, word, layout, n, k, save), device, n, k, m)
+    note_untuned(_native.prepare(device, word, layout, n, k, save), device, word, layout, n, k, save, m)
 
 
-def note_untuned(plan: _native.Plan, device: int, n: int, k: int, m: int) -> None:
-    """Warns if ``plan`` serves ``m`` tokens by less than a measurement of its own N and K."""
+def note_untuned(
+    plan: _native.Plan, device: int, word: str, layout: str, n: int, k: int, training: bool, m: int
+) -> None:
+    """Warns if ``plan`` serves ``m`` tokens by less than a measurement of its own N and K; says how to tune them."""
     matched = plan.matched(m)
     if matched in _TUNED or matched in _said:
         return
     _said.add(matched)
     name = torch.cuda.get_device_name(device)
     source = _GUESSED.get(matched, f"the {matched} that was tuned")
+    shape = f'shape = [{{ n = {n}, k = {k}, m = [{m}], dtype = ["{word}"], layout = ["{layout}"] }}]'
     warnings.warn(
-        f"swiglu: N={n}, K={k} was not tuned on {name}; it runs on {source} and may be slower than it could be. "
-        "`python -m swiglu tune --gpu auto` tunes this machine (said once)",
+        f"swiglu: N={n}, K={k} was not tuned on {name}; it runs on {source} and may be slower than it could be. To tune it "
+        f"(every usual M without `m`, which takes longer; said once):\n  echo '{shape}' > shapes.toml\n"
+        f"  python -m swiglu tune --gpu {device} --shapes shapes.toml --op {'forward,ffn' if training else 'forward'}",
         stacklevel=3,
     )

@@ -28,6 +28,15 @@ def test_everything_public_has_an_example(module, name):
         assert any(text and ">>>" in text for text in texts)
 
 
+def test_an_older_torch_is_a_sentence():
+    import subprocess
+    import sys
+
+    script = "import torch; torch.__version__ = '2.4.1+cpu'; import swiglu"
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "ImportError: swiglu needs torch 2.5 or later, found 2.4.1+cpu: update torch"
+
+
 def test_types_are_shipped():
     from pathlib import Path
 

@@ -5,6 +5,7 @@ import torch
 from conftest import DEVICES, TOLERANCE, assert_right, operands, reference, relative_error
 
 import swiglu
+from swiglu._operands import dtype_word
 
 DTYPES = list(TOLERANCE)
 
@@ -221,6 +222,75 @@ def test_torch_func_and_forward_gradients():
     torch.testing.assert_close(torch.func.vmap(call)(x), call(x))
 
 
+def double_fused(x, gate, up):
+    return swiglu.swiglu_fused(x @ gate.t(), x @ up.t())
+
+
+def ffn_of_one_weight(x, gate, up):
+    return swiglu.swiglu_ffn(x, gate, up, gate.t())
+
+
+@pytest.mark.filterwarnings("error:There is a performance drop", "ignore:Dynamo does not know how to trace")
+@pytest.mark.parametrize("function", [swiglu.forward, ffn_of_one_weight, double_fused])
+def test_torch_func_and_forward_gradients_within_compiled_code(function):
+    from torch.autograd import forward_ad
+
+    x, gate, up, _, _ = operands(5, 12, 8)
+
+    def call(x):
+        return function(x, gate, up)
+
+    def tangent(call):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(call(forward_ad.make_dual(x, x))).tangent
+
+    for transformed in (
+        lambda x: torch.func.jvp(call, (x,), (x,))[1],
+        torch.func.grad(lambda x: call(x).sum()),
+        torch.func.vmap(call),
+        lambda x: torch.func.jvp(torch.func.grad(lambda x: call(x).sum()), (x,), (x,))[1],
+    ):
+        compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), transformed(x))
+    # What was compiled without forward gradients is of no use with them, nor the other way round.
+    compiled = torch.compile(call, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), call(x))
+        torch.testing.assert_close(tangent(compiled), tangent(call))
+
+
+def test_operations_that_would_drop_forward_gradients_refuse():
+    from torch.autograd import forward_ad
+
+    x, gate, up, _, _ = operands(5, 12, 8)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        for op, given in (("forward", (dual, gate, up)), ("gate", (dual, dual)), ("gate_packed", (dual, False))):
+            with pytest.raises(NotImplementedError, match=f"swiglu.{op} has no forward gradients: call swiglu.forward"):
+                getattr(torch.ops.swiglu, op)(*given)
+        torch.testing.assert_close(torch.ops.swiglu.forward(x, gate, up), swiglu.forward(x, gate, up))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+def test_nested_tensors_run_by_torch(layout):
+    _, gate, up, _, _ = operands(1, 12, 8)
+    parts = [torch.randn(3, 8), torch.randn(5, 8)]
+    nested = torch.nested.nested_tensor(parts, layout=layout, requires_grad=True)
+    functions = [
+        lambda x: swiglu.forward(x, gate, up),
+        lambda x: swiglu.swiglu_ffn(x, gate, up, gate.t()),
+        lambda x: swiglu.swiglu_fused(x, x),
+    ]
+    if layout is torch.jagged:  # of the others torch takes no halves
+        functions.append(lambda x: swiglu.swiglu_fused(x, gate_order="up_first"))
+    for function in functions:
+        for got, part in zip(function(nested).unbind(), parts, strict=True):
+            torch.testing.assert_close(got, function(part), rtol=1e-5, atol=1e-6)
+    sum(part.sum() for part in swiglu.forward(nested, gate, up).unbind()).backward()
+    assert nested.grad.is_nested
+
+
 @pytest.mark.gpu
 def test_runs_on_the_current_stream():
     inputs = operands(256, 512, 256, torch.bfloat16, "cuda")
@@ -244,13 +314,52 @@ def test_other_gpu_than_the_current_one():
         assert torch.cuda.current_device() == 0
 
 
+@pytest.fixture
+def precision():
+    """Torch's switches of precision, which end as they began."""
+    matmul, of_all = torch.backends.cuda.matmul, torch.backends
+    has_words = hasattr(of_all, "fp32_precision")  # since torch 2.9
+    before = (of_all.fp32_precision, matmul.fp32_precision) if has_words else None
+    legacy = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(legacy)
+    if has_words:
+        of_all.fp32_precision, matmul.fp32_precision = before
+
+
+def by_word(scope, word):
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("needs a torch with fp32_precision")
+    scope.fp32_precision = word
+
+
+SWITCHES = {
+    "highest": (lambda: torch.set_float32_matmul_precision("highest"), False),
+    "high": (lambda: torch.set_float32_matmul_precision("high"), True),
+    "medium": (lambda: torch.set_float32_matmul_precision("medium"), True),
+    "allow_tf32": (lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True), True),
+    "matmul": (lambda: by_word(torch.backends.cuda.matmul, "tf32"), True),
+    "matmul_ieee": (lambda: by_word(torch.backends.cuda.matmul, "ieee"), False),
+    "everything": (lambda: by_word(torch.backends, "tf32"), True),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_the_word_of_fp32_follows_torch(switch, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    turn, allows_tf32 = SWITCHES[switch]
+    turn()
+    assert dtype_word(torch.float32, 0) == ("tf32" if allows_tf32 else "f32")
+    assert dtype_word(torch.float32, -1) == "f32" and dtype_word(torch.bfloat16, 0) == "bf16"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert dtype_word(torch.float32, 0) == "f32"
+
+
 @pytest.mark.gpu
-def test_tf32_follows_torch():
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_tf32_follows_torch(switch, precision):
     inputs = operands(64, 256, 512, device="cuda")
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
-        error = relative_error(swiglu.forward(*inputs), reference(*inputs))
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert 1e-5 < error < 1e-3
+    turn, allows_tf32 = SWITCHES[switch]
+    turn()
+    error = relative_error(swiglu.forward(*inputs), reference(*inputs))
+    assert 1e-5 < error < 1e-3 if allows_tf32 else error <= TOLERANCE[torch.float32]

@@ -79,6 +79,22 @@ def test_a_replaced_or_hooked_projection_is_called():
     torch.testing.assert_close(mlp(x), 2 * plain)
 
 
+@pytest.mark.parametrize("save, kept", [("preactivations", 2), ("nothing", 0)])
+def test_a_hooked_down_projection_leaves_save_in_force(save, kept):
+    mlp, x = swiglu.SwiGLU(8, 12, save=save), torch.randn(5, 8)
+    mlp.w_down.register_forward_hook(lambda module, inputs, output: None)
+    given, sizes = {p.data_ptr() for p in [x, *mlp.parameters()]}, []
+
+    def pack(tensor):
+        if tensor.data_ptr() not in given:
+            sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        mlp(x)
+    assert sum(sizes) == (1 + kept) * 5 * 12  # what goes into the down projection is torch's to keep
+
+
 def test_compiles_whole():
     mlp, x = swiglu.SwiGLU(8, 12), torch.randn(3, 8)
     torch.testing.assert_close(torch.compile(mlp, fullgraph=True, backend="aot_eager")(x), mlp(x))

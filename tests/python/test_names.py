@@ -183,6 +183,7 @@ def test_fused_swiglu_notes_block_once():
         warnings.simplefilter("always")
         for block in (64, 32, None):
             swiglu.FusedSwiGLU(8, 12, block=block)
+        assert swiglu.FusedSwiGLU(8, 12, 64).block == 64 and swiglu.FusedSwiGLU(8, 12).block is None
     assert len(seen) == 1 and "`block` is ignored" in str(seen[0].message)
     assert seen[0].filename == __file__
     with pytest.raises(ValueError, match="argument `gate_order`: "):

@@ -34,6 +34,23 @@ class Swapped(MLP):
         return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
 
 
+class Clamped(MLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=7)) * self.up_proj(x).clamp(-7, 7))
+
+
+class Dropped(MLP):
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
+class Noisy(MLP):
+    """Other than a block only while it does not train."""
+
+    def forward(self, x):
+        return super().forward(x) if self.training else super().forward(x) + 1
+
+
 class Inline(MLP):
     def __init__(self):
         super().__init__(names=("w1", "w3", "w2"))
@@ -79,7 +96,7 @@ def test_same_results_same_weights_and_back(build, save):
     assert_runs_ours(module, x)
     for got, expected in zip(gradients(module, x), before):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-    assert not swiglu.patch(model).replaced
+    assert not swiglu.patch(model, save=save).replaced
     assert swiglu.unpatch(model) == 1 and type(module) is original
     assert all(torch.equal(got, expected) for got, expected in zip(gradients(module, x), before))
     assert swiglu.unpatch(model) == 0
@@ -135,7 +152,13 @@ def with_low_rank():
         (hooked, "its forward was replaced before"),
         (Scaled, "its output is not down"),
         (Swapped, "its output is not down"),
-        (lambda: MLP(names=("w1", "w2", "w3")), "two probe tokens do not pass"),
+        (Clamped, "its output is not down"),
+        (lambda: Clamped().half(), "its output is not down"),
+        (Dropped, "its output is not down"),
+        (lambda: Dropped().eval(), "its output is not down"),
+        (Noisy, "its output is not down"),
+        (lambda: MLP(act=lambda x: F.silu(x.clamp(max=7))), "its activation is <lambda>, not SiLU"),
+        (lambda: MLP(names=("w1", "w2", "w3")), "probe tokens do not pass"),
         (lambda: MLP().to("meta"), "meta device"),
     ],
 )
@@ -148,10 +171,127 @@ def test_what_is_not_one_is_left_alone_with_the_reason(build, reason):
     assert reason in str(report)
 
 
-def test_the_probe_draws_no_random_numbers():
-    module, state = MLP(), torch.get_rng_state()
-    assert swiglu.patch(module).replaced
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("build", [MLP, Dropped])
+def test_the_probe_draws_no_random_numbers_and_leaves_modes_alone(build, training):
+    module = build().train(training)
+    module.act_fn.train(not training)
+    state = torch.get_rng_state()
+    assert bool(swiglu.patch(module).replaced) == (build is MLP)
     assert torch.equal(torch.get_rng_state(), state)
+    assert module.training == module.up_proj.training == training != module.act_fn.training
+
+
+def test_large_values_that_overflow_tell_nothing():
+    module = MLP(64, 64).half()
+    with torch.no_grad():
+        module.down_proj.weight.mul_(500)
+    x = 100 * torch.ones(1, 64, dtype=torch.float16)
+    assert not module(x).isfinite().all() and swiglu.patch(module).replaced
+
+
+def test_other_devices_are_refused(monkeypatch):
+    """A device like Intel's or Apple's, which this machine has not: played by parameters that say so."""
+    module, foreign = MLP(), torch.device("xpu")
+    monkeypatch.setattr(nn.Parameter, "device", property(lambda self: foreign), raising=False)
+    report = swiglu.patch(module)
+    assert report.refused[""] == "its weights are on xpu, and the kernels on CPU and CUDA devices alone"
+
+
+def kept(module, x):
+    """How many numbers the block keeps for its backward, besides the operands."""
+    given, sizes = {t.data_ptr() for t in [x, *module.parameters()]}, []
+
+    def pack(tensor):
+        if tensor.data_ptr() not in given:
+            sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(x)
+    return sum(sizes)
+
+
+def test_patched_again_it_takes_the_new_save():
+    model, x = nn.Sequential(MLP()), torch.randn(3, 8)
+    swiglu.patch(model)
+    assert kept(model[0], x) == 2 * 3 * 12
+    assert swiglu.patch(model, save="nothing").replaced == {"0": "MLP"}
+    assert kept(model[0], x) == 0 and kept(copy.deepcopy(model[0]), x) == 0
+    assert swiglu.unpatch(model) == 1 and "_swiglu_save" not in vars(model[0])
+
+
+def test_unpatched_under_a_class_that_was_put_on_top():
+    """As fully_shard does it."""
+    module, x = MLP(), torch.randn(3, 8)
+    plain = module(x)
+    swiglu.patch(module)
+    on_top = type("Sharded", (type(module),), {})
+    module.__class__ = on_top
+    assert_runs_ours(module, x)
+    assert swiglu.unpatch(module) == 1 and swiglu.unpatch(module) == 0
+    assert type(module) is on_top and torch.equal(module(x), plain)
+    with pytest.raises(AssertionError):
+        assert_runs_ours(module, x)
+    assert swiglu.patch(module).replaced == {"": "MLP"}
+    assert_runs_ours(module, x)
+
+
+class Experts(nn.Module):
+    """As transformers' eager ones; a number that is too large stands for an expert of another rank."""
+
+    def __init__(self, experts=6, k=8, n=12):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(experts, 2 * n, k))
+        self.down_proj = nn.Parameter(torch.randn(experts, k, n))
+        self.act_fn = nn.SiLU()
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        result = torch.zeros_like(hidden_states)
+        for expert in range(self.gate_up_proj.shape[0]):
+            token, place = torch.where(top_k_index == expert)
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, -1)
+            out = F.linear(self._apply_gate(torch.cat([gate, up], -1)), self.down_proj[expert])
+            result.index_add_(0, token, out * top_k_weights[token, place, None])
+        return result
+
+    def _apply_gate(self, gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        return self.act_fn(gate) * up
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_experts_are_asked_for_once(tokens, dtype):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    module, x = Experts(), torch.randn(tokens, 8)
+    index = torch.stack([torch.randperm(5)[:3] + 2 for _ in range(7)])[:tokens].to(
+        dtype
+    )  # 0 and 1 of none, 6 of others
+    weights = torch.rand(tokens, 3, requires_grad=True)
+    leaves = [weights, *module.parameters()]
+
+    def train():
+        y = module(x, index, weights)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    expected = train()
+    assert swiglu.patch(module).replaced
+    for got, wanted in zip(train(), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    waits = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default):
+                waits.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        module(x, index, weights)
+    assert not waits
+    assert module(x[:0], index[:0], weights[:0]).shape == (0, 8)
 
 
 def test_copies_and_pickles_stay_patched():

@@ -57,8 +57,27 @@ def test_wrong_arguments_are_named(device):
             plan(*inputs, **options)
     with pytest.raises(RuntimeError, match="gradients"):
         plan(x, gate.requires_grad_(), up)
-    with torch.no_grad():
-        plan(x, gate, up)
+    gate.requires_grad_(False)
+    for out in (torch.empty(9, 40, device=device, requires_grad=True), torch.empty(9, 40, device=device)):
+        if out.requires_grad:
+            with pytest.raises(RuntimeError, match="gradients"):
+                plan(x, gate, up, out=out)
+        with torch.no_grad():
+            assert plan(x, gate.requires_grad_(), up, out=out) is out
+        gate.requires_grad_(False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_backward_is_told_that_what_it_saved_was_written(device):
+    x, gate, up, _, _ = operands(9, 40, 24, device=device)
+    plan = swiglu.prepare(24, 40, dtype=torch.float32, device=device)
+    out = plan(x, gate, up)
+    loss = (out * torch.ones_like(out).requires_grad_()).sum()
+    plan(x, gate, up, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        plan(x, gate, up, out=torch.empty(9, 40, device=device))
 
 
 def test_wrong_preparations_are_named():
@@ -70,6 +89,7 @@ def test_wrong_preparations_are_named():
     refuses("layout", ValueError, 8, 8, layout="nk")
     refuses("hidden_size", ValueError, -1, 8)
     refuses("intermediate_size", ValueError, 8, 2**31)
+    refuses("out_features", ValueError, 8, 8, out_features=-1)
     refuses("device", ValueError, 8, 8, device="meta")
 
 
@@ -126,6 +146,18 @@ def test_graph_replays(through):
         z.fill_(torch.nan)
         graph.replay()
         assert_right(z, x, gate, up)
+
+
+@pytest.mark.gpu
+def test_the_gate_alone_may_be_captured():
+    # Sizes of its own: the next test's may not be prepared.
+    gate, up = (torch.randn(64, 272, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    swiglu.prepare(144, 272, dtype=torch.bfloat16, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        z = swiglu.swiglu_fused(gate, up)
+    graph.replay()
+    torch.testing.assert_close(z, swiglu.swiglu_torch(gate, up), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.gpu

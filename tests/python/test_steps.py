@@ -1,6 +1,8 @@
 """Backwards and down projections by the runtime's steps: on a GPU the real ones, on the CPU the stand-in."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -523,6 +525,72 @@ def test_autocast(device, steps):
         y = swiglu.swiglu_ffn(*inputs)
     y.float().sum().backward()
     assert all(t.grad.dtype is torch.float32 for t in inputs) and "dgated" in steps
+
+
+@pytest.mark.skipif(_straight.native is None, reason="promises of static weights need DLPack's exchange API")
+@pytest.mark.parametrize("order", ["nk", "kn"])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_launched_was_prepared(training, order, device, steps, monkeypatch):
+    """With a down projection to a size of its own, a gate by itself, and static weights."""
+    prepared, launched = set(), set()
+    step = _steps._native.step
+    monkeypatch.setattr(_steps._native, "prepare_step", lambda *given: prepared.add(given[2:]))
+    monkeypatch.setattr(_steps._native, "step", lambda *given: launched.add(given[4:8]) or step(*given))
+    _steps.prepare(0, "f32", order == "kn", 40, 16, 24, training, True)
+    x, *weights = ffn_operands(5, 40, 16, device=device, out=24)[:4]
+    given = [t.detach().requires_grad_(training) for t in (x, *(lay(w, order) for w in weights))]
+    y = swiglu.swiglu_ffn(*given)
+    z = swiglu.swiglu_fused(*torch.randn(2, 5, 40, device=device).requires_grad_(training))
+    if training:
+        y.sum().backward()
+        z.sum().backward()
+        swiglu.forward(*given[:3]).sum().backward()
+    with torch.no_grad(), swiglu.static_weights():
+        swiglu.swiglu_ffn(*given)
+    assert launched == prepared
+
+
+@pytest.mark.parametrize("save", SAVE)
+@pytest.mark.parametrize("block", [False, True])
+def test_flops_are_counted(block, save, device, steps):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    m, n, k, out = 6, 12, 8, 10
+    inputs = [t.requires_grad_() for t in ffn_operands((2, m // 2), n, k, device=device, out=out)[: 4 if block else 3]]
+    call = swiglu.swiglu_ffn if block else swiglu.forward
+    of_gate, of_down = 2 * m * n * k, 2 * m * n * out if block else 0
+    recomputed = 2 if save == "nothing" else 0
+    with FlopCounterMode(display=False) as counter:
+        y = call(*inputs, save=save)
+    assert counter.get_total_flops() == 2 * of_gate + of_down
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(y.sum(), inputs)
+    assert counter.get_total_flops() == (4 + recomputed) * of_gate + 2 * of_down
+    assert "input_grad" in steps
+    y = call(*(t.detach().requires_grad_(index == 0) for index, t in enumerate(inputs)), save=save)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == (2 + recomputed) * of_gate + of_down
+
+
+@pytest.mark.parametrize("first", ["swiglu", "torch.utils.flop_counter"])
+def test_flops_are_counted_whichever_is_imported_first(first):
+    script = (
+        f"import {first}, torch, swiglu; from torch.utils.flop_counter import FlopCounterMode\n"
+        "x, w = torch.randn(3, 4), torch.randn(5, 4)\n"
+        "with FlopCounterMode(display=False) as counter: swiglu.forward(x, w, w)\n"
+        "assert counter.get_total_flops() == 4 * 3 * 4 * 5, counter.get_total_flops()"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_importing_leaves_the_counter_and_triton_alone():
+    script = (
+        "import sys, torch; before = set(sys.modules); import swiglu\n"
+        "new = set(sys.modules) - before\n"
+        "assert not new & {'torch.utils.flop_counter', 'triton', 'torch._dynamo'}, new"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.gpu

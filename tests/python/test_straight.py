@@ -10,7 +10,7 @@ from test_forward import refusals
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import swiglu
-from swiglu import _recorded, _steps, _straight
+from swiglu import _recorded, _straight
 
 DTYPES = list(TOLERANCE)
 needs_api = pytest.mark.skipif(_straight.native is None, reason="needs a torch with DLPack's exchange API")
@@ -242,6 +242,7 @@ def test_a_torch_without_the_exchange_api(monkeypatch):
             assert _straight.find() is None
     with without_the_api():
         assert _straight.are_plain(*inputs) and not _straight.are_plain(torch._neg_view(inputs[0]))
+        assert not _straight.are_plain(torch.nested.nested_tensor([inputs[0]]))
         assert torch.equal(swiglu.forward(*inputs), expected)
         made = _straight.empty(inputs[0], (3, 4), True)
         assert made.shape == (3, 4) and made.stride() == (1, 3)

@@ -63,6 +63,9 @@ class Plan:
         self.matched = lambda m: matched
 
 
+CALL = (0, "bf16", "separate_nk", 12, 8, False, 5)
+
+
 @pytest.fixture
 def nothing_said(monkeypatch):
     monkeypatch.setattr(_tuning, "_said", set())
@@ -70,22 +73,34 @@ def nothing_said(monkeypatch):
 
 
 def test_a_missing_tuning_is_said_once(nothing_said):
-    with pytest.warns(UserWarning, match=r"N=12, K=8 was not tuned on Some GPU.*default config.*python -m swiglu tune"):
-        _tuning.note_untuned(Plan("untuned"), 0, 12, 8, 5)
+    with pytest.warns(UserWarning, match=r"N=12, K=8 was not tuned on Some GPU.*default config"):
+        _tuning.note_untuned(Plan("untuned"), *CALL)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _tuning.note_untuned(Plan("untuned"), 0, 16, 8, 5)
+        _tuning.note_untuned(Plan("untuned"), *CALL)
+
+
+@pytest.mark.parametrize("training, ops", [(False, "forward"), (True, "forward,ffn")])
+def test_what_is_said_tunes_that_shape(nothing_said, training, ops, tmp_path):
+    with pytest.warns(UserWarning) as said:
+        _tuning.note_untuned(Plan("untuned"), 1, "f16", "separate_kn", 12, 8, training, 5)
+    _, write, tune = (line.strip() for line in str(said[0].message).splitlines())
+    assert tune == f"python -m swiglu tune --gpu 1 --shapes shapes.toml --op {ops}"
+    subprocess.run(write, shell=True, check=True, cwd=tmp_path)
+    # In the words that swiglu-tune's own tests of shape files use.
+    shape = '{ n = 12, k = 8, m = [5], dtype = ["f16"], layout = ["separate_kn"] }'
+    assert (tmp_path / "shapes.toml").read_text() == f"shape = [{shape}]\n"
 
 
 def test_what_was_tuned_is_not_worth_a_word(nothing_said):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _tuning.note_untuned(Plan("exact"), 0, 12, 8, 5)
-        _tuning.note_untuned(Plan("nearest M"), 0, 12, 8, 5)
+        _tuning.note_untuned(Plan("exact"), *CALL)
+        _tuning.note_untuned(Plan("nearest M"), *CALL)
     with pytest.warns(UserWarning, match="nearest shape that was tuned"):
-        _tuning.note_untuned(Plan("nearest shape"), 0, 12, 8, 5)
+        _tuning.note_untuned(Plan("nearest shape"), *CALL)
     with pytest.warns(UserWarning, match="runs on a config that a model of the GPU chose"):
-        _tuning.note_untuned(Plan("model"), 0, 12, 8, 5)
+        _tuning.note_untuned(Plan("model"), *CALL)
 
 
 def test_the_first_call_asks_and_the_cpu_needs_no_tuning(nothing_said, monkeypatch):
@@ -94,7 +109,7 @@ def test_the_first_call_asks_and_the_cpu_needs_no_tuning(nothing_said, monkeypat
     inputs = operands(5, 37, 23)
     swiglu.forward(*inputs)
     swiglu.forward(*inputs)
-    assert asked == [("exact", -1, 37, 23, 5)]
+    assert asked == [("exact", -1, "f32", "separate_nk", 37, 23, False, 5)]
 
 
 @pytest.mark.gpu
