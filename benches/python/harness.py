@@ -16,6 +16,7 @@ import importlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import random
 import statistics
@@ -246,7 +247,8 @@ def write(args: argparse.Namespace, script: str, rows: list[dict]) -> None:
     """The raw rows with all that they depend on, to ``--out``."""
     if not args.out:
         return
-    found = {"script": script, "argv": sys.argv[1:], "rows": rows, "environment": environment(args.device)}
+    argv = [os.path.basename(word) if word == args.out else word for word in sys.argv[1:]]  # no machine's folders
+    found = {"script": script, "argv": argv, "rows": rows, "environment": environment(args.device)}
     with open(args.out, "w") as file:
         json.dump(found, file, indent=1)
         file.write("\n")

@@ -39,7 +39,8 @@ def define(
 
     ``flops`` takes the operands' shapes in place of tensors. It counts GEMMs alone, as torch's counter does.
 
-    Called with forward gradients it raises NotImplementedError: torch.library would drop them.
+    Called with dual tensors it raises NotImplementedError: torch.library would drop the tangents, as it does under torch.func,
+    which hides them.
     """
     name = schema.partition("(")[0]
 
@@ -131,8 +132,7 @@ def is_undisturbed() -> bool:
         and not _len_torch_function_stack()
         and not _is_any_autocast_enabled()
         and not _is_tracing()
-        and forward_ad._current_level < 0
-        and peek_interpreter_stack() is None
+        and not is_transformed()
     )
 
 

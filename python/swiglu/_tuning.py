@@ -31,7 +31,7 @@ def note_untuned(
     shape = f'shape = [{{ n = {n}, k = {k}, m = [{m}], dtype = ["{word}"], layout = ["{layout}"] }}]'
     warnings.warn(
         f"swiglu: N={n}, K={k} was not tuned on {name}; it runs on {source} and may be slower than it could be. To tune it "
-        f"(every usual M without `m`, which takes longer; said once):\n  echo '{shape}' > shapes.toml\n"
-        f"  python -m swiglu tune --gpu {device} --shapes shapes.toml --op {'forward,ffn' if training else 'forward'}",
+        f"(every usual M without `m`, which takes longer; said once):\n  echo '{shape}' > swiglu-shapes.toml\n"
+        f"  python -m swiglu tune --gpu {device} --shapes swiglu-shapes.toml --op {'forward,ffn' if training else 'forward'}",
         stacklevel=3,
     )

@@ -85,11 +85,11 @@ def test_what_is_said_tunes_that_shape(nothing_said, training, ops, tmp_path):
     with pytest.warns(UserWarning) as said:
         _tuning.note_untuned(Plan("untuned"), 1, "f16", "separate_kn", 12, 8, training, 5)
     _, write, tune = (line.strip() for line in str(said[0].message).splitlines())
-    assert tune == f"python -m swiglu tune --gpu 1 --shapes shapes.toml --op {ops}"
+    assert tune == f"python -m swiglu tune --gpu 1 --shapes swiglu-shapes.toml --op {ops}"
     subprocess.run(write, shell=True, check=True, cwd=tmp_path)
     # In the words that swiglu-tune's own tests of shape files use.
     shape = '{ n = 12, k = 8, m = [5], dtype = ["f16"], layout = ["separate_kn"] }'
-    assert (tmp_path / "shapes.toml").read_text() == f"shape = [{shape}]\n"
+    assert (tmp_path / "swiglu-shapes.toml").read_text() == f"shape = [{shape}]\n"
 
 
 def test_what_was_tuned_is_not_worth_a_word(nothing_said):

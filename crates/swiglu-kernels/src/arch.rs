@@ -33,6 +33,9 @@ const fn spec(name: &'static str, major: u32, minor: u32, smem_kib: u32) -> Arch
     }
 }
 
+/// Hopper, of whose multiprocessor the families on `wgmma` make the most.
+pub(crate) const HOPPER: ArchSpec = spec("sm_90a", 9, 0, 227);
+
 /// Every known architecture. Shared memory per block: CUDA C++ Programming Guide, "Technical
 /// Specifications per Compute Capability".
 pub const ARCHES: [ArchSpec; 11] = [
@@ -42,7 +45,7 @@ pub const ARCHES: [ArchSpec; 11] = [
     spec("sm_86", 8, 6, 99),
     spec("sm_87", 8, 7, 163),
     spec("sm_89", 8, 9, 99),
-    spec("sm_90a", 9, 0, 227),
+    HOPPER,
     spec("sm_100a", 10, 0, 227),
     spec("sm_103a", 10, 3, 227),
     spec("sm_120", 12, 0, 99),

@@ -65,7 +65,7 @@ impl Format {
 pub struct E4m3Rows {
     /// Codes, in the order of the values.
     pub codes: Vec<u8>,
-    /// One a row; 1 where all of a row is 0.
+    /// One a row; 1 where all of a row is 0, or so small that no scale is as small.
     pub scales: Vec<f32>,
 }
 

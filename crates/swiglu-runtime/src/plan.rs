@@ -97,7 +97,7 @@ pub(crate) struct Selection {
     pub(crate) table: BucketTable,
     /// One per anchor, ascending.
     pub(crate) anchors: Vec<Serving>,
-    /// Legal for every address and stride; the scaled formats have none.
+    /// Legal for every address and stride. The scaled formats have none, nor has a plan for which it does not compile.
     pub(crate) fallback: Option<Kernel>,
 }
 

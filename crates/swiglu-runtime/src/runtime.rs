@@ -114,8 +114,8 @@ impl Runtime {
     ///
     /// # Errors
     /// When a size is out of range, or nothing compiles. A tuned config that no longer compiles is skipped with
-    /// a warning; what was tuned for the nearest M serves in its place, the default where nothing else was. In place of a library that is not installed
-    /// what came next in its race does.
+    /// a warning; what was tuned for the nearest M serves in its place, the default where nothing else was. In place of
+    /// a library that is not installed what came next in its race does.
     pub fn prepare(&self, spec: &ForwardSpec) -> Result<Plan, PrepareError> {
         check_sizes(&spec.problem(1))?;
         Ok(Plan { gpu: self.gpu.clone(), spec: *spec, selection: self.selection(&spec.problem(1))? })

@@ -45,6 +45,8 @@ pub(crate) struct Finding {
     pub(crate) raced: Raced,
     /// Registers a thread.
     pub(crate) registers: BTreeMap<Config, u32>,
+    /// What ended it, by no fault of one candidate: of its outcomes the failures alone are known.
+    pub(crate) lost: Option<Fault>,
 }
 
 /// A worker that takes tasks.
@@ -86,11 +88,9 @@ fn run(worker: &mut Worker, task: &Task, stop: &Stop) -> Result<Finding, Fault> 
     let mut subject = Remote::open(worker, task.problem, &task.candidates, always)?;
     let field = Field { candidates: &task.candidates, pinned: &task.pinned, rounds: task.rounds };
     let raced = race(&mut subject, &field, stop);
-    match subject.lost {
-        // What came out before a stop is kept.
-        None | Some(Fault::Stopped) => Ok(Finding { raced, registers: subject.registers }),
-        Some(fault) => Err(fault),
-    }
+    // A race that was stopped is as good as one that has not begun.
+    let lost = subject.lost.filter(|fault| !matches!(fault, Fault::Stopped));
+    Ok(Finding { raced, registers: subject.registers, lost })
 }
 
 /// What to compile ahead: the number of the group, one of its problems, its candidates.

@@ -118,6 +118,12 @@ impl Worker {
         Ok(reply)
     }
 
+    /// One that answers what it was not asked is out of step: it is started anew before it is asked again.
+    fn misunderstood(&mut self, reply: Reply) -> Fault {
+        self.process = None;
+        unexpected(reply)
+    }
+
     /// Compiles into the cache; what cannot be compiled, and why.
     pub(crate) fn compile(&mut self, problem: Problem, configs: &[Config]) -> Result<Vec<(Config, Failure)>, Fault> {
         let patience = self.recipe.patience;
@@ -125,7 +131,7 @@ impl Worker {
         let mut attempt = |configs: &[Config]| {
             match self.ask(&Request::Compile { problem, configs: configs.to_vec() }, patience)? {
                 Reply::Compiled(failed) => failures.extend(failed),
-                other => return Err(unexpected(other)),
+                other => return Err(self.misunderstood(other)),
             }
             Ok(())
         };
@@ -280,12 +286,15 @@ impl<'a> Remote<'a> {
         match self.worker.ask(&request, self.patience)? {
             Reply::Opened(registers) => self.registers.extend(registers),
             Reply::Refused(failure) => return Err(Fault::Refused(failure.reason)),
-            other => return Err(unexpected(other)),
+            other => return Err(self.worker.misunderstood(other)),
         }
         Ok(())
     }
 
     fn ask(&mut self, request: &Request) -> Result<Reply, Fault> {
+        if let Some(fault) = &self.lost {
+            return Err(fault.clone());
+        }
         if !self.worker.is_running() {
             tracing::info!("the worker is started anew");
             self.reopen().map_err(|fault| self.lose(fault))?;
@@ -324,10 +333,9 @@ impl<'a> Remote<'a> {
         times.pop().unwrap_or_else(|| Err(Failure::untimed()))
     }
 
-    /// One that does not answer what it was asked is not asked again.
     fn misunderstood(&mut self, reply: Reply) -> Fault {
-        self.worker.process = None;
-        self.lose(unexpected(reply))
+        let fault = self.worker.misunderstood(reply);
+        self.lose(fault)
     }
 }
 
@@ -362,12 +370,14 @@ impl Subject for Remote<'_> {
             Ok(times) => return times,
             Err(fault) => fault,
         };
-        if self.lost.is_some() {
-            return vec![Err(first.of_candidate()); configs.len()];
-        }
         // Who of them broke the worker is not known until each has run alone.
-        let alone = |config: &Config| self.alone(config, &Request::Sample(vec![*config]));
-        let alone: Vec<Result<f64, Failure>> = configs.iter().map(alone).collect();
+        let mut alone = Vec::new();
+        for config in configs {
+            if self.lost.is_some() {
+                break;
+            }
+            alone.push(self.alone(config, &Request::Sample(vec![*config])));
+        }
         let sound: Vec<Config> =
             configs.iter().zip(&alone).filter(|(_, time)| time.is_ok()).map(|(config, _)| *config).collect();
         // Nobody by itself: the device or the machine, or all of them together.

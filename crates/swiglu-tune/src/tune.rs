@@ -390,11 +390,16 @@ impl<'a> Tuner<'a> {
         let (at, station) = &mut self.stations[worker];
         let (at, stopped) = (*at, self.order.stop.is_set());
         station.is_busy = false;
-        station.faults = if result.is_ok() { 0 } else { station.faults + 1 };
+        let is_whole = matches!(&result, Ok(finding) if finding.lost.is_none());
+        station.faults = if is_whole { 0 } else { station.faults + 1 };
         let front = &mut self.fronts[at];
         let Some(key) = front.key(task.item) else { return Ok(()) };
         match result {
-            Ok(Finding { raced, registers }) => {
+            Ok(Finding { raced, registers, lost: Some(fault) }) => {
+                self.store(at, task.item.0, &key, raced.outcomes, &Environment::default(), Some(&registers))?;
+                return self.faulted(worker, task.item, &key, &fault);
+            }
+            Ok(Finding { raced, registers, lost: None }) => {
                 front.raced = (front.raced.0 + elapsed, front.raced.1 + 1);
                 let Problem { m, n, k, .. } = key.problem;
                 tracing::info!(m, n, k, raced = task.candidates.len(), ?elapsed, drift = raced.drift, "raced");

@@ -119,8 +119,13 @@ fn a_worker_that_is_lost_leaves_its_problems_untuned_and_the_run_says_so() {
     let lost = run(&home, &["--fault", "sample:babble:cpu 32x64"]).code(1);
     lost.stderr(contains("cannot tune").and(contains("Settled")).and(contains(" 0 problems tuned")));
     assert!(records(&home).iter().all(|record| record["outcome"] != "measured"));
+    // Who failed before the loss is known all the same.
+    let before = ["--fault", "verify:crash:cpu 32x64", "--fault", "sample:babble:cpu"];
+    run(&home, &before).code(1).stderr(contains("cannot tune"));
+    let failed = records(&home);
+    assert!(!failed.is_empty() && failed.iter().all(|record| record["stage"] == "crash" && blocks(record) == [32, 64]));
     // What is tuned already stays so, and the run fails all the same.
-    run(&home, &[]).success().stderr(contains("2 problems tuned"));
+    run(&home, &["--retune"]).success().stderr(contains("2 problems tuned"));
     run(&home, &["--retune", "--fault", "sample:babble:cpu 32x64"]).code(1).stderr(contains("cannot tune"));
     assert!(records(&home).iter().all(|record| record["outcome"] == "measured"));
 }

@@ -3,7 +3,7 @@
 //! Design: `docs/kernels/wgmma_tma.md`. Template: `templates/wgmma_tma/kernel.cu.tera`.
 
 use super::{LaunchShape, Raster, Rejected, check_block, check_fast_silu, check_sizes, ensure};
-use crate::arch::ArchSpec;
+use crate::arch::{ArchSpec, HOPPER};
 use crate::problem::{DType, Format, Problem, UnknownName, WeightMajor, names};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -175,7 +175,7 @@ pub const fn is_split(dtype: DType) -> bool {
 
 /// Shared memory that each of the blocks of a multiprocessor may ask for on sm_90a.
 pub(super) const fn smem_budget(blocks_per_sm: u32) -> u32 {
-    (SMEM_BYTES + RESERVED_BYTES) / blocks_per_sm - RESERVED_BYTES
+    (HOPPER.smem_per_block + RESERVED_BYTES) / blocks_per_sm - RESERVED_BYTES
 }
 
 /// Rules of blocks that share a multiprocessor: one consumer each, and room for all of them.
@@ -362,9 +362,6 @@ impl WgmmaTmaConfig {
         check_block(&self.launch_shape(problem), problem, arch)
     }
 }
-
-/// What one CTA may opt in to on sm_90a.
-pub(super) const SMEM_BYTES: u32 = 232_448;
 
 /// A tile with the most stages that fit, and a second store buffer where it costs none of them.
 fn tile(schedule: Schedule, block_m: u32, block_n: u32, consumers: u32, dtype: DType) -> WgmmaTmaConfig {

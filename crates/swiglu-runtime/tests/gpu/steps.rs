@@ -314,38 +314,45 @@ fn tiles_for_an_output_of_few_match_the_oracle_and_repeat_their_bits() {
     }
 }
 
+/// Tiles of `block_n` columns, in clusters of `cluster`, whose last wave is cut up on `sms` multiprocessors.
+fn cut_up(problem: &Problem, arch: &'static ArchSpec, sms: u32, block_n: u32, cluster: u32) -> Vec<WgmmaGemmConfig> {
+    let cut = |config: Config| {
+        let (Config::WgmmaGemm(gemm), shape) = (config, config.launch_shape(problem)?) else { return None };
+        let is_cut = gemm.cuts(shape.tiles(problem), u64::from(sms / shape.cluster));
+        ((gemm.block_n, shape.cluster) == (block_n, cluster) && is_cut).then_some(gemm)
+    };
+    candidates(problem, Target::Gpu(arch)).into_iter().filter_map(cut).collect()
+}
+
 /// In every op and order, of tiles of 192 and 256 columns, shared by a pair and not: a last wave that is cut up, and the bits of
 /// one that is not.
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
 fn a_last_wave_that_is_cut_up_matches_the_oracle_bit_for_bit_as_a_whole_one_does() {
     let gpu = gpu();
-    let arch = gpu.runtime.gpu().arch;
-    if !arch.has_wgmma || gpu.runtime.gpu().sm_count != 132 {
-        return; // The sizes below are for as many multiprocessors.
+    let (arch, sms) = (gpu.runtime.gpu().arch, gpu.runtime.gpu().sm_count);
+    if !arch.has_wgmma {
+        return;
     }
     let mut rng = SmallRng::seed_from_u64(23);
     for (op, major) in Op::PRODUCTS.into_iter().flat_map(|op| WeightMajor::ALL.map(|major| (op, major))) {
-        // Rows at which 132 multiprocessors leave a wave to cut of either width, alone and in pairs; paired outputs are two.
-        let of_op = Problem::forward(DType::Bf16, major, 8, 8, 8).with_op(op);
-        let rows = if of_op.product().unwrap().outputs() == 2 { 392 } else { 904 };
-        let sizes = [(rows, 136, 4104), (rows, 4104, 136), (136, rows, 4104), (136, 4104, rows)];
-        let problem = sizes.map(|(m, n, k)| Problem::forward(DType::Bf16, major, m, n, k).with_op(op));
-        let problem = problem.into_iter().find(|problem| problem.output() == (rows, 4104)).unwrap();
+        let of_rows = |rows| {
+            let sizes = [(rows, 136, 4104), (rows, 4104, 136), (136, rows, 4104), (136, 4104, rows)];
+            let problem = sizes.map(|(m, n, k)| Problem::forward(DType::Bf16, major, m, n, k).with_op(op));
+            problem.into_iter().find(|problem| problem.output() == (rows, 4104)).unwrap()
+        };
+        let widths: &[u32] = if op == Op::Dgated { &[192] } else { &[192, 256] };
+        let cuts = |problem: &Problem| -> Vec<Vec<WgmmaGemmConfig>> {
+            let each = widths.iter().flat_map(|&block_n| [1, 2].map(|cluster| (block_n, cluster)));
+            each.map(|(block_n, cluster)| cut_up(problem, arch, sms, block_n, cluster)).collect()
+        };
+        // On 132 multiprocessors 904 or 776 rows, and 392 where outputs are two.
+        let all = (17..512).map(|eights| of_rows(8 * eights));
+        let problem = all.into_iter().find(|problem| cuts(problem).iter().all(|cut| !cut.is_empty()));
+        let problem = problem.expect("some number of rows leaves a wave to cut, on 114 and 132 multiprocessors");
         let case = Case::<bf16>::new(problem, 0, 2);
         let references = case.references();
-        for (block_n, cluster) in [(192, 1), (192, 2), (256, 1), (256, 2)] {
-            let mut cut = candidates(&problem, Target::Gpu(arch));
-            cut.retain(|config| {
-                let shape = config.launch_shape(&problem);
-                let Some((Config::WgmmaGemm(gemm), shape)) = Some(*config).zip(shape) else { return false };
-                let clusters = u64::from(gpu.runtime.gpu().sm_count / shape.cluster);
-                (gemm.block_n, shape.cluster) == (block_n, cluster) && gemm.cuts(shape.tiles(&problem), clusters)
-            });
-            let Some(Config::WgmmaGemm(config)) = cut.sample(&mut rng, 1).next().copied() else {
-                assert!((op, block_n) == (Op::Dgated, 256), "{problem:?} {block_n} {cluster}");
-                continue;
-            };
+        for config in cuts(&problem).iter().map(|cut| *cut.sample(&mut rng, 1).next().unwrap()) {
             let (_, outputs) = case.check_config(&gpu, &Config::WgmmaGemm(config), &references);
             let whole = Config::WgmmaGemm(WgmmaGemmConfig { tail_n: 0, ..config });
             assert_eq!(outputs, case.check_config(&gpu, &whole, &references).1, "{problem:?} {config}: other bits");
