@@ -83,3 +83,17 @@ def assert_right(z, *inputs):
         # The rounding of few elements does not average out.
         few = torch.finfo(z.dtype).eps / 2 if z.numel() < 64 else 0
         assert relative_error(z, expected) <= max(TOLERANCE[z.dtype], few)
+
+
+def kept_numbers(call, given):
+    """How many numbers ``call()`` keeps for its backward, besides the tensors in ``given``."""
+    given, sizes = {tensor.data_ptr() for tensor in given}, []
+
+    def pack(tensor):
+        if tensor.data_ptr() not in given:
+            sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(sizes)

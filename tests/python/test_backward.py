@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICES, operands, relative_error
+from conftest import DEVICES, kept_numbers, operands, relative_error
 from torch.utils.checkpoint import checkpoint
 
 import swiglu
@@ -74,10 +74,7 @@ def test_only_the_gemms_asked_for(wanted, again, gemms, save):
 def test_what_is_kept(save, matrices):
     """Beside the operands."""
     inputs = [t.requires_grad_() for t in operands(5, 12, 8, bias=True)]
-    given, kept = {t.data_ptr() for t in inputs}, []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        swiglu.forward(*inputs, save=save)
-    assert sum(t.numel() for t in kept if t.data_ptr() not in given) == matrices * 5 * 12
+    assert kept_numbers(lambda: swiglu.forward(*inputs, save=save), inputs) == matrices * 5 * 12
     with pytest.raises(ValueError, match="argument `save`: "):
         swiglu.forward(*inputs, save="all")
 

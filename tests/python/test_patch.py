@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import kept_numbers
 from torch import nn
 
 import swiglu
@@ -199,17 +200,7 @@ def test_other_devices_are_refused(monkeypatch):
 
 
 def kept(module, x):
-    """How many numbers the block keeps for its backward, besides the operands."""
-    given, sizes = {t.data_ptr() for t in [x, *module.parameters()]}, []
-
-    def pack(tensor):
-        if tensor.data_ptr() not in given:
-            sizes.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        module(x)
-    return sum(sizes)
+    return kept_numbers(lambda: module(x), [x, *module.parameters()])
 
 
 def test_patched_again_it_takes_the_new_save():

@@ -88,7 +88,7 @@ fn run(worker: &mut Worker, task: &Task, stop: &Stop) -> Result<Finding, Fault> 
     let mut subject = Remote::open(worker, task.problem, &task.candidates, always)?;
     let field = Field { candidates: &task.candidates, pinned: &task.pinned, rounds: task.rounds };
     let raced = race(&mut subject, &field, stop);
-    // A race that was stopped is as good as one that has not begun.
+    // A stop is no loss: what failed before it is stored alike, and the problem is left for another run.
     let lost = subject.lost.filter(|fault| !matches!(fault, Fault::Stopped));
     Ok(Finding { raced, registers: subject.registers, lost })
 }
