@@ -7,7 +7,7 @@ use crate::dlpack::{Exchange, View};
 use crate::error::guarded;
 use crate::lie::{Lie, down_matrix, is_alike, is_vector, rows, weights, with_last};
 use crate::plans::Device;
-use crate::steps::{Backward, Down, Steps, one, outputs};
+use crate::steps::{Backward, Down, Steps, Two, one, outputs};
 use crate::{forward_key, gpu, plan_of, run};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -51,6 +51,50 @@ impl Layer {
     }
 }
 
+impl Layer {
+    /// Its backward, whose gradients of the pre-activations take their place; None if anything has been exchanged since, or
+    /// does not fit.
+    fn backward(&self, taken: &Taken<View>) -> Option<Backward> {
+        let Taken { dy, x, gate, up, down, kept, .. } = taken;
+        let Shape { m, n, k, layout, x_stride, gate_stride, up_stride, .. } = self.shape;
+        if !self.is_of(taken) || !is_vector(&kept.lie, 2 * m * n, &self.x) {
+            return None;
+        }
+        let of_down = match down {
+            None => None,
+            Some(down) => {
+                let (out, layout, stride) = down_matrix(&down.lie, n, &self.x)?;
+                Some(Down { rows: out.unsigned_abs(), major: layout.major(), group: (down.address, stride) })
+            }
+        };
+        let columns = of_down.as_ref().map_or(n, |down| down.rows.cast_signed());
+        let (tokens, cols, dy_stride) = rows(&dy.lie)?;
+        if (tokens, cols) != (m, columns) || !is_alike(&dy.lie, &self.x) {
+            return None;
+        }
+        let of_saved = self.shape.halves(kept.address);
+        Some(Backward {
+            major: layout.major(),
+            n: n.unsigned_abs(),
+            k: k.unsigned_abs(),
+            of_dy: (dy.address, dy_stride),
+            of_x: (x.address, x_stride),
+            of_weights: (gate.address, gate_stride, up.address, up_stride),
+            of_down,
+            of_saved,
+            of_grads: of_saved,
+        })
+    }
+
+    /// Whether these lie as the forward's operands did.
+    fn is_of(&self, taken: &Taken<View>) -> bool {
+        taken.x.lie == self.x
+            && taken.gate.lie == self.gate
+            && taken.up.lie == self.up
+            && taken.down.as_ref().map(|down| &down.lie) == self.down.as_ref()
+    }
+}
+
 /// What a native call takes beside addresses. Strides are of rows, in elements.
 #[derive(Debug, Clone, Copy)]
 struct Shape {
@@ -66,6 +110,19 @@ struct Shape {
     up_stride: i64,
 }
 
+impl Shape {
+    /// Both halves of what is kept, or of its gradients: addresses and row strides.
+    fn halves(&self, first: u64) -> Two {
+        let half = u64::from(self.dtype.bytes()) * (self.m * self.n).unsigned_abs();
+        (first, self.n, first + half, self.n)
+    }
+
+    /// Whether the columns of both weights are adjacent.
+    fn is_kn(&self) -> bool {
+        self.layout == WeightLayout::SeparateKn
+    }
+}
+
 /// The operands of a forward, and the down projection that follows it, if any.
 struct Operands<T> {
     x: T,
@@ -77,10 +134,24 @@ struct Operands<T> {
     down_bias: Option<T>,
 }
 
+/// What a backward takes: operands of the forward, the pre-activations, and z if it was computed again.
+struct Taken<T> {
+    dy: T,
+    x: T,
+    gate: T,
+    up: T,
+    down: Option<T>,
+    kept: T,
+    z: Option<T>,
+}
+
 /// What a forward leaves: z, the pre-activations if they are kept, and how all lay.
 type Done = (Py<PyAny>, Option<Py<PyAny>>, Layer);
 
 type Object<'py> = Bound<'py, PyAny>;
+
+/// A tensor that is written, and its address.
+type Made<'py> = (Object<'py>, u64);
 
 #[pymethods]
 impl Torch {
@@ -222,106 +293,18 @@ impl Torch {
         need_weights: bool,
         need_down: bool,
     ) -> PyResult<Option<Bound<'py, PyTuple>>> {
-        let (Some(dy), Some(x), Some(gate), Some(up), Some(down)) =
-            (self.plain(dy), self.plain(x), self.plain(gate), self.plain(up), self.plain_if_any(down))
-        else {
-            return Ok(None);
-        };
-        let (Some(saved), Some(given)) = (self.plain(kept), self.plain_if_any(z)) else { return Ok(None) };
-        let is_same = x.lie == layer.x
-            && gate.lie == layer.gate
-            && up.lie == layer.up
-            && down.as_ref().map(|down| &down.lie) == layer.down.as_ref();
-        let Shape { device, dtype, m, n, k, layout, x_stride, gate_stride, up_stride } = layer.shape;
-        if !is_same || !is_vector(&saved.lie, 2 * m * n, &layer.x) {
-            return Ok(None);
-        }
-        let of_down = match &down {
-            None => None,
-            Some(down) => match down_matrix(&down.lie, n, &layer.x) {
-                Some((out, layout, stride)) => Some((out, layout.major(), (down.address, stride))),
-                None => return Ok(None),
-            },
-        };
-        let columns = of_down.map_or(n, |(out, ..)| out);
-        let dy_stride = match rows(&dy.lie) {
-            Some((tokens, cols, stride)) if (tokens, cols) == (m, columns) && is_alike(&dy.lie, &layer.x) => stride,
-            _ => return Ok(None),
-        };
+        let taken = Taken { dy, x, gate, up, down, kept, z };
+        let Some(taken) = self.read_taken(&taken) else { return Ok(None) };
+        let Some(backward) = layer.backward(&taken) else { return Ok(None) };
+        let Shape { device, dtype, m, .. } = layer.shape;
         let Some(stream) = self.exchange.stream(py, device) else { return Ok(None) };
 
-        let make = |needed: bool, shape: &[i64], transposed: bool| {
-            if needed {
-                self.allocate(py, &layer.x, shape, transposed).map(|made| made.map(Some))
-            } else {
-                Ok(Some(None))
-            }
-        };
-        let is_kn = layout == WeightLayout::SeparateKn;
-        let has_down = need_down && of_down.is_some();
-        let Some(grads) = make(!in_place, &[2 * m * n], false)? else { return Ok(None) };
-        let Some(new_z) = make(has_down && given.is_none(), &[m, n], false)? else { return Ok(None) };
-        let d_pair = match d_weights {
-            Some((d_gate, d_up)) if need_weights => {
-                let (Some(first), Some(second)) = (self.exchange.read(&d_gate), self.exchange.read(&d_up)) else {
-                    return Ok(None);
-                };
-                let &[down, across] = first.lie.strides() else { return Ok(None) };
-                Some(((d_gate, first.address), (d_up, second.address), if is_kn { across } else { down }))
-            }
-            _ => None,
-        };
-        // What is to be overwritten is safe until one output is there: a thread that gets one gets all.
-        let makes_weights = need_weights && d_pair.is_none();
-        let Some(mut dx) = make(in_place && need_x, layer.x.shape(), false)? else { return Ok(None) };
-        let Some(mut d_gate) = make(in_place && !need_x && makes_weights, &[n, k], is_kn)? else { return Ok(None) };
-        let half = u64::from(dtype.bytes()) * (m * n).unsigned_abs();
-        let pair = |first: u64| (first, n, first + half, n);
-        let is_down_kn = of_down.is_some_and(|(_, major, _)| major == WeightMajor::N);
-        let backward = Backward {
-            major: layout.major(),
-            n: n.unsigned_abs(),
-            k: k.unsigned_abs(),
-            of_dy: (dy.address, dy_stride),
-            of_x: (x.address, x_stride),
-            of_weights: (gate.address, gate_stride, up.address, up_stride),
-            of_down: of_down.map(|(out, major, group)| Down { rows: out.unsigned_abs(), major, group }),
-            of_saved: pair(saved.address),
-            of_grads: pair(grads.as_ref().map_or(saved.address, |grads| grads.1)),
-        };
+        let down = need_down && taken.down.is_some();
+        let needs = Needs { in_place, z: down && taken.z.is_none(), x: need_x, weights: need_weights, down };
+        let gradients = Gradients { torch: self, py, layer, needs };
+        let Some(outputs) = gradients.before_launch(d_weights)? else { return Ok(None) };
         let steps = Steps::new(py, step, device, dtype, stream, m.unsigned_abs());
-        let of_z = new_z.as_ref().map_or_else(|| given.map(|z| z.address), |made| Some(made.1)).map(|z| (z, n));
-
-        // The GPU begins before the other outputs are allocated.
-        backward.gated(&steps, new_z.as_ref().map(|made| (made.1, n)))?;
-        let make = |needed: bool, shape: &[i64], transposed: bool| {
-            let none = || PyRuntimeError::new_err("an output could not be allocated after the backward had begun");
-            make(needed, shape, transposed)?.ok_or_else(none)
-        };
-        if dx.is_none() {
-            dx = make(need_x, layer.x.shape(), false)?;
-        }
-        if let Some((_, address)) = &dx {
-            backward.input_grad(&steps, (*address, k))?;
-        }
-        let (d_gate, d_up, d_stride) = match d_pair {
-            Some((d_gate, d_up, d_stride)) => (Some(d_gate), Some(d_up), d_stride),
-            None => {
-                if d_gate.is_none() {
-                    d_gate = make(need_weights, &[n, k], is_kn)?;
-                }
-                (d_gate, make(need_weights, &[n, k], is_kn)?, if is_kn { n } else { k })
-            }
-        };
-        if let (Some((_, first)), Some((_, second))) = (&d_gate, &d_up) {
-            backward.weight_grad(&steps, (*first, d_stride, *second, d_stride))?;
-        }
-        let d_down = make(has_down, &[columns, n], is_down_kn)?;
-        if let (Some((_, address)), Some(z)) = (&d_down, of_z) {
-            backward.down_weight_grad(&steps, z, (*address, if is_down_kn { columns } else { n }))?;
-        }
-        let tensor = |made: Option<(Object<'py>, u64)>| made.map(|made| made.0);
-        (tensor(dx), tensor(d_gate), tensor(d_up), tensor(d_down)).into_pyobject(py).map(Some)
+        gradients.launch(&steps, backward, taken.z.map(|z| z.address), outputs).map(Some)
     }
 }
 
@@ -351,7 +334,7 @@ impl Torch {
         like: &Lie,
         shape: &[i64],
         transposed: bool,
-    ) -> PyResult<Option<(Object<'py>, u64)>> {
+    ) -> PyResult<Option<Made<'py>>> {
         let format = self.formats.iter().find(|(dtype, _)| Some(*dtype) == like.dtype);
         let Some((_, format)) = format else { return Ok(None) };
         let allocator = match u32::try_from(like.device) {
@@ -444,6 +427,135 @@ impl Torch {
             down: self.plain_if_any(operands.down)?,
             down_bias: self.plain_if_any(operands.down_bias)?,
         })
+    }
+
+    fn read_taken(&self, taken: &Taken<&Object<'_>>) -> Option<Taken<View>> {
+        Some(Taken {
+            dy: self.plain(taken.dy)?,
+            x: self.plain(taken.x)?,
+            gate: self.plain(taken.gate)?,
+            up: self.plain(taken.up)?,
+            down: self.plain_if_any(taken.down)?,
+            kept: self.plain(taken.kept)?,
+            z: self.plain_if_any(taken.z)?,
+        })
+    }
+}
+
+/// What a backward has to make.
+#[derive(Debug, Clone, Copy)]
+struct Needs {
+    /// The gradients of the pre-activations take their place.
+    in_place: bool,
+    /// z, again.
+    z: bool,
+    x: bool,
+    weights: bool,
+    down: bool,
+}
+
+/// What a backward writes, as far as it is there; freed before the last launch, it would become another output.
+struct Outputs<'py> {
+    /// Of the pre-activations, if not in place.
+    grads: Option<Made<'py>>,
+    z: Option<Made<'py>>,
+    dx: Option<Made<'py>>,
+    d_gate: Option<Made<'py>>,
+    d_up: Option<Made<'py>>,
+    /// Row stride of both.
+    d_stride: i64,
+    d_down: Option<Made<'py>>,
+}
+
+/// One backward of `layer`.
+struct Gradients<'a, 'py> {
+    torch: &'a Torch,
+    py: Python<'py>,
+    layer: &'a Layer,
+    needs: Needs,
+}
+
+impl<'py> Gradients<'_, 'py> {
+    /// The outputs that have to be there before the launches; None where one cannot be.
+    fn before_launch(&self, d_weights: Option<(Object<'py>, Object<'py>)>) -> PyResult<Option<Outputs<'py>>> {
+        let Needs { in_place, z, x, weights, .. } = self.needs;
+        let shape @ Shape { m, n, k, .. } = self.layer.shape;
+        let Some(grads) = self.make(!in_place, &[2 * m * n], false)? else { return Ok(None) };
+        let Some(z) = self.make(z, &[m, n], false)? else { return Ok(None) };
+        let Some((d_gate, d_up, d_stride)) = self.given(d_weights) else { return Ok(None) };
+        // What is to be overwritten is safe until one output is there: a thread that gets one gets all.
+        let Some(dx) = self.make(in_place && x, self.layer.x.shape(), false)? else { return Ok(None) };
+        let is_first = in_place && !x && weights && d_gate.is_none();
+        let Some(first) = self.make(is_first, &[n, k], shape.is_kn())? else { return Ok(None) };
+        Ok(Some(Outputs { grads, z, dx, d_gate: d_gate.or(first), d_up, d_stride, d_down: None }))
+    }
+
+    /// The gradients of both weights, if they are given and needed, and the row stride that they have or will have.
+    fn given(
+        &self,
+        d_weights: Option<(Object<'py>, Object<'py>)>,
+    ) -> Option<(Option<Made<'py>>, Option<Made<'py>>, i64)> {
+        let shape = self.layer.shape;
+        let Some((d_gate, d_up)) = d_weights.filter(|_| self.needs.weights) else {
+            return Some((None, None, if shape.is_kn() { shape.n } else { shape.k }));
+        };
+        let (first, second) = (self.torch.exchange.read(&d_gate)?, self.torch.exchange.read(&d_up)?);
+        let &[down, across] = first.lie.strides() else { return None };
+        let stride = if shape.is_kn() { across } else { down };
+        Some((Some((d_gate, first.address)), Some((d_up, second.address)), stride))
+    }
+
+    /// Launches all, and makes the other outputs in between. `z` is the address of what was computed again.
+    fn launch(
+        &self,
+        steps: &Steps<'_>,
+        backward: Backward,
+        z: Option<u64>,
+        mut outputs: Outputs<'py>,
+    ) -> PyResult<Bound<'py, PyTuple>> {
+        let (needs, shape @ Shape { n, k, .. }) = (self.needs, self.layer.shape);
+        let of_grads = outputs.grads.as_ref().map_or(backward.of_saved, |grads| shape.halves(grads.1));
+        let backward = Backward { of_grads, ..backward };
+        let new_z = outputs.z.as_ref().map(|z| z.1);
+
+        // The GPU begins before the other outputs are allocated.
+        backward.gated(steps, new_z.map(|z| (z, n)))?;
+        self.fill(&mut outputs.dx, needs.x, self.layer.x.shape(), false)?;
+        if let Some((_, dx)) = &outputs.dx {
+            backward.input_grad(steps, (*dx, k))?;
+        }
+        self.fill(&mut outputs.d_gate, needs.weights, &[n, k], shape.is_kn())?;
+        self.fill(&mut outputs.d_up, needs.weights, &[n, k], shape.is_kn())?;
+        if let (Some((_, d_gate)), Some((_, d_up))) = (&outputs.d_gate, &outputs.d_up) {
+            backward.weight_grad(steps, (*d_gate, outputs.d_stride, *d_up, outputs.d_stride))?;
+        }
+        if let Some(Down { rows, major, .. }) = &backward.of_down {
+            let (rows, is_kn) = (rows.cast_signed(), *major == WeightMajor::N);
+            self.fill(&mut outputs.d_down, needs.down, &[rows, n], is_kn)?;
+            if let (Some((_, d_down)), Some(z)) = (&outputs.d_down, new_z.or(z)) {
+                backward.down_weight_grad(steps, (z, n), (*d_down, if is_kn { rows } else { n }))?;
+            }
+        }
+        let tensor = |made: Option<Made<'py>>| made.map(|made| made.0);
+        let Outputs { dx, d_gate, d_up, d_down, .. } = outputs;
+        (tensor(dx), tensor(d_gate), tensor(d_up), tensor(d_down)).into_pyobject(self.py)
+    }
+
+    /// An output, if it is needed; None where it cannot be made.
+    fn make(&self, needed: bool, shape: &[i64], transposed: bool) -> PyResult<Option<Option<Made<'py>>>> {
+        if !needed {
+            return Ok(Some(None));
+        }
+        Ok(self.torch.allocate(self.py, &self.layer.x, shape, transposed)?.map(Some))
+    }
+
+    /// Makes an output that is needed and not there yet; by then there is no way back.
+    fn fill(&self, output: &mut Option<Made<'py>>, needed: bool, shape: &[i64], transposed: bool) -> PyResult<()> {
+        if output.is_none() {
+            let none = || PyRuntimeError::new_err("an output could not be allocated after the backward had begun");
+            *output = self.make(needed, shape, transposed)?.ok_or_else(none)?;
+        }
+        Ok(())
     }
 }
 

@@ -130,6 +130,130 @@ impl WgmmaGemmConfig {
         parts.is_some_and(|parts| rest > 0 && rest < tiles && rest * u64::from(parts) <= clusters)
     }
 
+    pub(super) fn launch_shape(&self, problem: &Problem) -> LaunchShape {
+        LaunchShape {
+            block_m: self.block_m * self.cluster_m,
+            block_n: self.block_n * self.cluster_n,
+            cluster: self.cluster_m * self.cluster_n * self.cluster_k,
+            per_sm: Some(self.fill),
+            threads: self.threads(),
+            smem_bytes: self.smem_bytes(problem.op, problem.dtype),
+            raster: self.raster,
+            raster_group: self.raster_group,
+            access_bytes: 16,
+        }
+    }
+
+    /// The first rule that is broken, in this order.
+    pub(super) fn check(&self, problem: &Problem, arch: &ArchSpec) -> Result<(), Rejected> {
+        let Some(product) = problem.product() else {
+            return ensure(false, "the op is one GEMM", || problem.op.to_string());
+        };
+        check_sizes(&self.sizes(), 1024)?;
+        self.check_problem(problem, &product, arch)?;
+        self.check_tile(problem.dtype, &product)?;
+        self.check_registers(problem)?;
+        self.check_cluster(problem)?;
+        self.check_tail(problem.op, problem.dtype)?;
+        self.check_buffers(problem)?;
+        let smem_bytes = self.smem_bytes(problem.op, problem.dtype);
+        check_blocks_per_sm((self.blocks_per_sm, self.fill), self.consumers, smem_bytes, arch)?;
+        check_block(&self.launch_shape(problem), problem, arch)
+    }
+
+    /// What has to be positive and small, so that no rule overflows.
+    fn sizes(&self) -> [u32; 14] {
+        [
+            self.block_m,
+            self.block_n,
+            self.block_k,
+            self.stages,
+            self.consumers,
+            self.cluster_m,
+            self.cluster_n,
+            self.cluster_k,
+            self.store_cols,
+            self.store_buffers,
+            self.blocks_per_sm,
+            self.fill,
+            self.prefetch.max(1), // 0: none
+            self.raster_group,
+        ]
+    }
+
+    /// What the family multiplies, and where.
+    fn check_problem(&self, problem: &Problem, product: &Product, arch: &ArchSpec) -> Result<(), Rejected> {
+        ensure(arch.has_wgmma, "wgmma_gemm needs compute capability 9.0", || format!("{arch} has none"))?;
+        ensure(
+            matches!(problem.dtype, DType::F32 | DType::F16 | DType::Bf16),
+            "wgmma_gemm multiplies fp16, bf16, and fp32 in two parts",
+            || format!("{} asked for", problem.dtype),
+        )?;
+        ensure(
+            !is_split(problem.dtype) || (self.consumers > 1 && problem.op != Op::Dgated),
+            "parts are for the plain products of many tokens",
+            || format!("{} with {} consumers", problem.op, self.consumers),
+        )?;
+        ensure(product.depth > 0, "wgmma_gemm needs sums of at least 1", || "their length is 0".into())
+    }
+
+    /// The tile of one CTA, the boxes it is loaded in, and how warpgroups share it.
+    fn check_tile(&self, dtype: DType, product: &Product) -> Result<(), Rejected> {
+        let &Self { block_m, block_n, block_k, consumers, schedule, .. } = self;
+        ensure(block_k * dtype.bytes() == 128, "a step is 128 bytes", || format!("block_k {block_k}"))?;
+        ensure(
+            block_n.is_multiple_of(16) && (32..=256).contains(&block_n),
+            "the columns are one wgmma of at most 256",
+            || format!("block_n {block_n}"),
+        )?;
+        ensure(
+            product.right == OperandMajor::Depth || is_split(dtype) || block_n.is_multiple_of(32),
+            "columns that are contiguous in the right operand load in boxes of 64 or 32",
+            || format!("block_n {block_n}"),
+        )?;
+        schedule.check_consumers(consumers, 2)?;
+        schedule.check_rows(block_m, consumers)
+    }
+
+    /// What would spill.
+    fn check_registers(&self, problem: &Problem) -> Result<(), Rejected> {
+        // Measured with NVRTC 13.0: more accumulators spill, and ptxas then serialises wgmma.
+        let most = match problem.op {
+            _ if self.blocks_per_sm == 2 || is_split(problem.dtype) => 96,
+            Op::Dgated => 192,
+            _ => 208,
+        };
+        let accumulators = self.schedule.row_blocks(self.block_m, self.consumers) * self.block_n / 2;
+        ensure(accumulators <= most, "accumulators fit in registers", || {
+            format!("{accumulators} accumulators a thread")
+        })
+    }
+
+    /// CTAs that share an operand, or the sums of one tile, and the tiles of few tokens that ask for these.
+    fn check_cluster(&self, problem: &Problem) -> Result<(), Rejected> {
+        let &Self { block_m, consumers, schedule, cluster_m, cluster_n, cluster_k, .. } = self;
+        // 132 multiprocessors are 66 pairs; larger clusters leave some idle.
+        ensure(
+            cluster_m * cluster_n <= 2 && block_m.is_multiple_of(16 * cluster_n),
+            "a pair shares an operand, not more",
+            || format!("{cluster_m}x{cluster_n} with block_m {block_m}"),
+        )?;
+        ensure(consumers > 1 || problem.op.is_down(), "tiles of few tokens are for the down projection", || {
+            format!("1 consumer in {}", problem.op)
+        })?;
+        ensure(
+            cluster_k == 1 || (matches!(cluster_k, 2 | 4) && cluster_m * cluster_n == 1 && consumers <= cluster_k),
+            "two or four split the sums of a tile",
+            || format!("cluster {cluster_m}x{cluster_n}x{cluster_k} with {consumers} consumers"),
+        )?;
+        ensure(
+            cluster_k == 1
+                || (schedule == Schedule::Cooperative && block_m <= 64 * consumers && is_plain_product(problem)),
+            "sums that are split are of one 64-row block a warpgroup, of the plain products in 16 bits",
+            || format!("{schedule} {block_m} rows of {consumers} consumers, {}", problem.op),
+        )
+    }
+
     /// Whether its tiles can have narrower ones for a last wave.
     fn check_tail(&self, op: Op, dtype: DType) -> Result<(), Rejected> {
         let &Self { block_n, tail_n, consumers, cluster_k, schedule, .. } = self;
@@ -154,116 +278,9 @@ impl WgmmaGemmConfig {
         )
     }
 
-    pub(super) fn launch_shape(&self, problem: &Problem) -> LaunchShape {
-        LaunchShape {
-            block_m: self.block_m * self.cluster_m,
-            block_n: self.block_n * self.cluster_n,
-            cluster: self.cluster_m * self.cluster_n * self.cluster_k,
-            per_sm: Some(self.fill),
-            threads: self.threads(),
-            smem_bytes: self.smem_bytes(problem.op, problem.dtype),
-            raster: self.raster,
-            raster_group: self.raster_group,
-            access_bytes: 16,
-        }
-    }
-
-    pub(super) fn check(&self, problem: &Problem, arch: &ArchSpec) -> Result<(), Rejected> {
-        let Some(product) = problem.product() else {
-            return ensure(false, "the op is one GEMM", || problem.op.to_string());
-        };
-        let &Self {
-            block_m,
-            block_n,
-            block_k,
-            stages,
-            consumers,
-            cluster_m,
-            cluster_n,
-            cluster_k,
-            store_cols,
-            store_buffers,
-            blocks_per_sm,
-            fill,
-            prefetch,
-            ..
-        } = self;
-        let sizes = [
-            block_m,
-            block_n,
-            block_k,
-            stages,
-            consumers,
-            cluster_m,
-            cluster_n,
-            cluster_k,
-            store_cols,
-            store_buffers,
-            blocks_per_sm,
-            fill,
-            prefetch.max(1),
-            self.raster_group,
-        ];
-        check_sizes(&sizes, 1024)?;
-        ensure(arch.has_wgmma, "wgmma_gemm needs compute capability 9.0", || format!("{arch} has none"))?;
-        ensure(
-            matches!(problem.dtype, DType::F32 | DType::F16 | DType::Bf16),
-            "wgmma_gemm multiplies fp16, bf16, and fp32 in two parts",
-            || format!("{} asked for", problem.dtype),
-        )?;
-        ensure(
-            !is_split(problem.dtype) || (consumers > 1 && problem.op != Op::Dgated),
-            "parts are for the plain products of many tokens",
-            || format!("{} with {consumers} consumers", problem.op),
-        )?;
-        ensure(product.depth > 0, "wgmma_gemm needs sums of at least 1", || "their length is 0".into())?;
-        ensure(block_k * problem.dtype.bytes() == 128, "a step is 128 bytes", || format!("block_k {block_k}"))?;
-        ensure(
-            block_n.is_multiple_of(16) && (32..=256).contains(&block_n),
-            "the columns are one wgmma of at most 256",
-            || format!("block_n {block_n}"),
-        )?;
-        ensure(
-            product.right == OperandMajor::Depth || is_split(problem.dtype) || block_n.is_multiple_of(32),
-            "columns that are contiguous in the right operand load in boxes of 64 or 32",
-            || format!("block_n {block_n}"),
-        )?;
-        self.schedule.check_consumers(consumers, 2)?;
-        let whole = self.schedule.has_whole_blocks(block_m, consumers);
-        ensure(whole && block_m <= 256, "a warpgroup holds whole 64-row blocks, a box at most 256 rows", || {
-            format!("block_m {block_m}")
-        })?;
-        // Measured with NVRTC 13.0: more accumulators spill, and ptxas then serialises wgmma.
-        let most = match problem.op {
-            _ if blocks_per_sm == 2 || is_split(problem.dtype) => 96,
-            Op::Dgated => 192,
-            _ => 208,
-        };
-        let accumulators = self.schedule.row_blocks(block_m, consumers) * block_n / 2;
-        ensure(accumulators <= most, "accumulators fit in registers", || {
-            format!("{accumulators} accumulators a thread")
-        })?;
-        // 132 multiprocessors are 66 pairs; larger clusters leave some idle.
-        ensure(
-            cluster_m * cluster_n <= 2 && block_m.is_multiple_of(16 * cluster_n),
-            "a pair shares an operand, not more",
-            || format!("{cluster_m}x{cluster_n} with block_m {block_m}"),
-        )?;
-        ensure(consumers > 1 || problem.op.is_down(), "tiles of few tokens are for the down projection", || {
-            format!("1 consumer in {}", problem.op)
-        })?;
-        ensure(
-            cluster_k == 1 || (matches!(cluster_k, 2 | 4) && cluster_m * cluster_n == 1 && consumers <= cluster_k),
-            "two or four split the sums of a tile",
-            || format!("cluster {cluster_m}x{cluster_n}x{cluster_k} with {consumers} consumers"),
-        )?;
-        ensure(
-            cluster_k == 1
-                || (self.schedule == Schedule::Cooperative && block_m <= 64 * consumers && is_plain_product(problem)),
-            "sums that are split are of one 64-row block a warpgroup, of the plain products in 16 bits",
-            || format!("{} {block_m} rows of {consumers} consumers, {}", self.schedule, problem.op),
-        )?;
-        self.check_tail(problem.op, problem.dtype)?;
+    /// What waits in shared memory: strips of the stores, stages, and pre-activations in slots.
+    fn check_buffers(&self, problem: &Problem) -> Result<(), Rejected> {
+        let &Self { block_n, stages, store_cols, store_buffers, .. } = self;
         ensure(
             block_n.is_multiple_of(store_cols)
                 && store_cols.is_multiple_of(8)
@@ -274,9 +291,7 @@ impl WgmmaGemmConfig {
         ensure(stages >= 2, "at least 2 stages", || format!("{stages} stages"))?;
         ensure(problem.op != Op::Dgated || store_buffers >= 2, "pre-activations arrive while others are used", || {
             format!("store_buffers {store_buffers}")
-        })?;
-        check_blocks_per_sm((blocks_per_sm, fill), consumers, self.smem_bytes(problem.op, problem.dtype), arch)?;
-        check_block(&self.launch_shape(problem), problem, arch)
+        })
     }
 }
 

@@ -101,8 +101,17 @@ impl Schedule {
         )
     }
 
+    /// How many rows the warpgroups of a tile may have.
+    pub(super) fn check_rows(self, block_m: u32, consumers: u32) -> Result<(), Rejected> {
+        ensure(
+            self.has_whole_blocks(block_m, consumers) && block_m <= 256,
+            "a warpgroup holds whole 64-row blocks, a box at most 256 rows",
+            || format!("block_m {block_m}"),
+        )
+    }
+
     /// Whether every warpgroup has whole 64-row blocks of `block_m` rows. One alone may have less: tiles of few tokens.
-    pub(super) const fn has_whole_blocks(self, block_m: u32, consumers: u32) -> bool {
+    const fn has_whole_blocks(self, block_m: u32, consumers: u32) -> bool {
         match self {
             Self::Cooperative if consumers == 1 => matches!(block_m, 16 | 32 | 64),
             Self::Cooperative => block_m.is_multiple_of(64 * consumers),
@@ -259,81 +268,76 @@ impl WgmmaTmaConfig {
         tiles.clamp(1, MOST_ACROSS) as u32
     }
 
+    /// The first rule that is broken, in this order.
     pub(super) fn check(&self, problem: &Problem, arch: &ArchSpec) -> Result<(), Rejected> {
-        let &Self {
-            block_m,
-            block_n,
-            block_k,
-            stages,
-            consumers,
-            cluster_m,
-            cluster_n,
-            cluster_k,
-            store_cols,
-            store_buffers,
-            blocks_per_sm,
-            fill,
-            prefetch,
-            ..
-        } = self;
-        let sizes = [
-            block_m,
-            block_n,
-            block_k,
-            stages,
-            consumers,
-            cluster_m,
-            cluster_n,
-            cluster_k,
-            store_cols,
-            store_buffers,
-            blocks_per_sm,
-            fill,
-            prefetch.max(1),
+        check_sizes(&self.sizes(), 1024)?;
+        check_problem(problem, arch)?;
+        self.check_tile(problem.dtype)?;
+        self.check_registers(problem.dtype)?;
+        self.check_cluster()?;
+        self.check_boxes(problem)?;
+        self.check_occupancy(problem.dtype, arch)?;
+        check_fast_silu(self.fast_silu, problem)?;
+        ensure(self.stages >= 2, "at least 2 stages", || format!("{} stages", self.stages))?;
+        check_block(&self.launch_shape(problem), problem, arch)
+    }
+
+    /// What has to be positive and small, so that no rule overflows.
+    fn sizes(&self) -> [u32; 14] {
+        [
+            self.block_m,
+            self.block_n,
+            self.block_k,
+            self.stages,
+            self.consumers,
+            self.cluster_m,
+            self.cluster_n,
+            self.cluster_k,
+            self.store_cols,
+            self.store_buffers,
+            self.blocks_per_sm,
+            self.fill,
+            self.prefetch.max(1), // 0: none
             self.raster_group,
-        ];
-        check_sizes(&sizes, 1024)?;
-        ensure(arch.has_wgmma, "wgmma_tma needs compute capability 9.0", || format!("{arch} has none"))?;
-        ensure(
-            matches!(problem.dtype, DType::F32 | DType::F16 | DType::Bf16 | DType::E4m3),
-            "wgmma_tma multiplies fp16, bf16, e4m3, and fp32 in two parts",
-            || format!("{} asked for", problem.dtype),
-        )?;
-        ensure(
-            problem.dtype != DType::E4m3 || problem.weight_major == WeightMajor::K,
-            "wgmma transposes no 8-bit weights",
-            || "n_major e4m3".into(),
-        )?;
-        ensure(problem.k > 0, "wgmma_tma needs K of at least 1", || "k is 0".into())?;
-        ensure(block_k * problem.dtype.bytes() == 128, "a K row of a tile is 128 bytes", || {
-            format!("block_k {block_k}")
-        })?;
+        ]
+    }
+
+    /// The tile of one CTA, and how warpgroups share it.
+    fn check_tile(&self, dtype: DType) -> Result<(), Rejected> {
+        let &Self { block_m, block_n, block_k, consumers, schedule, .. } = self;
+        ensure(block_k * dtype.bytes() == 128, "a K row of a tile is 128 bytes", || format!("block_k {block_k}"))?;
         ensure(
             block_n.is_multiple_of(8) && (16..=128).contains(&block_n),
             "gate and up share one wgmma of at most 256 columns",
             || format!("block_n {block_n}"),
         )?;
-        self.schedule.check_consumers(consumers, 3)?;
-        ensure(
-            self.schedule.has_whole_blocks(block_m, consumers) && block_m <= 256,
-            "a warpgroup holds whole 64-row blocks, a box at most 256 rows",
-            || format!("block_m {block_m}"),
-        )?;
+        schedule.check_consumers(consumers, 3)?;
+        schedule.check_rows(block_m, consumers)
+    }
+
+    /// What would spill.
+    fn check_registers(&self, dtype: DType) -> Result<(), Rejected> {
+        let &Self { block_n, consumers, schedule, store_cols, blocks_per_sm, .. } = self;
         // Measured with NVRTC 13.0: more accumulators spill, and ptxas then serialises wgmma.
-        let most = match (consumers, problem.dtype) {
-            (3, dtype) if is_promoted(dtype) => 128,
-            (3, _) => 96,
+        let most = match consumers {
+            3 if is_promoted(dtype) => 128,
+            3 => 96,
             _ if blocks_per_sm == 2 => 96,
-            (_, dtype) if is_promoted(dtype) => 192,
+            _ if is_promoted(dtype) => 192,
             _ => 208,
         };
-        ensure(self.accumulators(problem.dtype) <= most, "accumulators fit in registers", || {
-            format!("{} accumulators a thread", self.accumulators(problem.dtype))
+        ensure(self.accumulators(dtype) <= most, "accumulators fit in registers", || {
+            format!("{} accumulators a thread", self.accumulators(dtype))
         })?;
-        let widest = problem.dtype == DType::E4m3 && self.schedule == Schedule::Pingpong && block_n > 88;
+        let widest = dtype == DType::E4m3 && schedule == Schedule::Pingpong && block_n > 88;
         ensure(!widest || store_cols >= 32, "the widest e4m3 tiles in turns spill with narrow stores", || {
             format!("store_cols {store_cols} of {block_n}")
-        })?;
+        })
+    }
+
+    /// CTAs that share operands, or the K tiles of one tile.
+    fn check_cluster(&self) -> Result<(), Rejected> {
+        let &Self { block_m, consumers, cluster_m, cluster_n, cluster_k, .. } = self;
         // 132 multiprocessors are 66 pairs; larger clusters leave some idle.
         ensure(
             cluster_m * cluster_n * cluster_k <= 2 && block_m.is_multiple_of(16 * cluster_n),
@@ -342,25 +346,49 @@ impl WgmmaTmaConfig {
         )?;
         ensure(cluster_k == 1 || consumers == 1, "a split along K is for tiles of few tokens", || {
             format!("cluster_k {cluster_k} with {consumers} consumers")
-        })?;
+        })
+    }
+
+    /// The boxes in which weights are loaded and z is stored.
+    fn check_boxes(&self, problem: &Problem) -> Result<(), Rejected> {
+        let &Self { block_n, store_cols, .. } = self;
+        let dtype = problem.dtype;
         ensure(
-            problem.weight_major == WeightMajor::K || is_split(problem.dtype) || block_n.is_multiple_of(32),
+            problem.weight_major == WeightMajor::K || is_split(dtype) || block_n.is_multiple_of(32),
             "n_major weights load in whole boxes",
             || format!("block_n {block_n}"),
         )?;
-        let swizzled = matches!(store_cols * problem.dtype.output().bytes(), 32 | 64 | 128);
-        let is_wide = swizzled || (store_cols == block_n && !is_split(problem.dtype));
+        let swizzled = matches!(store_cols * dtype.output().bytes(), 32 | 64 | 128);
+        let is_wide = swizzled || (store_cols == block_n && !is_split(dtype));
         ensure(block_n.is_multiple_of(store_cols) && is_wide, "stores are whole boxes", || {
             format!("store_cols {store_cols} of {block_n}")
-        })?;
-        ensure(consumers > 1 || !is_promoted(problem.dtype), "tiles of few tokens sum once", || {
-            format!("1 consumer of {}", problem.dtype)
-        })?;
-        check_blocks_per_sm((blocks_per_sm, fill), consumers, self.smem_bytes(problem.dtype), arch)?;
-        check_fast_silu(self.fast_silu, problem)?;
-        ensure(stages >= 2, "at least 2 stages", || format!("{stages} stages"))?;
-        check_block(&self.launch_shape(problem), problem, arch)
+        })
     }
+
+    /// Tiles of few tokens, and how many CTAs share a multiprocessor, which only those do.
+    fn check_occupancy(&self, dtype: DType, arch: &ArchSpec) -> Result<(), Rejected> {
+        let &Self { consumers, blocks_per_sm, fill, .. } = self;
+        ensure(consumers > 1 || !is_promoted(dtype), "tiles of few tokens sum once", || {
+            format!("1 consumer of {dtype}")
+        })?;
+        check_blocks_per_sm((blocks_per_sm, fill), consumers, self.smem_bytes(dtype), arch)
+    }
+}
+
+/// What the family multiplies, and where.
+fn check_problem(problem: &Problem, arch: &ArchSpec) -> Result<(), Rejected> {
+    ensure(arch.has_wgmma, "wgmma_tma needs compute capability 9.0", || format!("{arch} has none"))?;
+    ensure(
+        matches!(problem.dtype, DType::F32 | DType::F16 | DType::Bf16 | DType::E4m3),
+        "wgmma_tma multiplies fp16, bf16, e4m3, and fp32 in two parts",
+        || format!("{} asked for", problem.dtype),
+    )?;
+    ensure(
+        problem.dtype != DType::E4m3 || problem.weight_major == WeightMajor::K,
+        "wgmma transposes no 8-bit weights",
+        || "n_major e4m3".into(),
+    )?;
+    ensure(problem.k > 0, "wgmma_tma needs K of at least 1", || "k is 0".into())
 }
 
 /// A tile with the most stages that fit, and a second store buffer where it costs none of them.
