@@ -6,6 +6,7 @@ use half::{bf16, f16};
 use rand::seq::IndexedRandom;
 use rand::{SeedableRng, rngs::SmallRng};
 use rand_distr::{Distribution, StandardNormal};
+use rayon::prelude::*;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use swiglu_kernels::families::{Config, Family, Target, candidates, default_of};
 use swiglu_kernels::{Activation, oracle};
@@ -47,6 +48,11 @@ fn gpu() -> Gpu {
     let options =
         Options { db: Some(folder.join("no-db")), cubin_cache: Some(folder.join("cubin")), ..Options::from_env() };
     Gpu { runtime: Runtime::new(&context, &options).unwrap(), stream }
+}
+
+/// Compiles side by side what is prepared one after another later: the CUBINs stay on disk.
+fn compile_ahead<P, E: std::fmt::Debug>(configs: &[Config], prepare: impl Fn(Config) -> Result<P, E> + Sync) {
+    configs.par_iter().for_each(|config| drop(prepare(*config).unwrap()));
 }
 
 /// A matrix on the host with `gap` foreign elements after every row.

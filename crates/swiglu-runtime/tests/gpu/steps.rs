@@ -1,6 +1,6 @@
 //! The steps beside the fused forward: every op, order, number format and alignment against the float64 oracle.
 
-use super::{FOREIGN, Gpu, Host, gpu, limit};
+use super::{FOREIGN, Gpu, Host, compile_ahead, gpu, limit};
 use half::{bf16, f16};
 use rand::{SeedableRng, rngs::SmallRng, seq::IndexedRandom};
 use rand_distr::{Distribution, StandardNormal};
@@ -260,6 +260,7 @@ fn a_seeded_sample_of_every_steps_space_matches_the_oracle() {
                     let of_family: Vec<Config> = all.iter().copied().filter(|it| it.family() == family).collect();
                     chosen.extend(of_family.sample(&mut rng, 4).copied());
                 }
+                compile_ahead(&chosen, |config| gpu.runtime.prepare_step_config(&problem, config));
                 let case = Case::<T>::new(problem, 0, 4);
                 let references = case.references();
                 for config in chosen {
@@ -314,14 +315,28 @@ fn tiles_for_an_output_of_few_match_the_oracle_and_repeat_their_bits() {
     }
 }
 
-/// Tiles of `block_n` columns, in clusters of `cluster`, whose last wave is cut up on `sms` multiprocessors.
-fn cut_up(problem: &Problem, arch: &'static ArchSpec, sms: u32, block_n: u32, cluster: u32) -> Vec<WgmmaGemmConfig> {
-    let cut = |config: Config| {
-        let (Config::WgmmaGemm(gemm), shape) = (config, config.launch_shape(problem)?) else { return None };
-        let is_cut = gemm.cuts(shape.tiles(problem), u64::from(sms / shape.cluster));
-        ((gemm.block_n, shape.cluster) == (block_n, cluster) && is_cut).then_some(gemm)
+/// Tiles of 192 and 256 columns that may be cut up, by these columns and the CTAs of a cluster.
+fn tiles_to_cut(problem: &Problem, arch: &'static ArchSpec) -> Vec<Vec<WgmmaGemmConfig>> {
+    let all = candidates(problem, Target::Gpu(arch));
+    let widths: &[u32] = if problem.op == Op::Dgated { &[192] } else { &[192, 256] };
+    let of = |block_n: u32, cluster: u32| {
+        let gemms = all.iter().filter_map(|config| match config {
+            Config::WgmmaGemm(gemm) => Some(*gemm),
+            _ => None,
+        });
+        let fits = |it: &WgmmaGemmConfig| (it.block_n, it.cluster_m * it.cluster_n) == (block_n, cluster);
+        gemms.filter(|it| it.tail_n > 0 && fits(it)).collect()
     };
-    candidates(problem, Target::Gpu(arch)).into_iter().filter_map(cut).collect()
+    widths.iter().flat_map(|&block_n| [of(block_n, 1), of(block_n, 2)]).collect()
+}
+
+/// Those of each group whose last wave is cut up on `sms` multiprocessors.
+fn cut_up(groups: &[Vec<WgmmaGemmConfig>], problem: &Problem, sms: u32) -> Vec<Vec<WgmmaGemmConfig>> {
+    let is_cut = |gemm: &&WgmmaGemmConfig| {
+        let shape = Config::WgmmaGemm(**gemm).launch_shape(problem);
+        shape.is_some_and(|shape| gemm.cuts(shape.tiles(problem), u64::from(sms / shape.cluster)))
+    };
+    groups.iter().map(|group| group.iter().filter(is_cut).copied().collect()).collect()
 }
 
 /// In every op and order, of tiles of 192 and 256 columns, shared by a pair and not: a last wave that is cut up, and the bits of
@@ -341,18 +356,15 @@ fn a_last_wave_that_is_cut_up_matches_the_oracle_bit_for_bit_as_a_whole_one_does
             let problem = sizes.map(|(m, n, k)| Problem::forward(DType::Bf16, major, m, n, k).with_op(op));
             problem.into_iter().find(|problem| problem.output() == (rows, 4104)).unwrap()
         };
-        let widths: &[u32] = if op == Op::Dgated { &[192] } else { &[192, 256] };
-        let cuts = |problem: &Problem| -> Vec<Vec<WgmmaGemmConfig>> {
-            let each = widths.iter().flat_map(|&block_n| [1, 2].map(|cluster| (block_n, cluster)));
-            each.map(|(block_n, cluster)| cut_up(problem, arch, sms, block_n, cluster)).collect()
-        };
+        // Of a multiple of eight rows all tiles are legal, or of none.
+        let groups = tiles_to_cut(&of_rows(904), arch);
         // On 132 multiprocessors 904 or 776 rows, and 392 where outputs are two.
-        let all = (17..512).map(|eights| of_rows(8 * eights));
-        let problem = all.into_iter().find(|problem| cuts(problem).iter().all(|cut| !cut.is_empty()));
-        let problem = problem.expect("some number of rows leaves a wave to cut, on 114 and 132 multiprocessors");
+        let mut all = (17..512).map(|eights| of_rows(8 * eights)).map(|it| (it, cut_up(&groups, &it, sms)));
+        let found = all.find(|(_, cuts)| cuts.iter().all(|cut| !cut.is_empty()));
+        let (problem, cuts) = found.expect("some number of rows leaves a wave to cut, on 114 and 132 multiprocessors");
         let case = Case::<bf16>::new(problem, 0, 2);
         let references = case.references();
-        for config in cuts(&problem).iter().map(|cut| *cut.sample(&mut rng, 1).next().unwrap()) {
+        for config in cuts.iter().map(|cut| *cut.sample(&mut rng, 1).next().unwrap()) {
             let (_, outputs) = case.check_config(&gpu, &Config::WgmmaGemm(config), &references);
             let whole = Config::WgmmaGemm(WgmmaGemmConfig { tail_n: 0, ..config });
             assert_eq!(outputs, case.check_config(&gpu, &whole, &references).1, "{problem:?} {config}: other bits");
