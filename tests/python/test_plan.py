@@ -88,9 +88,19 @@ def test_wrong_preparations_are_named():
     refuses("dtype", TypeError, 8, 8, dtype=torch.float64)
     refuses("layout", ValueError, 8, 8, layout="nk")
     refuses("hidden_size", ValueError, -1, 8)
-    refuses("intermediate_size", ValueError, 8, 2**31)
+    refuses("intermediate_size", ValueError, 8, 2**28)
+    refuses("hidden_size", ValueError, 2**29, 8, dtype=torch.bfloat16)
     refuses("out_features", ValueError, 8, 8, out_features=-1)
     refuses("device", ValueError, 8, 8, device="meta")
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_the_largest_sizes_are_the_runtimes(dtype):
+    most = 2**30 // dtype.itemsize - 1
+    for sizes in ((most, 8), (8, most)):
+        swiglu.prepare(*sizes, dtype=dtype, device="cpu")
+    with pytest.raises(ValueError, match="argument `k` is"):
+        swiglu._native.prepare(-1, {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype], "separate_nk", 8, most + 1)
 
 
 def test_threads_may_share_plans():
