@@ -99,8 +99,12 @@ def test_the_largest_sizes_are_the_runtimes(dtype):
     most = 2**30 // dtype.itemsize - 1
     for sizes in ((most, 8), (8, most)):
         swiglu.prepare(*sizes, dtype=dtype, device="cpu")
-    with pytest.raises(ValueError, match="argument `k` is"):
-        swiglu._native.prepare(-1, {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype], "separate_nk", 8, most + 1)
+    with pytest.raises(ValueError, match="argument `out_features`: "):
+        swiglu.prepare(8, 8, dtype=dtype, device="cpu", out_features=most + 1)
+    word = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+    for name, sizes in (("n", (most + 1, 8)), ("k", (8, most + 1))):
+        with pytest.raises(ValueError, match=f"argument `{name}` is"):
+            swiglu._native.prepare(-1, word, "separate_nk", *sizes)
 
 
 def test_threads_may_share_plans():

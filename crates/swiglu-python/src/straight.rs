@@ -454,7 +454,7 @@ struct Needs {
     down: bool,
 }
 
-/// What a backward writes, as far as it is there; freed before the last launch, it would become another output.
+/// What a backward writes, as far as it is there; held until the last launch is queued: memory freed earlier would be another output's.
 struct Outputs<'py> {
     /// Of the pre-activations, if not in place.
     grads: Option<Made<'py>>,

@@ -52,7 +52,9 @@ fn gpu() -> Gpu {
 
 /// Compiles side by side what is prepared one after another later: the CUBINs stay on disk.
 fn compile_ahead<P, E: std::fmt::Debug>(configs: &[Config], prepare: impl Fn(Config) -> Result<P, E> + Sync) {
-    configs.par_iter().for_each(|config| drop(prepare(*config).unwrap()));
+    configs.par_iter().for_each(|config| {
+        prepare(*config).unwrap_or_else(|error| panic!("{config}: {error:?}"));
+    });
 }
 
 /// A matrix on the host with `gap` foreign elements after every row.

@@ -356,7 +356,7 @@ fn a_last_wave_that_is_cut_up_matches_the_oracle_bit_for_bit_as_a_whole_one_does
             let problem = sizes.map(|(m, n, k)| Problem::forward(DType::Bf16, major, m, n, k).with_op(op));
             problem.into_iter().find(|problem| problem.output() == (rows, 4104)).unwrap()
         };
-        // Of a multiple of eight rows all tiles are legal, or of none.
+        // Rows are multiples of eight: a tile is legal for all of them or for none.
         let groups = tiles_to_cut(&of_rows(904), arch);
         // On 132 multiprocessors 904 or 776 rows, and 392 where outputs are two.
         let mut all = (17..512).map(|eights| of_rows(8 * eights)).map(|it| (it, cut_up(&groups, &it, sms)));
