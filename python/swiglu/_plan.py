@@ -155,7 +155,7 @@ def prepare(
         bad_type("dtype", f"is {dtype}, expected bfloat16, float16 or float32")
     check_choice("layout", layout, LAYOUTS)
     out = hidden_size if out_features is None else out_features
-    most = (2**31 - 1) // 2 // dtype.itemsize  # as the runtime has it: bytes of a packed row are counted in 32 bits
+    most = _native.largest_size(DTYPES[dtype])
     for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size), ("out_features", out)):
         if not 0 <= size <= most:
             bad_value(name, f"is {size}, expected 0 to {most} in {dtype}")

@@ -29,6 +29,12 @@ fn set_nvrtc_folder(folder: PathBuf) {
     plans::set_nvrtc_folder(folder);
 }
 
+/// The largest size that [`prepare`] takes in this format.
+#[pyfunction]
+fn largest_size(dtype: &str) -> PyResult<u32> {
+    Ok(swiglu_runtime::runtime::largest_size(number_format(dtype)?))
+}
+
 /// A plan for GPU `device`, or for the CPU where it is negative; it stores the pre-activations if `save`, and takes the weights
 /// for static if `static_weights`. Compiles and loads what is missing.
 #[pyfunction]
@@ -246,6 +252,7 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Torch>()?;
     module.add_class::<Layer>()?;
     module.add_function(wrap_pyfunction!(set_nvrtc_folder, module)?)?;
+    module.add_function(wrap_pyfunction!(largest_size, module)?)?;
     module.add_function(wrap_pyfunction!(prepare, module)?)?;
     module.add_function(wrap_pyfunction!(forward, module)?)?;
     steps::add_to(module)

@@ -383,11 +383,11 @@ impl Torch {
         }
         let like = &views.x.lie;
         let Some((z, z_address)) = self.allocate(py, like, &with_last(like, n), false)? else { return Ok(None) };
-        let (kept, saved_gate, saved_up) = if keep {
+        let (kept, (saved_gate, saved_gate_stride, saved_up, saved_up_stride)) = if keep {
             let Some((kept, first)) = self.allocate(py, like, &[2 * m * n], false)? else { return Ok(None) };
-            (Some(kept), first, first + u64::from(dtype.bytes()) * (m * n).unsigned_abs())
+            (Some(kept), shape.halves(first))
         } else {
-            (None, 0, 0)
+            (None, (0, n, 0, n))
         };
         let operands = RawForward {
             x: views.x.address,
@@ -401,9 +401,9 @@ impl Torch {
             z: z_address,
             z_stride: n,
             saved_gate,
-            saved_gate_stride: n,
+            saved_gate_stride,
             saved_up,
-            saved_up_stride: n,
+            saved_up_stride,
             ..RawForward::default()
         };
         run(py, &plan, &Call { stream, m: m.unsigned_abs(), operands })?;

@@ -18,7 +18,7 @@ use std::sync::{Arc, OnceLock};
 use swiglu_db::{Match, TuningTable};
 use swiglu_kernels::families::{Target, default_config};
 use swiglu_kernels::model::Chip;
-use swiglu_kernels::problem::Problem;
+use swiglu_kernels::problem::{DType, Problem};
 use swiglu_kernels::render::{self, RenderError, SharedSource};
 use swiglu_kernels::{ArchSpec, Config, Op, Rejected};
 
@@ -405,10 +405,15 @@ pub fn load_table(options: &Options) -> TuningTable {
     table
 }
 
+/// The largest N and K that a plan takes in this format: a packed weight has 2N columns, and kernels count the bytes of a row in
+/// 32 bits.
+pub fn largest_size(dtype: DType) -> u32 {
+    i32::MAX as u32 / 2 / dtype.output().bytes().max(dtype.weights().bytes())
+}
+
 fn check_sizes(problem: &Problem) -> Result<(), PrepareError> {
+    let most = largest_size(problem.dtype);
     for (argument, value) in [("n", problem.n), ("k", problem.k)] {
-        // A packed weight has 2N columns, and kernels count the bytes of a row in 32 bits.
-        let most = i32::MAX as u32 / 2 / problem.dtype.output().bytes().max(problem.dtype.weights().bytes());
         if value > most {
             return Err(PrepareError::TooLarge { argument, value, most });
         }
@@ -505,7 +510,7 @@ impl Backend {
 mod tests {
     use super::*;
     use swiglu_kernels::families::CublasltConfig;
-    use swiglu_kernels::{DType, WeightMajor, arch};
+    use swiglu_kernels::{WeightMajor, arch};
 
     #[test]
     fn in_place_of_the_library_serves_what_came_next_else_what_won_nearby_else_what_serves_untuned() {
