@@ -89,16 +89,10 @@ def _by_address(layer, dy, saved, in_place, needs):
     need_x, need_weights, _, need_down, need_gate_bias, need_up_bias, *_ = needs
     if need_gate_bias or need_up_bias or not are_of_steps(needs):  # biases take views
         return None
-    native, z, pair = _straight.native, None, None
-    if kept is None:
-        done = native.forward_recorded(x, gate, up, None, gate_bias, up_bias, None, True)
-        if done is None:
-            return None
-        z, kept, _ = done
-        in_place = True
+    native, pair = _straight.native, None
     if need_weights and gate._is_view():
         pair = _steps.new_pair(gate, up, layer.layout, True)[:2]
-    more = (x, gate, up, down, kept, z, pair, in_place, need_x, need_weights, need_down)
+    more = (x, gate, up, down, gate_bias, up_bias, kept, pair, in_place, need_x, need_weights, need_down)
     found = native.backward(_native.step, layer, dy, *more)
     if found is None and are_plain(dy) and not dy.is_contiguous():
         found = native.backward(_native.step, layer, dy.contiguous(), *more)

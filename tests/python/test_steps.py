@@ -69,7 +69,7 @@ def test_block(m, n, k, out, dtype, orders, save, device, steps):
     assert relative_error(y, expected) <= TOLERANCE[dtype]
     got = torch.autograd.grad(y, inputs, dy)
     check_gradients(inputs, got, gradients)
-    assert steps == ["down", "dgated", "input_grad", "weight_grad", "down_weight_grad"]
+    assert steps == ["down", "dgated", "down_weight_grad", "input_grad", "weight_grad"]
     # In the memory order of their weights, unless both orders describe it.
     assert all(d.stride() == w.stride() for d, w in zip(got[1:4], weights) if min(w.shape) > 1)
 
@@ -107,9 +107,9 @@ def test_any_subset_of_the_block(save, device, steps):
         if need_gate == need_up and (need_x or need_gate):
             asked = [
                 ("dgated", True),
+                ("down_weight_grad", need_down),
                 ("input_grad", need_x),
                 ("weight_grad", need_gate),
-                ("down_weight_grad", need_down),
             ]
             assert steps == [name for name, launched in asked if launched]
         else:  # torch's GEMMs around the gate

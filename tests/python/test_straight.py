@@ -1,6 +1,7 @@
 """The straight way: what it gives is what the general way gives, and whatever is out of the ordinary leaves it."""
 
 import contextlib
+import weakref
 
 import pytest
 import torch
@@ -114,6 +115,31 @@ def test_gives_the_gradients_of_the_general_way(dtype, save, device, launched, g
                     assert not is_general and torch.equal(got_y, y)
                     for a, b in zip(got, expected, strict=True):
                         assert torch.equal(a, b) and a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("save", ["preactivations", "nothing"])
+def test_z_is_free_when_the_gradients_of_gate_and_up_are_made(save, device, launched, general, monkeypatch):
+    from torch._C._dynamo import guards
+
+    made, alive_at = [], {}
+
+    def recording(make):
+        def recorded(shape, *given):
+            alive_at[shape] = [other.shape for other in (ref() for ref in made) if other is not None]
+            made.append(weakref.ref(tensor := make(shape, *given)))
+            return tensor
+
+        return recorded
+
+    makers = map(recording, (guards._empty_strided_cpu, guards._empty_strided_cuda))
+    monkeypatch.setattr(_straight, "native", _straight.read_by(*makers))
+    x, gate, up, down, *_ = ffn_operands(6, 24, 16, device=device, out=9)
+    inputs = [t.detach().requires_grad_() for t in (x, gate, up, down)]
+    y = swiglu.swiglu_ffn(*inputs, save=save)
+    got, is_general = general.meets(lambda: torch.autograd.grad(y, inputs, torch.ones_like(y)))
+    z, of_gate, of_down = (6, 24), (24, 16), (9, 24)
+    assert not is_general and all(g.isfinite().all() for g in got)
+    assert z in alive_at[of_down] and z not in alive_at[of_gate] and of_down in alive_at[of_gate]
 
 
 def test_the_first_call_prepares_and_its_backward_goes_straight_too(device, general, launched):

@@ -92,17 +92,18 @@ fn backward(
     let major = layout.major();
     let backward = Backward { major, n, k, of_dy, of_x, of_weights, of_down, of_saved, of_grads };
     backward.gated(&steps, of_new_z)?;
+    match (of_d_down, of_new_z.or(of_z)) {
+        (None, _) => {}
+        (Some(d_down), Some(z)) => backward.down_weight_grad(&steps, z, d_down)?,
+        (Some(_), None) => return Err(Failure::argument("of_d_down", "needs z: `of_new_z` or `of_z`").into()),
+    }
     if let Some(dx) = of_dx {
         backward.input_grad(&steps, dx)?;
     }
     if let Some(d_weights) = of_d_weights {
         backward.weight_grad(&steps, d_weights)?;
     }
-    match (of_d_down, of_new_z.or(of_z)) {
-        (None, _) => Ok(()),
-        (Some(d_down), Some(z)) => backward.down_weight_grad(&steps, z, d_down),
-        (Some(_), None) => Err(Failure::argument("of_d_down", "needs z: `of_new_z` or `of_z`").into()),
-    }
+    Ok(())
 }
 
 fn step_key(device: i32, dtype: DType, op: Op, major: WeightMajor, n: u64, k: u64) -> Result<StepKey, Failure> {

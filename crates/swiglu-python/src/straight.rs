@@ -52,12 +52,12 @@ impl Layer {
 }
 
 impl Layer {
-    /// Its backward, whose gradients of the pre-activations take their place; None if anything has been exchanged since, or
-    /// does not fit.
+    /// Its backward, whose gradients of the pre-activations take their place, wherever they are; None if anything has been
+    /// exchanged since, or does not fit.
     fn backward(&self, taken: &Taken<View>) -> Option<Backward> {
-        let Taken { dy, x, gate, up, down, kept, .. } = taken;
+        let Taken { dy, x, gate, up, down, kept } = taken;
         let Shape { m, n, k, layout, x_stride, gate_stride, up_stride, .. } = self.shape;
-        if !self.is_of(taken) || !is_vector(&kept.lie, 2 * m * n, &self.x) {
+        if !self.is_of(taken) || kept.as_ref().is_some_and(|kept| !is_vector(&kept.lie, 2 * m * n, &self.x)) {
             return None;
         }
         let of_down = match down {
@@ -72,7 +72,7 @@ impl Layer {
         if (tokens, cols) != (m, columns) || !is_alike(&dy.lie, &self.x) {
             return None;
         }
-        let of_saved = self.shape.halves(kept.address);
+        let of_saved = self.shape.halves(kept.as_ref().map_or(0, |kept| kept.address));
         Some(Backward {
             major: layout.major(),
             n: n.unsigned_abs(),
@@ -134,19 +134,26 @@ struct Operands<T> {
     down_bias: Option<T>,
 }
 
-/// What a backward takes: operands of the forward, the pre-activations, and z if it was computed again.
+/// What a backward takes: operands of the forward, and the pre-activations if they were kept.
 struct Taken<T> {
     dy: T,
     x: T,
     gate: T,
     up: T,
     down: Option<T>,
-    kept: T,
-    z: Option<T>,
+    kept: Option<T>,
 }
 
-/// What a forward leaves: z, the pre-activations if they are kept, and how all lay.
-type Done = (Py<PyAny>, Option<Py<PyAny>>, Layer);
+/// What a forward leaves.
+struct Done<'py> {
+    z: Made<'py>,
+    /// The pre-activations, if they are kept.
+    kept: Option<Made<'py>>,
+    layer: Layer,
+}
+
+/// The same as Python has it.
+type Recorded<'py> = (Object<'py>, Option<Object<'py>>, Layer);
 
 type Object<'py> = Bound<'py, PyAny>;
 
@@ -188,9 +195,9 @@ impl Torch {
 
     /// `z`, launched. What a down projection takes is only checked.
     #[allow(clippy::too_many_arguments, reason = "one flat call costs Python less than any structure")]
-    fn forward(
+    fn forward<'py>(
         &self,
-        py: Python<'_>,
+        py: Python<'py>,
         x: &Object<'_>,
         gate: &Object<'_>,
         up: &Object<'_>,
@@ -199,16 +206,16 @@ impl Torch {
         up_bias: Option<&Object<'_>>,
         down_bias: Option<&Object<'_>>,
         static_weights: bool,
-    ) -> PyResult<Option<Py<PyAny>>> {
+    ) -> PyResult<Option<Object<'py>>> {
         let operands = Operands { x, gate, up, gate_bias, up_bias, down, down_bias };
-        Ok(self.launch(py, &operands, false, static_weights)?.map(|(z, ..)| z))
+        Ok(self.launch(py, &operands, false, static_weights)?.map(|done| done.z.0))
     }
 
     /// `(z, kept, layer)`, launched: both pre-activations in one tensor, if `keep`, and how the operands lie.
     #[allow(clippy::too_many_arguments, reason = "one flat call costs Python less than any structure")]
-    fn forward_recorded(
+    fn forward_recorded<'py>(
         &self,
-        py: Python<'_>,
+        py: Python<'py>,
         x: &Object<'_>,
         gate: &Object<'_>,
         up: &Object<'_>,
@@ -217,9 +224,10 @@ impl Torch {
         up_bias: Option<&Object<'_>>,
         down_bias: Option<&Object<'_>>,
         keep: bool,
-    ) -> PyResult<Option<Done>> {
+    ) -> PyResult<Option<Recorded<'py>>> {
         let operands = Operands { x, gate, up, gate_bias, up_bias, down, down_bias };
-        self.launch(py, &operands, keep, false)
+        let done = self.launch(py, &operands, keep, false)?;
+        Ok(done.map(|Done { z, kept, layer }| (z.0, kept.map(|kept| kept.0), layer)))
     }
 
     /// `y = z @ down.T + bias`, launched by `step`, which is `_native.step` or stands in for it.
@@ -273,7 +281,8 @@ impl Torch {
     /// The backward of what `layer` is of, if nothing has been exchanged since, launched by `step`, which is `_native.step` or
     /// stands in for it: dx, d_gate, d_up and d_down, where they are needed.
     ///
-    /// `z` is what was computed again, if it was; `d_weights` is for the gradients of both weights, else they are made here.
+    /// Pre-activations that were not kept are computed again, which takes the biases. `d_weights` is for the gradients of both
+    /// weights, else they are made here.
     #[allow(clippy::too_many_arguments, reason = "one flat call costs Python less than any structure")]
     fn backward<'py>(
         &self,
@@ -285,26 +294,34 @@ impl Torch {
         gate: &Object<'py>,
         up: &Object<'py>,
         down: Option<&Object<'py>>,
-        kept: &Object<'py>,
-        z: Option<&Object<'py>>,
+        gate_bias: Option<&Object<'py>>,
+        up_bias: Option<&Object<'py>>,
+        kept: Option<&Object<'py>>,
         d_weights: Option<(Object<'py>, Object<'py>)>,
         in_place: bool,
         need_x: bool,
         need_weights: bool,
         need_down: bool,
     ) -> PyResult<Option<Bound<'py, PyTuple>>> {
-        let taken = Taken { dy, x, gate, up, down, kept, z };
+        let taken = Taken { dy, x, gate, up, down, kept };
         let Some(taken) = self.read_taken(&taken) else { return Ok(None) };
         let Some(backward) = layer.backward(&taken) else { return Ok(None) };
         let Shape { device, dtype, m, .. } = layer.shape;
         let Some(stream) = self.exchange.stream(py, device) else { return Ok(None) };
+        let again = if kept.is_none() {
+            let operands = Operands { x, gate, up, gate_bias, up_bias, down: None, down_bias: None };
+            let Some(done) = self.launch(py, &operands, true, false)? else { return Ok(None) };
+            Some(done)
+        } else {
+            None
+        };
 
-        let down = need_down && taken.down.is_some();
-        let needs = Needs { in_place, z: down && taken.z.is_none(), x: need_x, weights: need_weights, down };
+        let in_place = in_place || again.is_some();
+        let needs = Needs { in_place, x: need_x, weights: need_weights, down: need_down && taken.down.is_some() };
         let gradients = Gradients { torch: self, py, layer, needs };
-        let Some(outputs) = gradients.before_launch(d_weights)? else { return Ok(None) };
+        let Some(outputs) = gradients.before_launch(again, d_weights)? else { return Ok(None) };
         let steps = Steps::new(py, step, device, dtype, stream, m.unsigned_abs());
-        gradients.launch(&steps, backward, taken.z.map(|z| z.address), outputs).map(Some)
+        gradients.launch(&steps, backward, outputs).map(Some)
     }
 }
 
@@ -359,13 +376,13 @@ impl Torch {
         Ok(view.map(|view| (tensor, view.address)))
     }
 
-    fn launch(
+    fn launch<'py>(
         &self,
-        py: Python<'_>,
+        py: Python<'py>,
         operands: &Operands<&Object<'_>>,
         keep: bool,
         static_weights: bool,
-    ) -> PyResult<Option<Done>> {
+    ) -> PyResult<Option<Done<'py>>> {
         let Some(views) = self.read_all(operands) else { return Ok(None) };
         let Some(shape) = shape_of(&views) else { return Ok(None) };
         let Some(dtype) = self.format(py, &views.x.lie)? else { return Ok(None) };
@@ -382,10 +399,11 @@ impl Torch {
             self.note_new.bind(py).call1(of_plan)?;
         }
         let like = &views.x.lie;
-        let Some((z, z_address)) = self.allocate(py, like, &with_last(like, n), false)? else { return Ok(None) };
+        let Some(z) = self.allocate(py, like, &with_last(like, n), false)? else { return Ok(None) };
         let (kept, (saved_gate, saved_gate_stride, saved_up, saved_up_stride)) = if keep {
-            let Some((kept, first)) = self.allocate(py, like, &[2 * m * n], false)? else { return Ok(None) };
-            (Some(kept), shape.halves(first))
+            let Some(kept) = self.allocate(py, like, &[2 * m * n], false)? else { return Ok(None) };
+            let halves = shape.halves(kept.1);
+            (Some(kept), halves)
         } else {
             (None, (0, n, 0, n))
         };
@@ -398,7 +416,7 @@ impl Torch {
             up_stride,
             gate_bias: views.gate_bias.map_or(0, |bias| bias.address),
             up_bias: views.up_bias.map_or(0, |bias| bias.address),
-            z: z_address,
+            z: z.1,
             z_stride: n,
             saved_gate,
             saved_gate_stride,
@@ -414,7 +432,7 @@ impl Torch {
             up: views.up.lie,
             down: views.down.map(|down| down.lie),
         };
-        Ok(Some((z.unbind(), kept.map(Bound::unbind), layer)))
+        Ok(Some(Done { z, kept, layer }))
     }
 
     fn read_all(&self, operands: &Operands<&Object<'_>>) -> Option<Operands<View>> {
@@ -436,8 +454,7 @@ impl Torch {
             gate: self.plain(taken.gate)?,
             up: self.plain(taken.up)?,
             down: self.plain_if_any(taken.down)?,
-            kept: self.plain(taken.kept)?,
-            z: self.plain_if_any(taken.z)?,
+            kept: self.plain_if_any(taken.kept)?,
         })
     }
 }
@@ -447,17 +464,18 @@ impl Torch {
 struct Needs {
     /// The gradients of the pre-activations take their place.
     in_place: bool,
-    /// z, again.
-    z: bool,
     x: bool,
     weights: bool,
     down: bool,
 }
 
-/// What a backward writes, as far as it is there; held until the last launch is queued: memory freed earlier would be another output's.
+/// What a backward writes, as far as it is there; held until the last launch that reads it is queued.
 struct Outputs<'py> {
-    /// Of the pre-activations, if not in place.
+    /// The pre-activations, if they were computed again.
+    again: Option<Made<'py>>,
+    /// Their gradients, if not in place.
     grads: Option<Made<'py>>,
+    /// For the gradient of down.
     z: Option<Made<'py>>,
     dx: Option<Made<'py>>,
     d_gate: Option<Made<'py>>,
@@ -476,18 +494,26 @@ struct Gradients<'a, 'py> {
 }
 
 impl<'py> Gradients<'_, 'py> {
-    /// The outputs that have to be there before the launches; None where one cannot be.
-    fn before_launch(&self, d_weights: Option<(Object<'py>, Object<'py>)>) -> PyResult<Option<Outputs<'py>>> {
-        let Needs { in_place, z, x, weights, .. } = self.needs;
+    /// The outputs that have to be there before the launches; None where one cannot be. `again` is the forward, if it was
+    /// computed again.
+    fn before_launch(
+        &self,
+        again: Option<Done<'py>>,
+        d_weights: Option<(Object<'py>, Object<'py>)>,
+    ) -> PyResult<Option<Outputs<'py>>> {
+        let Needs { in_place, x, weights, down } = self.needs;
         let shape @ Shape { m, n, k, .. } = self.layer.shape;
+        let (again, z) = again.map_or((None, None), |done| (done.kept, Some(done.z)));
         let Some(grads) = self.make(!in_place, &[2 * m * n], false)? else { return Ok(None) };
-        let Some(z) = self.make(z, &[m, n], false)? else { return Ok(None) };
+        let Some(new_z) = self.make(down && z.is_none(), &[m, n], false)? else { return Ok(None) };
         let Some((d_gate, d_up, d_stride)) = self.given(d_weights) else { return Ok(None) };
         // What is to be overwritten is safe until one output is there: a thread that gets one gets all.
-        let Some(dx) = self.make(in_place && x, self.layer.x.shape(), false)? else { return Ok(None) };
-        let is_first = in_place && !x && weights && d_gate.is_none();
+        let is_first = in_place && again.is_none() && new_z.is_none();
+        let Some(dx) = self.make(is_first && x, self.layer.x.shape(), false)? else { return Ok(None) };
+        let is_first = is_first && !x && weights && d_gate.is_none();
         let Some(first) = self.make(is_first, &[n, k], shape.is_kn())? else { return Ok(None) };
-        Ok(Some(Outputs { grads, z, dx, d_gate: d_gate.or(first), d_up, d_stride, d_down: None }))
+        let z = new_z.or(z.filter(|_| down));
+        Ok(Some(Outputs { again, grads, z, dx, d_gate: d_gate.or(first), d_up, d_stride, d_down: None }))
     }
 
     /// The gradients of both weights, if they are given and needed, and the row stride that they have or will have.
@@ -505,22 +531,32 @@ impl<'py> Gradients<'_, 'py> {
         Some((Some((d_gate, first.address)), Some((d_up, second.address)), stride))
     }
 
-    /// Launches all, and makes the other outputs in between. `z` is the address of what was computed again.
+    /// Launches all, and makes the other outputs in between.
     fn launch(
         &self,
         steps: &Steps<'_>,
         backward: Backward,
-        z: Option<u64>,
         mut outputs: Outputs<'py>,
     ) -> PyResult<Bound<'py, PyTuple>> {
         let (needs, shape @ Shape { n, k, .. }) = (self.needs, self.layer.shape);
-        let of_grads = outputs.grads.as_ref().map_or(backward.of_saved, |grads| shape.halves(grads.1));
-        let backward = Backward { of_grads, ..backward };
-        let new_z = outputs.z.as_ref().map(|z| z.1);
+        let of_saved = outputs.again.as_ref().map_or(backward.of_saved, |again| shape.halves(again.1));
+        let of_grads = outputs.grads.as_ref().map_or(of_saved, |grads| shape.halves(grads.1));
+        let backward = Backward { of_saved, of_grads, ..backward };
+        let z = outputs.z.take();
+        let of_z = z.as_ref().map(|z| (z.1, n));
 
         // The GPU begins before the other outputs are allocated.
-        backward.gated(steps, new_z.map(|z| (z, n)))?;
+        backward.gated(steps, of_z.filter(|_| outputs.again.is_none()))?;
+        if let (Some(down), Some(of_z)) = (&backward.of_down, of_z) {
+            let (rows, is_kn) = (down.rows.cast_signed(), down.major == WeightMajor::N);
+            self.fill(&mut outputs.d_down, needs.down, &[rows, n], is_kn)?;
+            if let Some((_, d_down)) = &outputs.d_down {
+                backward.down_weight_grad(steps, of_z, (*d_down, if is_kn { rows } else { n }))?;
+            }
+        }
         self.fill(&mut outputs.dx, needs.x, self.layer.x.shape(), false)?;
+        // The gradients of gate and up may take its memory: the stream writes them later.
+        drop(z);
         if let Some((_, dx)) = &outputs.dx {
             backward.input_grad(steps, (*dx, k))?;
         }
@@ -528,13 +564,6 @@ impl<'py> Gradients<'_, 'py> {
         self.fill(&mut outputs.d_up, needs.weights, &[n, k], shape.is_kn())?;
         if let (Some((_, d_gate)), Some((_, d_up))) = (&outputs.d_gate, &outputs.d_up) {
             backward.weight_grad(steps, (*d_gate, outputs.d_stride, *d_up, outputs.d_stride))?;
-        }
-        if let Some(Down { rows, major, .. }) = &backward.of_down {
-            let (rows, is_kn) = (rows.cast_signed(), *major == WeightMajor::N);
-            self.fill(&mut outputs.d_down, needs.down, &[rows, n], is_kn)?;
-            if let (Some((_, d_down)), Some(z)) = (&outputs.d_down, new_z.or(z)) {
-                backward.down_weight_grad(steps, (z, n), (*d_down, if is_kn { rows } else { n }))?;
-            }
         }
         let tensor = |made: Option<Made<'py>>| made.map(|made| made.0);
         let Outputs { dx, d_gate, d_up, d_down, .. } = outputs;
