@@ -1,4 +1,4 @@
-//! Where things are looked for. The environment is read here and nowhere else.
+//! Where things are looked for. The environment is read here, but for installed toolkits (`library.rs`).
 
 use std::path::PathBuf;
 use swiglu_db::Layer;
