@@ -79,6 +79,11 @@ impl Fault {
         Failure::new(stage, self)
     }
 
+    /// Nothing was asked of a process that dies as it starts: it is no problem's doing.
+    fn at_launch(self) -> Self {
+        if matches!(self, Self::Crashed) { Self::Broken("its process dies as it starts".into()) } else { self }
+    }
+
     /// Whether trying again without a candidate can help.
     fn may_be_of_candidate(&self) -> bool {
         matches!(self, Self::Crashed | Self::Hung(_) | Self::Poisoned(_))
@@ -103,13 +108,18 @@ impl Worker {
         self.process.is_some()
     }
 
-    /// Its answer. After a fault it is gone until it is asked again.
+    /// Its answer, of a process started anew where there is none. After a fault it is gone until it is asked again.
     pub(crate) fn ask(&mut self, request: &Request, patience: Duration) -> Result<Reply, Fault> {
-        let running = if self.is_running() { self.process.take() } else { None };
-        let mut process = match running {
-            Some(process) => process,
-            None => launch(&self.recipe)?.0,
-        };
+        if !self.is_running() {
+            let launched = again_if_killed(|| launch(&self.recipe));
+            self.process = Some(launched.map_err(Fault::at_launch)?.0);
+        }
+        self.ask_as_it_is(request, patience)
+    }
+
+    /// The same of the process that is there: another would know nothing of what this one was told.
+    fn ask_as_it_is(&mut self, request: &Request, patience: Duration) -> Result<Reply, Fault> {
+        let mut process = self.process.take().ok_or(Fault::Crashed)?;
         let reply = send(&mut process, request).and_then(|()| wait(&process, patience, &self.recipe.stop))?;
         if let Reply::Lost(failure) = reply {
             return Err(Fault::Poisoned(failure));
@@ -196,12 +206,22 @@ fn wait(process: &Process, patience: Duration, stop: &Stop) -> Result<Reply, Fau
     }
 }
 
-/// The configs that make `attempt` fail, by halving; `Err` where it fails without any.
+/// Acts once more where the process died: others may have killed it, for want of memory say.
+fn again_if_killed<T>(mut act: impl FnMut() -> Result<T, Fault>) -> Result<T, Fault> {
+    match act() {
+        Err(Fault::Crashed) => act(),
+        done => done,
+    }
+}
+
+/// The configs that make `attempt` fail, by halving; `Err` where it fails without any. Who is alone when the process dies is tried
+/// again before it is blamed.
 fn culprits(
     configs: &[Config],
     attempt: &mut impl FnMut(&[Config]) -> Result<(), Fault>,
 ) -> Result<Vec<(Config, Failure)>, Fault> {
-    match (attempt(configs), configs) {
+    let attempted = if configs.len() == 1 { again_if_killed(|| attempt(configs)) } else { attempt(configs) };
+    match (attempted, configs) {
         (Ok(()), _) => Ok(Vec::new()),
         (Err(fault), [config]) if fault.may_be_of_candidate() => {
             attempt(&[])?;
@@ -277,7 +297,7 @@ impl<'a> Remote<'a> {
 
     fn reopen(&mut self) -> Result<(), Fault> {
         let configs = self.configs.clone();
-        self.open_with(&configs)
+        again_if_killed(|| self.open_with(&configs))
     }
 
     fn open_with(&mut self, configs: &[Config]) -> Result<(), Fault> {
@@ -299,7 +319,7 @@ impl<'a> Remote<'a> {
             tracing::info!("the worker is started anew");
             self.reopen().map_err(|fault| self.lose(fault))?;
         }
-        match self.worker.ask(request, self.patience) {
+        match self.worker.ask_as_it_is(request, self.patience) {
             // Nothing helps against these.
             Err(fault @ (Fault::Broken(_) | Fault::Stopped)) => Err(self.lose(fault)),
             reply => reply,
@@ -327,9 +347,10 @@ impl<'a> Remote<'a> {
         self.times(&Request::Sample(configs.to_vec()), configs.len())
     }
 
-    /// The time of `config` that `request` asks for: whatever breaks the worker is its doing.
+    /// The time of `config` that `request` asks for: whatever breaks the worker, twice if it dies, is its doing.
     fn alone(&mut self, config: &Config, request: &Request) -> Result<f64, Failure> {
-        let mut times = self.times(request, 1).map_err(|fault| blame(config, fault))?;
+        let times = again_if_killed(|| self.times(request, 1));
+        let mut times = times.map_err(|fault| blame(config, fault))?;
         times.pop().unwrap_or_else(|| Err(Failure::untimed()))
     }
 
@@ -351,7 +372,7 @@ impl Subject for Remote<'_> {
         if let Some(failure) = self.blamed.get(config) {
             return Err(failure.clone());
         }
-        match self.ask(&Request::Verify(*config)) {
+        match again_if_killed(|| self.ask(&Request::Verify(*config))) {
             Ok(Reply::Verified(result)) => result,
             Ok(other) => Err(self.misunderstood(other).of_candidate()),
             Err(fault) => Err(blame(config, fault)),
@@ -380,14 +401,11 @@ impl Subject for Remote<'_> {
         }
         let sound: Vec<Config> =
             configs.iter().zip(&alone).filter(|(_, time)| time.is_ok()).map(|(config, _)| *config).collect();
-        // Nobody by itself: the device or the machine, or all of them together.
-        if sound.len() == configs.len() {
-            self.lose(first.clone());
-        }
         if self.lost.is_some() {
             return vec![Err(first.of_candidate()); configs.len()];
         }
-        // Those that are left are timed together, as ever.
+        // Those that are left are timed together, as ever. Where that are all and it fails again: the device or the machine, or all
+        // of them together.
         let mut together = match self.try_sample(&sound) {
             Ok(times) => times.into_iter(),
             Err(fault) => return vec![Err(self.lose(fault).of_candidate()); configs.len()],
@@ -418,6 +436,57 @@ mod tests {
     use std::collections::BTreeSet;
     use swiglu_kernels::families::{Target, candidates};
     use swiglu_kernels::{DType, WeightMajor};
+
+    /// A worker whose process takes no more requests, though it has not ended.
+    fn deaf() -> Worker {
+        let mut command = Command::new("sh");
+        command.args(["-c", "exec <&-; echo; sleep 60"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let (requests, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        std::io::Read::read_exact(&mut stdout, &mut [0]).unwrap();
+        let (_, replies) = mpsc::channel();
+        let recipe = Recipe { args: Vec::new(), patience: Duration::from_secs(60), stop: Stop::default() };
+        let device = swiglu_db::Device { class: "cpu".into(), name: "a CPU".into() };
+        let facts = Facts { device, nvrtc: String::new(), driver: String::new(), no_library: None };
+        Worker { recipe, facts, process: Some(Process { child, requests, replies }) }
+    }
+
+    #[test]
+    fn whoever_was_told_of_a_problem_is_not_replaced_by_one_that_was_not() {
+        let mut worker = deaf();
+        let request = Request::Sample(Vec::new());
+        for _ in 0..2 {
+            let fault = worker.ask_as_it_is(&request, Duration::from_secs(60)).unwrap_err();
+            assert!(matches!(fault, Fault::Crashed), "{fault}");
+            assert!(!worker.is_running());
+        }
+    }
+
+    #[test]
+    fn what_others_killed_is_done_again_once_and_nothing_else_is() {
+        let tries = |faults: &[Fault]| {
+            let mut tried = 0;
+            let done = again_if_killed(|| {
+                tried += 1;
+                faults.get(tried - 1).map_or(Ok(()), |fault| Err(fault.clone()))
+            });
+            (tried, done.is_ok())
+        };
+        assert_eq!(tries(&[Fault::Crashed]), (2, true));
+        assert_eq!(tries(&[Fault::Crashed, Fault::Crashed]), (2, false));
+        assert_eq!(tries(&[Fault::Hung(Duration::ZERO)]), (1, false));
+        assert_eq!(tries(&[Fault::Stopped]), (1, false));
+    }
+
+    #[test]
+    fn who_was_alone_when_others_killed_the_process_is_not_blamed() {
+        let problem = Problem::forward(DType::F32, WeightMajor::K, 8, 8, 8);
+        let configs = candidates(&problem, Target::Cpu { threads: 1 });
+        let mut killed = false;
+        let mut attempt =
+            |_: &[Config]| if std::mem::replace(&mut killed, true) { Ok(()) } else { Err(Fault::Crashed) };
+        assert!(culprits(&configs[..1], &mut attempt).unwrap().is_empty());
+    }
 
     #[test]
     fn culprits_are_found_by_halving_and_nobody_is_blamed_for_a_broken_machine() {
