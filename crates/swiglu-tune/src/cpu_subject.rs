@@ -20,15 +20,48 @@ const SAMPLE_US: f64 = 2000.0;
 pub(crate) struct CpuSubject(Box<dyn Subject>);
 
 impl CpuSubject {
-    /// Fresh random operands and their reference.
-    pub(crate) fn new(problem: Problem, seed: u64) -> Self {
-        Self(match problem.dtype {
+    /// Fresh random operands and their reference; refused where memory is too small for them.
+    pub(crate) fn new(problem: Problem, seed: u64) -> Result<Self, Failure> {
+        check_memory(&problem, available_memory().unwrap_or(isize::MAX as u128))?;
+        Ok(Self(match problem.dtype {
             DType::F16 => Box::new(Typed::<f16>::new(problem, seed)),
             DType::Bf16 => Box::new(Typed::<bf16>::new(problem, seed)),
             // The CPU has no other format than fp32 beside these; its config refuses them.
             _ => Box::new(Typed::<f32>::new(problem, seed)),
-        })
+        }))
     }
+}
+
+/// Whether what [`Typed::new`] allocates fits: an allocation that fails, or that the system takes back, ends the process.
+fn check_memory(problem: &Problem, available: u128) -> Result<(), Failure> {
+    let needed = bytes_needed(problem);
+    if needed <= available {
+        return Ok(());
+    }
+    let gb = |bytes: u128| bytes as f64 / 1e9;
+    Err(Failure::new(
+        "launch",
+        format!(
+            "operands and reference take {:.1} GB, and {:.1} GB of memory are available; take a smaller n, k or m",
+            gb(needed),
+            gb(available)
+        ),
+    ))
+}
+
+/// The operands, the outputs, and the weights once more in float64; beside these the reference is small.
+fn bytes_needed(problem: &Problem) -> u128 {
+    let [m, n, k, bytes] = [problem.m, problem.n, problem.k, problem.dtype.bytes()].map(u128::from);
+    let outputs = if problem.op.saves_preactivations() { 3 * n } else { n };
+    m * (k + outputs) * bytes + 2 * n * k * (bytes + size_of::<f64>() as u128)
+}
+
+/// What Linux can still give without taking from others, in bytes; elsewhere it is not known.
+fn available_memory() -> Option<u128> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u128 = line.split_whitespace().next()?.parse().ok()?;
+    Some(1024 * kib)
 }
 
 impl Subject for CpuSubject {
@@ -177,5 +210,25 @@ impl<T: Element> Typed<T> {
             *launches = (SAMPLE_US / time.max(1.0)).ceil().clamp(1.0, 1000.0) as u32;
         }
         Ok(time)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use swiglu_kernels::Op;
+
+    #[test]
+    fn what_memory_cannot_hold_is_refused_before_it_is_allocated() {
+        let large = Problem::forward(DType::F32, WeightMajor::K, u32::MAX, u32::MAX, u32::MAX).with_op(Op::ForwardSave);
+        for problem in [large, Problem::forward(DType::F32, WeightMajor::K, 1, 1_000_000, 1_000_000)] {
+            let refused = CpuSubject::new(problem, 1).map(|_| ()).unwrap_err();
+            assert!(refused.reason.contains("smaller n, k or m"), "{}", refused.reason);
+        }
+        let small = Problem::forward(DType::Bf16, WeightMajor::N, 3, 5, 7);
+        assert_eq!(bytes_needed(&small), (3 * 7 + 3 * 5 + 2 * 5 * 7) * 2 + 2 * 5 * 7 * 8);
+        assert_eq!(check_memory(&small, bytes_needed(&small)), Ok(()));
+        assert!(check_memory(&small, bytes_needed(&small) - 1).is_err());
+        assert!(CpuSubject::new(small, 1).is_ok());
     }
 }

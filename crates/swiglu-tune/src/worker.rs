@@ -90,7 +90,14 @@ fn on_cpu(faults: &[Fault], requests: &Receiver<Request>) -> Result<()> {
     let mut next = requests.recv().ok();
     while let Some(request) = next {
         let Request::Open { problem, configs, .. } = request else { bail!("{request:?} before a problem is open") };
-        let inner = CpuSubject::new(problem, rand::random());
+        let inner = match CpuSubject::new(problem, rand::random()) {
+            Ok(subject) => subject,
+            Err(failure) => {
+                reply(&Reply::Refused(failure))?;
+                next = requests.recv().ok();
+                continue;
+            }
+        };
         let mut bench = Bench::new(Faulty { inner, faults, lab: None, is_lost: false }, Timing::OneByOne);
         reply(&Reply::Opened(configs.into_iter().map(|config| (config, 0)).collect()))?;
         next = bench.serve(requests)?;

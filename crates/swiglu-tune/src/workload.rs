@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::str::FromStr;
 use swiglu_kernels::{DType, Op, Problem, WeightLayout};
+use swiglu_runtime::runtime::largest_size;
 
 /// The values of M that are tuned when none are given.
 pub(crate) const ANCHORS: [u32; 22] =
@@ -132,7 +133,22 @@ pub(crate) fn from_file(path: &Path, dtypes: &[DType], layouts: &[WeightLayout])
             group.k
         );
     }
+    groups.iter().try_for_each(check_size).with_context(|| format!("shapes file {}", path.display()))?;
     Ok(groups)
+}
+
+/// Larger sizes would be tuned for nobody: no plan takes them.
+fn check_size(group: &Group) -> Result<()> {
+    let most = largest_size(group.dtype);
+    for (name, size) in [("n", group.n), ("k", group.k)] {
+        if size > most {
+            bail!(
+                "{name} {size} is larger than the {most} that {} has kernels for; take a smaller {name}",
+                group.dtype
+            );
+        }
+    }
+    Ok(())
 }
 
 fn group(n: u32, k: u32, m: Option<&[u32]>, dtype: DType, layout: WeightLayout) -> Group {
@@ -214,6 +230,12 @@ mod tests {
         {
             let error = format!("{:#}", read(bad).unwrap_err());
             assert!(error.contains("shapes.toml"), "{error}");
+        }
+        let most = largest_size(DType::Bf16);
+        assert!(read(&format!("[[shape]]\nn = {most}\nk = {most}")).is_ok());
+        for (n, k, named) in [(most + 1, 8, "n"), (8, most + 1, "k")] {
+            let error = format!("{:#}", read(&format!("[[shape]]\nn = {n}\nk = {k}")).unwrap_err());
+            assert!(error.contains("shapes.toml") && error.contains(&format!("a smaller {named}")), "{error}");
         }
     }
 }
