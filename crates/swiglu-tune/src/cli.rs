@@ -123,7 +123,7 @@ struct TuneArgs {
     shapes: Option<PathBuf>,
     /// What to tune: forward; forward_save, which also stores the pre-activations for a backward pass; forward_static and
     /// down_static, for decoding: of weights that nothing still running writes; a step of the FFN, e.g. gate, down or dgated;
-    /// backward, the steps of one; ffn, those, forward_save and down.
+    /// backward, the steps of one, of biases too; ffn, all that training launches: those, forward_save, gate and down.
     #[arg(long, value_delimiter = ',', default_value = "forward", value_name = "forward,gate,backward,ffn,...")]
     op: Vec<OpChoice>,
     /// Number formats [default: bf16 on a GPU, f32 on the CPU].

@@ -16,13 +16,16 @@ pub(crate) const ANCHORS: [u32; 22] =
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct OpChoice(Vec<Op>);
 
+/// What a backward launches: of the whole FFN, of the gated half alone, and with biases.
+const BACKWARD: [Op; 7] =
+    [Op::Dgated, Op::GateBackward, Op::InputGrad, Op::WeightGrad, Op::DownWeightGrad, Op::BiasGrad, Op::DownBiasGrad];
+
 impl FromStr for OpChoice {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
-        const BACKWARD: [Op; 4] = [Op::Dgated, Op::InputGrad, Op::WeightGrad, Op::DownWeightGrad];
         match text {
             "backward" => Ok(Self(BACKWARD.into())),
-            "ffn" => Ok(Self([Op::ForwardSave, Op::Down].into_iter().chain(BACKWARD).collect())),
+            "ffn" => Ok(Self([Op::ForwardSave, Op::Gate, Op::Down].into_iter().chain(BACKWARD).collect())),
             op => op.parse().map(|op| Self(vec![op])).map_err(|error| format!("{error}; or of backward, ffn")),
         }
     }
@@ -170,15 +173,41 @@ fn without_repeats(groups: impl Iterator<Item = Group>) -> Vec<Group> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use swiglu_kernels::families::{Target, candidates};
+    use swiglu_kernels::{WeightMajor, arch};
 
     #[test]
     fn a_word_for_several_ops_names_each_once() {
         let choices = |words: &[&str]| words.iter().map(|word| word.parse().unwrap()).collect::<Vec<OpChoice>>();
         assert_eq!(ops(&choices(&["forward", "gate"])), [Op::Forward, Op::Gate]);
         let all = ops(&choices(&["dgated", "backward", "ffn"]));
-        let backward = [Op::Dgated, Op::InputGrad, Op::WeightGrad, Op::DownWeightGrad];
-        assert_eq!(all, [&backward[..], &[Op::ForwardSave, Op::Down]].concat());
+        assert_eq!(all, [&BACKWARD[..], &[Op::ForwardSave, Op::Gate, Op::Down]].concat());
         assert!("backwards".parse::<OpChoice>().unwrap_err().contains("dgated"));
+    }
+
+    /// `_steps.py` and the FFN's plan name what is launched.
+    #[test]
+    fn ffn_is_all_that_training_launches_and_each_op_is_raced() {
+        let launched = [
+            Op::ForwardSave,
+            Op::Gate,
+            Op::Down,
+            Op::Dgated,
+            Op::GateBackward,
+            Op::InputGrad,
+            Op::WeightGrad,
+            Op::DownWeightGrad,
+            Op::BiasGrad,
+            Op::DownBiasGrad,
+        ];
+        assert_eq!(ops(&["ffn".parse().unwrap()]), launched);
+        let target = Target::Gpu(arch::by_name("sm_90a").unwrap());
+        for (op, dtype) in
+            launched.into_iter().flat_map(|op| [DType::Bf16, DType::F16, DType::F32].map(|dtype| (op, dtype)))
+        {
+            let problem = Problem::forward(dtype, WeightMajor::K, 8, 1024, 512).with_op(op);
+            assert!(candidates(&problem, target).len() > 1, "{op} {dtype}");
+        }
     }
 
     #[test]
