@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use swiglu_db::TuningDb;
 use swiglu_kernels::families::Family;
-use swiglu_kernels::{DType, WeightLayout};
+use swiglu_kernels::{DType, Op, WeightLayout};
 use swiglu_runtime::Options;
 use swiglu_runtime::cubin_cache::CubinCache;
 use swiglu_runtime::gpu::{self, Gpu, GpuError};
@@ -285,7 +285,7 @@ fn run_tune(cli: &Cli, options: &Options) -> Result<ExitCode> {
     let begun = Instant::now();
     let devices = devices(choice)?;
     let logbook = Logbook::open(args.metrics.as_deref(), args.tensorboard.as_deref())?;
-    let groups = groups(args, devices.contains(&GpuChoice::Cpu))?;
+    let groups = groups(args, choice, devices.contains(&GpuChoice::Cpu))?;
     let dir = records::db_dir(options)?;
     // Before anything is started: a second tuner is told who holds the lock.
     let mut db = TuningDb::open(&dir).context("opening the tuning database")?;
@@ -320,7 +320,7 @@ fn run_tune(cli: &Cli, options: &Options) -> Result<ExitCode> {
 }
 
 fn tell(summary: &Summary, device: &str, elapsed: Duration, stop: &Stop) {
-    let Summary { tuned, already, left, without_winner, unraced } = *summary;
+    let Summary { tuned, already, left, without_winner, unraced, illegal } = *summary;
     notice(format!("{device}: {tuned} problems tuned in {:.1} s, {already} were tuned before", elapsed.as_secs_f64()));
     if left > 0 {
         let why = if stop.by_signal() { "interrupted" } else { "the budget is spent" };
@@ -328,6 +328,9 @@ fn tell(summary: &Summary, device: &str, elapsed: Duration, stop: &Stop) {
     }
     if unraced > 0 {
         notice(format!("{unraced} problems could not be raced, for the reasons above; run the same command again"));
+    }
+    if illegal > 0 {
+        notice(format!("{illegal} problems have no kernel that runs on this device, for the reasons above"));
     }
     if without_winner > 0 {
         notice(format!(
@@ -391,24 +394,42 @@ pub(crate) fn open_gpu_lab(gpu: Gpu, options: &Options) -> Result<GpuLab> {
     Ok(GpuLab::new(gpu, nvrtc, CubinCache::new(options.cubin_dir()))?)
 }
 
-fn groups(args: &TuneArgs, on_cpu: bool) -> Result<Vec<Group>> {
+fn groups(args: &TuneArgs, choice: GpuChoice, on_cpu: bool) -> Result<Vec<Group>> {
     let default = if on_cpu { DType::F32 } else { DType::Bf16 };
     let dtypes = if args.dtype.is_empty() { vec![default] } else { args.dtype.clone() };
-    let gpu_only = |dtype: &&DType| **dtype == DType::Tf32 || dtype.is_scaled();
-    if let (true, Some(dtype)) = (on_cpu, dtypes.iter().find(gpu_only)) {
-        bail!("{dtype} is a GPU format; use f32 on the CPU");
-    }
     // The whole default set would take a CPU hours.
     let model = args.model.as_deref().or(on_cpu.then_some("tiny"));
     let groups = match &args.shapes {
         Some(path) => workload::from_file(path, &dtypes, &args.layout),
         None => workload::preset(model, &dtypes, &args.layout),
-    };
-    let ops = workload::ops(&args.op);
-    if let (true, Some(step)) = (on_cpu, ops.iter().find(|op| !op.is_forward() || op.has_static_weights())) {
+    }?;
+    let mut ops = workload::ops(&args.op);
+    if on_cpu {
+        check_cpu_formats(&groups)?;
+        ops = cpu_ops(ops, choice)?;
+    }
+    Ok(workload::for_ops(&groups, &ops))
+}
+
+fn check_cpu_formats(groups: &[Group]) -> Result<()> {
+    let gpu_only = |group: &&Group| group.dtype == DType::Tf32 || group.dtype.is_scaled();
+    if let Some(Group { dtype, n, k, .. }) = groups.iter().find(gpu_only) {
+        bail!("{dtype}, asked for with n {n}, k {k}, is a GPU format; use f32 on the CPU");
+    }
+    Ok(())
+}
+
+/// Those of `ops` that the CPU has. Others are left out where it stands in for a GPU, unless nothing remains.
+fn cpu_ops(ops: Vec<Op>, choice: GpuChoice) -> Result<Vec<Op>> {
+    let has = |op: &Op| op.is_forward() && !op.has_static_weights();
+    let (kept, left_out): (Vec<Op>, Vec<Op>) = ops.into_iter().partition(has);
+    let Some(step) = left_out.first() else { return Ok(kept) };
+    if choice == GpuChoice::Cpu || kept.is_empty() {
         bail!("`{step}` runs on a GPU; on the CPU only forward and forward_save are tuned");
     }
-    Ok(workload::for_ops(&groups?, &ops))
+    let names: Vec<String> = left_out.iter().map(Op::to_string).collect();
+    notice(format!("left out, for a GPU: {}; on the CPU only forward and forward_save are tuned", names.join(", ")));
+    Ok(kept)
 }
 
 /// Ends the process as clap does for wrong usage.

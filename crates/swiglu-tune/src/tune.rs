@@ -19,7 +19,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 use swiglu_db::{Environment, Origin, Outcome, Record, TuningDb, TuningKey, record, shipped};
-use swiglu_kernels::families::{CublasltConfig, Target};
+use swiglu_kernels::families::{CublasltConfig, Rejected, Target, default_config, space};
 use swiglu_kernels::model::Chip;
 use swiglu_kernels::{Config, Problem};
 
@@ -59,6 +59,8 @@ pub(crate) struct Summary {
     pub(crate) without_winner: usize,
     /// Problems that could not be raced: the log says why.
     pub(crate) unraced: usize,
+    /// Problems that no config may run on their device: the log says why.
+    pub(crate) illegal: usize,
 }
 
 /// Readers see what is new at least so often.
@@ -109,6 +111,8 @@ struct Front<'a> {
     share: Share,
     /// What a worker was refused, and left to another once.
     given_back: BTreeSet<Item>,
+    /// Groups without a legal config, of which the log has said why.
+    illegal: BTreeSet<usize>,
     compiler: Option<Compiler>,
     /// The next group to be compiled.
     ahead: usize,
@@ -130,6 +134,18 @@ impl<'a> Front<'a> {
             self.spaces.insert(group, space);
         }
         self.spaces.get_mut(&group).context("the space was just made")
+    }
+
+    /// Why none of the group's configs is legal; `None` where one is.
+    fn illegality(&mut self, group: usize, problem: &Problem) -> Result<Option<Rejected>> {
+        let target = self.target;
+        if !self.space(group, problem)?.candidates.is_empty() {
+            return Ok(None);
+        }
+        Ok(match target {
+            Target::Gpu(arch) => default_config(problem, arch).err(),
+            Target::Cpu { .. } => space(problem, target).iter().find_map(|config| config.check(problem, target).err()),
+        })
     }
 
     /// Whether another race of the usual length ends in time.
@@ -340,6 +356,10 @@ impl<'a> Tuner<'a> {
             self.store(at, item.0, &key, out, &Environment::default(), None)?;
         }
         if candidates.is_empty() {
+            if let Some(why) = self.fronts[at].illegality(item.0, &key.problem)? {
+                self.note_illegal(at, item.0, &key.problem, &why);
+                return Ok(None);
+            }
             match self.db.best(&key)? {
                 Some(best) => self.note_winner(at, item.0, &key, &best)?,
                 None => self.summary.without_winner += 1,
@@ -359,6 +379,15 @@ impl<'a> Tuner<'a> {
             (false, false) => &ROUNDS,
         };
         Ok(Some(Task { item, problem: key.problem, candidates, pinned, exhaustive, rounds }))
+    }
+
+    /// Takes note that no config may run the problems of a group.
+    fn note_illegal(&mut self, at: usize, group: usize, problem: &Problem, why: &Rejected) {
+        self.summary.illegal += 1;
+        if self.fronts[at].illegal.insert(group) {
+            let Problem { op, dtype, n, k, .. } = *problem;
+            tracing::error!(%op, %dtype, n, k, %why, "no kernel runs this here");
+        }
     }
 
     fn compiled(
@@ -540,6 +569,7 @@ fn front<'a>(facts: &Facts, groups: &'a [Group], db: &TuningDb) -> Result<Front<
         spaces: BTreeMap::new(),
         share: Share::new(groups.iter().map(|group| group.m.len())),
         given_back: BTreeSet::new(),
+        illegal: BTreeSet::new(),
         compiler: None,
         ahead: 0,
         raced: (Duration::ZERO, 0),
@@ -552,4 +582,31 @@ fn progress_bar(total: usize, quiet: bool) -> ProgressBar {
     }
     let style = ProgressStyle::with_template("{bar:30} {pos}/{len} problems, {elapsed} gone, {eta} left  {msg}");
     ProgressBar::new(total as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use swiglu_db::Device;
+    use swiglu_kernels::{DType, Op, WeightLayout};
+
+    #[test]
+    fn what_no_config_may_run_is_not_taken_for_tuned() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut db = TuningDb::open(folder.path()).unwrap();
+        let layout = WeightLayout::SeparateNk;
+        let groups = [Group { op: Op::Forward, dtype: DType::E4m3, layout, n: 64, k: 64, m: vec![1, 2] }];
+        let device = Device { class: "sm_75-sm40".into(), name: "a GPU of before e4m3".into() };
+        let facts = Facts { device, nvrtc: String::new(), driver: String::new(), no_library: None };
+        let (search, stop) = (Search::Model, Stop::default());
+        let order = Order { groups: &groups, search, retune: false, sustained: false, quiet: true, stop };
+        let front = front(&facts, &groups, &db).unwrap();
+        let mut tuner = Tuner::new(&order, &mut db, Logbook::open(None, None).unwrap());
+        tuner.fronts.push(front);
+        assert!((0..2).all(|m| tuner.task(0, (0, m)).unwrap().is_none()));
+        assert_eq!(tuner.summary, Summary { illegal: 2, ..Summary::default() });
+        assert_eq!(tuner.fronts[0].illegal.len(), 1, "the log says why once");
+        let why = tuner.fronts[0].illegality(0, &groups[0].problem(1)).unwrap().unwrap().to_string();
+        assert!(why.contains("9.0"), "{why}");
+    }
 }
