@@ -5,21 +5,21 @@ use crate::log::{LogFormat, notice};
 use crate::metrics::Logbook;
 use crate::remote::{Recipe, Worker};
 use crate::search::Search;
-use crate::stop::Stop;
+use crate::stop::{Stop, exit_code_of_signal, on_signals};
 use crate::tune::{Crew, Order, Summary, tune};
 use crate::workload::{self, Group, OpChoice};
 use crate::{bench, compile, db, doctor, fault, inspect, records, regret, report, why, worker};
 use anyhow::{Context, Result, bail};
 use clap::parser::ValueSource;
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use clap_complete::Shell;
 use std::collections::BTreeSet;
-use std::io::Write;
-use std::path::PathBuf;
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 use swiglu_db::TuningDb;
 use swiglu_kernels::families::Family;
@@ -38,7 +38,7 @@ use swiglu_runtime::nvrtc::Nvrtc;
 #[command(name = "swiglu-tune", version)]
 #[command(
     after_help = "Examples:\n  swiglu-tune --gpu auto --model llama-3-8b --dtype bf16\n  swiglu-tune report\n  swiglu-tune doctor\n\n\
-    Exit codes: 0 done, 1 failed, 2 wrong usage."
+    Exit codes: 0 done, 1 failed, 2 wrong usage; of tuning 130 and 143 where Ctrl-C and SIGTERM ended it, what is finished is kept."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -116,7 +116,7 @@ struct TuneArgs {
     #[arg(long, value_name = "auto|all|cpu|N")]
     gpu: Option<GpuChoice>,
     /// Model preset to tune; without --model and --shapes all presets, most used first.
-    #[arg(long, value_name = "NAME", conflicts_with = "shapes")]
+    #[arg(long, value_name = "NAME", conflicts_with = "shapes", value_parser = workload::model_name)]
     model: Option<String>,
     /// TOML file of shapes: `[[shape]]` tables with n, k and optionally m, dtype, layout.
     #[arg(long, value_name = "FILE.toml")]
@@ -165,14 +165,28 @@ struct TuneArgs {
     fault: Vec<fault::Fault>,
 }
 
-/// The command line, and an option of tuning that stands before a subcommand, where it has no effect.
+/// The command line, and what is wrong with an option of tuning that stands before a subcommand, where it has no effect.
 pub(crate) fn parse() -> (Cli, Option<String>) {
     let matches = Cli::command().get_matches();
+    let misplaced = misplaced(&matches);
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    (cli, misplaced)
+}
+
+fn misplaced(matches: &ArgMatches) -> Option<String> {
+    let (subcommand, _) = matches.subcommand()?;
     let tuning = TuneArgs::augment_args(clap::Command::new("swiglu-tune"));
     let given = |arg: &&clap::Arg| matches.value_source(arg.get_id().as_str()) == Some(ValueSource::CommandLine);
-    let misplaced = matches.subcommand().and_then(|_| tuning.get_arguments().find(given)).and_then(clap::Arg::get_long);
-    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
-    (cli, misplaced.map(|name| format!("--{name}")))
+    let option = tuning.get_arguments().find(given)?.get_long()?;
+    let is_taken = Cli::command().find_subcommand(subcommand).is_some_and(|command| takes(command, option));
+    let mend = if is_taken { "give it after" } else { "leave it out" };
+    Some(format!("--{option} tunes; before `{subcommand}` it has no effect, {mend}"))
+}
+
+/// Whether `command`, or one below it, has an option of this name.
+fn takes(command: &clap::Command, option: &str) -> bool {
+    let mut arguments = command.get_arguments();
+    arguments.any(|arg| arg.get_long() == Some(option)) || command.get_subcommands().any(|below| takes(below, option))
 }
 
 #[derive(Debug, Subcommand)]
@@ -219,6 +233,11 @@ enum Command {
 }
 
 impl Cli {
+    /// Whether all there is to do is to print: neither to tune nor to work for who does.
+    pub(crate) fn prints_answers(&self) -> bool {
+        !matches!(self.command, None | Some(Command::Worker(_)))
+    }
+
     /// What a worker is to be told of this command line.
     fn for_workers(&self) -> Vec<String> {
         let log = match self.log {
@@ -236,8 +255,8 @@ impl Cli {
 
 pub(crate) fn run(cli: &Cli, misplaced: Option<&str>) -> Result<ExitCode> {
     let options = cli.places.options();
-    if let Some(option) = misplaced {
-        bail_usage(&format!("{option} tunes; before a subcommand it has no effect, give it after or leave it out"));
+    if let Some(why) = misplaced {
+        bail_usage(why);
     }
     match &cli.command {
         None => run_tune(cli, &options),
@@ -293,7 +312,7 @@ fn run_tune(cli: &Cli, options: &Options) -> Result<ExitCode> {
     let budget = args.budget.or(whole_default.then_some(600)).map(Duration::from_secs);
     let signal = Arc::new(AtomicBool::new(false));
     let stop = Stop::new(Arc::clone(&signal), budget);
-    ctrlc::set_handler(move || signal.store(true, Ordering::Relaxed)).context("installing the Ctrl-C handler")?;
+    on_signals(signal).context("installing the Ctrl-C handler")?;
     let crew = crew(cli, &devices, &stop)?;
     let records = db.records()?;
     let classes: BTreeSet<&str> = crew.measuring.iter().map(|worker| worker.facts.device.class.as_str()).collect();
@@ -315,8 +334,29 @@ fn run_tune(cli: &Cli, options: &Options) -> Result<ExitCode> {
     };
     let summary = tune(&order, crew, &mut db, logbook)?;
     tell(&summary, &name, begun.elapsed(), &stop);
-    println!("{}", dir.display());
-    Ok(if summary.without_winner + summary.unraced > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    print_place(&dir)?;
+    Ok(exit_code(&summary, exit_code_of_signal()).into())
+}
+
+/// Of a run that has come to its end, or was stopped by what `of_signal` stands for. A budget that is spent is no failure, unless
+/// nothing came of it.
+fn exit_code(summary: &Summary, of_signal: Option<u8>) -> u8 {
+    let Summary { tuned, left, without_winner, unraced, illegal, .. } = *summary;
+    if let Some(code) = of_signal.filter(|_| left > 0) {
+        return code;
+    }
+    let in_vain = left > 0 && tuned == 0;
+    u8::from(in_vain || without_winner + unraced + illegal > 0)
+}
+
+/// Prints where the results are. That nobody reads it any more takes nothing from them.
+fn print_place(dir: &Path) -> Result<()> {
+    match writeln!(std::io::stdout(), "{}", dir.display()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(error).context("printing the folder of the database")
+        }
+        _ => Ok(()),
+    }
 }
 
 fn tell(summary: &Summary, device: &str, elapsed: Duration, stop: &Stop) {
@@ -341,23 +381,23 @@ fn tell(summary: &Summary, device: &str, elapsed: Duration, stop: &Stop) {
 
 /// The devices to tune on, each by its number. `auto` falls to the CPU where there is no driver or GPU, and says so.
 fn devices(choice: GpuChoice) -> Result<Vec<GpuChoice>> {
-    match (choice, gpu::count()) {
-        (GpuChoice::Cpu, _) => Ok(vec![GpuChoice::Cpu]),
-        (GpuChoice::Ordinal(ordinal), Ok(count)) if ordinal < count => Ok(vec![choice]),
-        (GpuChoice::Ordinal(ordinal), Ok(count)) => {
-            Err(GpuError::NoDevice { ordinal, count: i32::try_from(count).unwrap_or(i32::MAX) }.into())
-        }
-        (GpuChoice::Auto, Ok(1..)) => Ok(vec![GpuChoice::Ordinal(0)]),
-        (GpuChoice::All, Ok(count @ 1..)) => Ok((0..count).map(GpuChoice::Ordinal).collect()),
-        (GpuChoice::Auto | GpuChoice::All, Ok(0)) => {
-            notice("no GPU: the driver lists none. Tuning the CPU backend");
-            Ok(vec![GpuChoice::Cpu])
-        }
-        (GpuChoice::Auto | GpuChoice::All, Err(why @ GpuError::Missing(_))) => {
-            notice(format!("no GPU: {why}. Tuning the CPU backend"));
-            Ok(vec![GpuChoice::Cpu])
-        }
-        (_, Err(why)) => Err(why.into()),
+    let none = |why: &str| {
+        notice(format!("no GPU: {why}. Tuning the CPU backend"));
+        Ok(vec![GpuChoice::Cpu])
+    };
+    match choice {
+        GpuChoice::Cpu => Ok(vec![choice]),
+        GpuChoice::Ordinal(ordinal) => match gpu::count()? {
+            count if ordinal < count => Ok(vec![choice]),
+            count => Err(GpuError::NoDevice { ordinal, count: i32::try_from(count).unwrap_or(i32::MAX) }.into()),
+        },
+        GpuChoice::Auto | GpuChoice::All => match gpu::count() {
+            Ok(0) => none("the driver lists none"),
+            Ok(_) if choice == GpuChoice::Auto => Ok(vec![GpuChoice::Ordinal(0)]),
+            Ok(count) => Ok((0..count).map(GpuChoice::Ordinal).collect()),
+            Err(why @ GpuError::Missing(_)) => none(&why.to_string()),
+            Err(why) => Err(why.into()),
+        },
     }
 }
 
@@ -370,19 +410,20 @@ fn crew(cli: &Cli, devices: &[GpuChoice], stop: &Stop) -> Result<Crew> {
         Recipe { args, patience, stop: stop.clone() }
     };
     let start = |device: &GpuChoice| {
-        let number = match device {
-            GpuChoice::Ordinal(ordinal) => ordinal.to_string(),
-            GpuChoice::Auto | GpuChoice::All | GpuChoice::Cpu => "cpu".into(),
+        let (number, name) = match device {
+            GpuChoice::Ordinal(ordinal) => (ordinal.to_string(), format!("GPU {ordinal}")),
+            GpuChoice::Auto | GpuChoice::All | GpuChoice::Cpu => ("cpu".into(), "the CPU".into()),
         };
         let faults = cli.tune.fault.iter().flat_map(|fault| ["--fault".into(), fault.to_string()]);
         let role: Vec<String> = ["--gpu".into(), number].into_iter().chain(faults).collect();
-        Worker::start(recipe(&role, patience, stop))
+        Worker::start(recipe(&role, patience, stop)).with_context(|| format!("the worker on {name}"))
     };
     let measuring = devices.iter().map(start).collect::<Result<Vec<_>>>()?;
     let stop = stop.clone();
     // A large source alone may take a compiler longer than any candidate runs.
     let compiling = move |arch: &str| {
         Worker::start(recipe(&["--compile-for".into(), arch.into()], patience.saturating_mul(5), &stop))
+            .with_context(|| format!("the worker that compiles for {arch}"))
     };
     Ok(Crew { measuring, compiling: Box::new(compiling) })
 }
@@ -441,4 +482,40 @@ fn bail_usage(message: &str) -> ! {
 pub(crate) fn gpu_family(text: &str) -> Result<Family, String> {
     let family: Family = text.parse().map_err(|error| format!("{error}"))?;
     if family == Family::Cpu { Err("the CPU family has no CUDA source".into()) } else { Ok(family) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_that_was_stopped_tells_by_what_and_one_that_achieved_nothing_failed() {
+        let done = Summary { tuned: 1, ..Summary::default() };
+        for (summary, of_signal, expected) in [
+            (Summary::default(), None, 0),
+            (done, None, 0),
+            (done, Some(130), 0),
+            (Summary { left: 1, ..done }, None, 0),
+            (Summary { left: 1, ..done }, Some(143), 143),
+            (Summary { left: 1, unraced: 1, ..done }, Some(130), 130),
+            (Summary { left: 1, already: 1, ..Summary::default() }, None, 1),
+            (Summary { without_winner: 1, ..done }, None, 1),
+            (Summary { unraced: 1, ..done }, None, 1),
+            (Summary { illegal: 1, ..done }, None, 1),
+        ] {
+            assert_eq!(exit_code(&summary, of_signal), expected, "{summary:?} {of_signal:?}");
+        }
+    }
+
+    #[test]
+    fn ops_that_the_cpu_has_not_are_left_out_where_it_stands_in_for_a_gpu() {
+        let ops = |ops: &[Op], choice| cpu_ops(ops.to_vec(), choice).map_err(|error| error.to_string());
+        let [both, none] = [[Op::ForwardSave, Op::Down], [Op::Down, Op::ForwardStatic]];
+        for choice in [GpuChoice::Auto, GpuChoice::All] {
+            assert_eq!(ops(&both, choice), Ok(vec![Op::ForwardSave]));
+            assert!(ops(&none, choice).unwrap_err().contains("`down`"));
+        }
+        assert!(ops(&both, GpuChoice::Cpu).unwrap_err().contains("`down`"));
+        assert_eq!(ops(&both[..1], GpuChoice::Cpu), Ok(vec![Op::ForwardSave]));
+    }
 }

@@ -35,9 +35,11 @@ mod workload;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    // `swiglu-tune report | head` ends quietly, as other commands do.
-    sigpipe::reset();
     let (cli, misplaced) = cli::parse();
+    if cli.prints_answers() {
+        // `swiglu-tune report | head` ends quietly, as other commands do. Who writes to another process must outlive it.
+        sigpipe::reset();
+    }
     log::start(cli.log, cli.verbose);
     match cli::run(&cli, misplaced.as_deref()) {
         Ok(code) => code,

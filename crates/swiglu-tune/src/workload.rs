@@ -93,6 +93,14 @@ fn models() -> Result<Vec<Model>> {
     Ok(models.model)
 }
 
+/// The name of a preset, for an argument.
+pub(crate) fn model_name(text: &str) -> Result<String, String> {
+    match preset(Some(text), &[], &[]) {
+        Ok(_) => Ok(text.into()),
+        Err(why) => Err(format!("{why:#}")),
+    }
+}
+
 /// One model's problems; every preset but `tiny` where `name` is `None`.
 pub(crate) fn preset(name: Option<&str>, dtypes: &[DType], layouts: &[WeightLayout]) -> Result<Vec<Group>> {
     let models = models()?;
