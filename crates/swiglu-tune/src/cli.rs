@@ -5,7 +5,7 @@ use crate::log::{LogFormat, notice};
 use crate::metrics::Logbook;
 use crate::remote::{Recipe, Worker};
 use crate::search::Search;
-use crate::stop::{Stop, exit_code_of_signal, on_signals};
+use crate::stop::{Signal, Stop};
 use crate::tune::{Crew, Order, Summary, tune};
 use crate::workload::{self, Group, OpChoice};
 use crate::{bench, compile, db, doctor, fault, inspect, records, regret, report, why, worker};
@@ -310,9 +310,9 @@ fn run_tune(cli: &Cli, options: &Options) -> Result<ExitCode> {
     let mut db = TuningDb::open(&dir).context("opening the tuning database")?;
     let whole_default = args.model.is_none() && args.shapes.is_none();
     let budget = args.budget.or(whole_default.then_some(600)).map(Duration::from_secs);
-    let signal = Arc::new(AtomicBool::new(false));
-    let stop = Stop::new(Arc::clone(&signal), budget);
-    on_signals(signal).context("installing the Ctrl-C handler")?;
+    let told = Arc::new(AtomicBool::new(false));
+    let signal = Signal::heard_by(&told).context("installing the Ctrl-C handler")?;
+    let stop = Stop::new(told, budget);
     let crew = crew(cli, &devices, &stop)?;
     let records = db.records()?;
     let classes: BTreeSet<&str> = crew.measuring.iter().map(|worker| worker.facts.device.class.as_str()).collect();
@@ -335,7 +335,7 @@ fn run_tune(cli: &Cli, options: &Options) -> Result<ExitCode> {
     let summary = tune(&order, crew, &mut db, logbook)?;
     tell(&summary, &name, begun.elapsed(), &stop);
     print_place(&dir)?;
-    Ok(exit_code(&summary, exit_code_of_signal()).into())
+    Ok(exit_code(&summary, signal.exit_code()).into())
 }
 
 /// Of a run that has come to its end, or was stopped by what `of_signal` stands for. A budget that is spent is no failure, unless

@@ -1,48 +1,34 @@
 //! What ends a run early: Ctrl-C or another signal, or the end of its budget.
-#![allow(unsafe_code, reason = "a handler that tells one signal from another is set through C")]
 
-use std::ffi::c_int;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::flag;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// The numbers of SIGHUP, SIGINT and SIGTERM, the same on every Unix.
-const ENDING: [u8; 3] = [1, 2, 15];
+/// The signals that end a run, once what is being done has been kept.
+const ENDING: [i32; 3] = [SIGHUP, SIGINT, SIGTERM];
 
-/// The signal that came last; 0 before one did.
-static CAME: AtomicU8 = AtomicU8::new(0);
-/// What is set when one comes.
-static TOLD: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+/// Which of them came last.
+#[derive(Debug, Default)]
+pub(crate) struct Signal(Arc<AtomicUsize>);
 
-unsafe extern "C" {
-    fn signal(number: c_int, handler: extern "C" fn(c_int)) -> usize;
-}
-
-/// Only atomics: it may interrupt anything.
-extern "C" fn note(number: c_int) {
-    CAME.store(u8::try_from(number).unwrap_or(0), Ordering::Relaxed);
-    if let Some(told) = TOLD.get() {
-        told.store(true, Ordering::Relaxed);
-    }
-}
-
-/// Has Ctrl-C, SIGTERM and SIGHUP set `told` instead of ending the process.
-pub(crate) fn on_signals(told: Arc<AtomicBool>) -> io::Result<()> {
-    const SIG_ERR: usize = usize::MAX;
-    TOLD.get_or_init(|| told);
-    for number in ENDING {
-        // SAFETY: C's own declaration; the handler lives as long as the process and does what a handler may.
-        if unsafe { signal(c_int::from(number), note) } == SIG_ERR {
-            return Err(io::Error::last_os_error());
+impl Signal {
+    /// Has Ctrl-C, SIGTERM and SIGHUP set `told` instead of ending the process.
+    pub(crate) fn heard_by(told: &Arc<AtomicBool>) -> io::Result<Self> {
+        let came = Arc::default();
+        for number in ENDING {
+            flag::register_usize(number, Arc::clone(&came), number.unsigned_abs() as usize)?;
+            flag::register(number, Arc::clone(told))?;
         }
+        Ok(Self(came))
     }
-    Ok(())
-}
 
-/// What a process returns that a signal has ended, as shells count; `None` where none came.
-pub(crate) fn exit_code_of_signal() -> Option<u8> {
-    Some(CAME.load(Ordering::Relaxed)).filter(|&number| number != 0).map(|number| 128 + number)
+    /// What a process returns that a signal has ended, as shells count; `None` where none came.
+    pub(crate) fn exit_code(&self) -> Option<u8> {
+        u8::try_from(self.0.load(Ordering::Relaxed)).ok().filter(|&number| number != 0).map(|number| 128 + number)
+    }
 }
 
 /// Shared by everything that works on one run.

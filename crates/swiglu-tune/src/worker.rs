@@ -8,6 +8,7 @@ use crate::fault::{Fault, Faulty};
 use crate::gpu_subject::{Compiled, GpuLab, GpuSubject};
 use crate::protocol::{Facts, Reply, Request};
 use crate::race::{Conditions, Failure, Subject};
+use crate::stop::Signal;
 use crate::telemetry::Telemetry;
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -15,6 +16,7 @@ use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, Write};
 use std::process::{self, ExitCode};
+use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use swiglu_kernels::{Config, Problem, arch, render};
@@ -42,7 +44,7 @@ pub(crate) fn run(args: &WorkerArgs, options: &Options) -> Result<ExitCode> {
     let _ = rlimit::setrlimit(rlimit::Resource::CORE, 0, 0);
     let _ = rlimit::increase_nofile_limit(u64::MAX);
     // Ctrl-C reaches the whole process group; the tuner decides what is still to be finished.
-    ctrlc::set_handler(|| ()).context("ignoring Ctrl-C")?;
+    Signal::heard_by(&Arc::default()).context("ignoring Ctrl-C")?;
     let requests = requests();
     let worked = match (&args.compile_for, args.gpu) {
         (Some(name), _) => compile_on_request(name, options, &requests),
