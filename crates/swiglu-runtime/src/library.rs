@@ -1,34 +1,185 @@
-//! Finds and loads the NVIDIA libraries before cudarc touches them, because cudarc panics when one is missing.
+//! Finds and loads the NVIDIA libraries before cudarc touches them, because cudarc panics when one is missing or lacks a
+//! function.
 //!
-//! Contract: a library is only loaded, never called here; the handles live as long as the process.
+//! Contract: a library is only loaded, never called here; the handles of accepted ones live as long as the process.
 #![allow(unsafe_code, reason = "loading a shared library runs its initialisers")]
 
+use cudarc::{cublaslt, driver, nvrtc};
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use std::ffi::c_void;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// A library that is not there, and what to do about it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{library} was not found ({looked_in}); {fix}")]
+#[error("{library} was not found ({looked_in}{}); {fix}", told(.incomplete))]
 pub struct MissingLibrary {
     /// What it is, e.g. "the NVIDIA driver (libcuda.so.1)".
     pub library: &'static str,
     /// Where it was looked for.
     pub looked_in: String,
+    /// What has its name and is not it.
+    pub incomplete: Vec<Incomplete>,
     /// What to install or set.
     pub fix: &'static str,
 }
 
-/// Loads a library for the rest of the process; true when that worked.
-fn load(path: &Path) -> bool {
-    // SAFETY: only NVIDIA's own libraries are named here; their initialisers have no preconditions.
-    match unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) } {
-        Ok(library) => {
-            std::mem::forget(library);
-            true
+/// A file that has the name of a library, but not its functions.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{}` has no function `{symbol}`: it is not NVIDIA's, or too old", file.display())]
+pub struct Incomplete {
+    /// The file, or the name that the loader path has it under.
+    pub file: PathBuf,
+    /// The first function that it lacks.
+    pub symbol: &'static str,
+}
+
+fn told(incomplete: &[Incomplete]) -> String {
+    incomplete.iter().map(|file| format!("; {file}")).collect()
+}
+
+/// What a library must have.
+struct Needed {
+    /// The functions that are called, so that none is found missing later.
+    symbols: &'static [&'static str],
+    bindings: Bindings,
+}
+
+/// How cudarc finds a library.
+#[derive(Clone, Copy)]
+struct Bindings {
+    /// The name that it tries first.
+    name: &'static str,
+    /// Whether it finds one.
+    is_present: fn() -> bool,
+    /// Whether the one it finds has a function. Asked only where there is one.
+    has: fn(&str) -> bool,
+}
+
+macro_rules! bindings {
+    ($library:ident, $name:literal) => {
+        Bindings {
+            name: $name,
+            // SAFETY: only opens what is loaded already, or the loader's own.
+            is_present: || unsafe { $library::sys::is_culib_present() },
+            // SAFETY: there is one, so this does not panic; the address is looked up and not used.
+            has: |symbol| unsafe { $library::sys::culib().get::<*const c_void>(symbol.as_bytes()) }.is_ok(),
         }
-        Err(_) => false,
+    };
+}
+
+const DRIVER: Needed = Needed {
+    symbols: &[
+        "cuInit",
+        "cuGetErrorName",
+        "cuGetErrorString",
+        "cuDriverGetVersion",
+        "cuDeviceGetCount",
+        "cuDeviceGet",
+        "cuDeviceGetName",
+        "cuDeviceGetAttribute",
+        "cuDevicePrimaryCtxRetain",
+        "cuDevicePrimaryCtxRelease_v2",
+        "cuCtxGetCurrent",
+        "cuCtxSetCurrent",
+        "cuCtxGetDevice",
+        "cuModuleLoadData",
+        "cuModuleGetFunction",
+        "cuModuleUnload",
+        "cuFuncSetAttribute",
+        "cuLaunchKernelEx",
+        "cuTensorMapEncodeTiled",
+        "cuMemAllocAsync",
+        "cuMemAllocFromPoolAsync",
+        "cuMemFreeAsync",
+        "cuMemPoolCreate",
+        "cuMemPoolSetAttribute",
+        "cuMemsetD2D8Async",
+        "cuStreamSynchronize",
+    ],
+    bindings: bindings!(driver, "libcuda.so"),
+};
+
+const NVRTC: Needed = Needed {
+    symbols: &[
+        "nvrtcVersion",
+        "nvrtcGetNumSupportedArchs",
+        "nvrtcGetSupportedArchs",
+        "nvrtcCreateProgram",
+        "nvrtcCompileProgram",
+        "nvrtcDestroyProgram",
+        "nvrtcGetProgramLogSize",
+        "nvrtcGetProgramLog",
+        "nvrtcGetCUBINSize",
+        "nvrtcGetCUBIN",
+    ],
+    bindings: bindings!(nvrtc, "libnvrtc.so"),
+};
+
+const CUBLASLT: Needed = Needed {
+    symbols: &[
+        "cublasLtCreate",
+        "cublasLtDestroy",
+        "cublasLtMatmul",
+        "cublasLtMatmulAlgoGetHeuristic",
+        "cublasLtMatmulDescCreate",
+        "cublasLtMatmulDescDestroy",
+        "cublasLtMatmulDescSetAttribute",
+        "cublasLtMatmulPreferenceCreate",
+        "cublasLtMatmulPreferenceDestroy",
+        "cublasLtMatmulPreferenceSetAttribute",
+        "cublasLtMatrixLayoutCreate",
+        "cublasLtMatrixLayoutDestroy",
+    ],
+    bindings: bindings!(cublaslt, "libcublasLt.so"),
+};
+
+/// A search for one library, with what had its name and was not it.
+struct Search {
+    needed: Needed,
+    incomplete: Vec<Incomplete>,
+}
+
+impl Search {
+    fn new(needed: Needed) -> Self {
+        Self { needed, incomplete: Vec::new() }
     }
+
+    /// Loads a file for the rest of the process if it has every function; true when that worked.
+    fn load(&mut self, file: &Path) -> bool {
+        let Some(library) = open(file) else { return false };
+        // SAFETY: the address is looked up and not used.
+        let lacks = |symbol: &&&str| unsafe { library.get::<*const c_void>(**symbol) }.is_err();
+        if let Some(symbol) = self.needed.symbols.iter().find(lacks) {
+            self.refuse(file, symbol);
+            return false;
+        }
+        std::mem::forget(library);
+        self.bindings_agree()
+    }
+
+    /// Whether what cudarc finds by its own names, which may be another file, has every function too.
+    fn bindings_agree(&mut self) -> bool {
+        let Bindings { name, is_present, has } = self.needed.bindings;
+        if !is_present() {
+            return true;
+        }
+        let Some(symbol) = self.needed.symbols.iter().find(|symbol| !has(symbol)) else { return true };
+        self.refuse(Path::new(name), symbol);
+        false
+    }
+
+    fn refuse(&mut self, file: &Path, symbol: &'static str) {
+        let incomplete = Incomplete { file: file.to_path_buf(), symbol };
+        if !self.incomplete.contains(&incomplete) {
+            self.incomplete.push(incomplete);
+        }
+    }
+}
+
+fn open(file: &Path) -> Option<Library> {
+    // SAFETY: only NVIDIA's own libraries are named here; their initialisers have no preconditions.
+    unsafe { Library::open(Some(file), RTLD_NOW | RTLD_GLOBAL) }.ok()
 }
 
 /// Loads the driver library.
@@ -36,14 +187,19 @@ fn load(path: &Path) -> bool {
 /// # Errors
 /// [`MissingLibrary`] when there is none.
 pub fn driver() -> Result<(), MissingLibrary> {
-    static FOUND: OnceLock<bool> = OnceLock::new();
-    let found = *FOUND.get_or_init(|| ["libcuda.so.1", "libcuda.so"].iter().any(|name| load(Path::new(name))));
-    if found {
+    static FOUND: OnceLock<Result<(), MissingLibrary>> = OnceLock::new();
+    FOUND.get_or_init(find_driver).clone()
+}
+
+fn find_driver() -> Result<(), MissingLibrary> {
+    let mut search = Search::new(DRIVER);
+    if ["libcuda.so.1", "libcuda.so"].iter().any(|name| search.load(Path::new(name))) {
         return Ok(());
     }
     Err(MissingLibrary {
         library: "the NVIDIA driver (libcuda.so.1)",
         looked_in: "loader path".into(),
+        incomplete: search.incomplete,
         fix: "install the NVIDIA driver, or run on the CPU",
     })
 }
@@ -68,17 +224,22 @@ pub fn nvrtc(explicit: Option<&Path>) -> Result<PathBuf, MissingLibrary> {
 }
 
 fn find_nvrtc(explicit: Option<&Path>) -> Result<PathBuf, MissingLibrary> {
+    let mut search = Search::new(NVRTC);
     let folders = match explicit {
-        Some(path) if path.is_file() => return load_nvrtc(path).ok_or_else(|| missing_nvrtc(explicit, &[])),
+        Some(path) if path.is_file() => {
+            let found = load_nvrtc(&mut search, path).then(|| path.to_path_buf());
+            return found.ok_or_else(|| missing_nvrtc(explicit, &[], search));
+        }
         Some(folder) => wheel_folders(folder),
         None => library_folders(),
     };
-    let found =
-        folders.iter().flat_map(|folder| versions_in(folder, "libnvrtc.so.")).find_map(|path| load_nvrtc(&path));
-    let by_name =
-        || ["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"].map(Path::new).into_iter().find(|name| load(name));
-    let found = found.or_else(|| explicit.is_none().then(by_name).flatten().map(Path::to_path_buf));
-    found.ok_or_else(|| missing_nvrtc(explicit, &folders))
+    let mut files = folders.iter().flat_map(|folder| versions_in(folder, "libnvrtc.so."));
+    let names = ["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"].map(PathBuf::from);
+    let found = match files.find(|path| load_nvrtc(&mut search, path)) {
+        None if explicit.is_none() => names.into_iter().find(|name| search.load(name)),
+        found => found,
+    };
+    found.ok_or_else(|| missing_nvrtc(explicit, &folders, search))
 }
 
 /// Loads cuBLASLt, which is optional, and tells where it was found: a toolkit, the pip wheels, the loader path.
@@ -86,21 +247,25 @@ fn find_nvrtc(explicit: Option<&Path>) -> Result<PathBuf, MissingLibrary> {
 /// # Errors
 /// [`MissingLibrary`] when there is none.
 pub fn cublaslt() -> Result<PathBuf, MissingLibrary> {
-    static FOUND: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let find = || {
-        let folders = library_folders();
-        let found = folders.iter().flat_map(|folder| versions_in(folder, "libcublasLt.so.")).find(|path| load(path));
-        let names = ["libcublasLt.so", "libcublasLt.so.13", "libcublasLt.so.12"].map(PathBuf::from);
-        found.or_else(|| names.into_iter().find(|name| load(name)))
-    };
-    FOUND.get_or_init(find).clone().ok_or(MissingLibrary {
+    static FOUND: OnceLock<Result<PathBuf, MissingLibrary>> = OnceLock::new();
+    FOUND.get_or_init(find_cublaslt).clone()
+}
+
+fn find_cublaslt() -> Result<PathBuf, MissingLibrary> {
+    let mut search = Search::new(CUBLASLT);
+    let files = library_folders().into_iter().flat_map(|folder| versions_in(&folder, "libcublasLt.so."));
+    let names = ["libcublasLt.so", "libcublasLt.so.13", "libcublasLt.so.12"].map(PathBuf::from);
+    // One of a version that the bindings do not know by name would be none to them, and a panic.
+    let is_known = CUBLASLT.bindings.is_present;
+    files.chain(names).find(|path| search.load(path) && is_known()).ok_or(MissingLibrary {
         library: "cuBLASLt (libcublasLt.so)",
         looked_in: "toolkits, pip wheels, loader path".into(),
+        incomplete: search.incomplete,
         fix: "run `pip install nvidia-cublas`, or go without it",
     })
 }
 
-fn missing_nvrtc(explicit: Option<&Path>, folders: &[PathBuf]) -> MissingLibrary {
+fn missing_nvrtc(explicit: Option<&Path>, folders: &[PathBuf], search: Search) -> MissingLibrary {
     let listed = folders.iter().map(|folder| folder.display().to_string());
     MissingLibrary {
         library: "NVRTC (libnvrtc.so)",
@@ -108,18 +273,19 @@ fn missing_nvrtc(explicit: Option<&Path>, folders: &[PathBuf]) -> MissingLibrary
             Some(place) => format!("{}, as was asked", place.display()),
             None => listed.chain(["loader path".to_owned()]).collect::<Vec<_>>().join(", "),
         },
+        incomplete: search.incomplete,
         fix: "run `pip install nvidia-cuda-nvrtc`, or set SWIGLU_NVRTC to libnvrtc or its folder",
     }
 }
 
 /// Loads builtins, then NVRTC.
-fn load_nvrtc(path: &Path) -> Option<PathBuf> {
+fn load_nvrtc(search: &mut Search, path: &Path) -> bool {
     if let Some(folder) = path.parent() {
         for builtins in files_starting_with(folder, "libnvrtc-builtins.so") {
-            load(&builtins);
+            std::mem::forget(open(&builtins));
         }
     }
-    load(path).then(|| path.to_path_buf())
+    search.load(path)
 }
 
 /// Versions of a library in one folder, the newest first.
@@ -183,5 +349,41 @@ mod tests {
         let file = folder.path().join("libnvrtc.so.13");
         std::fs::write(&file, "not a library").unwrap();
         assert!(find_nvrtc(Some(&file)).is_err());
+    }
+
+    /// A library that has these functions and no others, where the C++ compiler of the emulation is.
+    fn stub(file: &Path, functions: &[&str]) {
+        let text = file.with_extension("cpp");
+        let lines: String =
+            functions.iter().map(|name| format!("extern \"C\" int {name}() {{ return 0; }}\n")).collect();
+        std::fs::write(&text, lines).unwrap();
+        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+        let compiled =
+            std::process::Command::new(compiler).args(["-shared", "-fPIC", "-o"]).args([file, &text]).output();
+        assert!(compiled.unwrap().status.success(), "a C++ compiler is needed, `apt install g++`");
+    }
+
+    #[test]
+    fn a_file_without_every_function_is_no_library_and_the_first_that_lacks_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        for needed in [DRIVER, NVRTC, CUBLASLT] {
+            let symbols = needed.symbols;
+            for count in [0, 1, symbols.len() - 1] {
+                let file = folder.path().join(format!("lib{}{count}.so", symbols[0]));
+                stub(&file, &symbols[..count]);
+                let mut search = Search::new(Needed { ..needed });
+                assert!(!search.load(&file), "{}", symbols[0]);
+                assert_eq!(search.incomplete, [Incomplete { file, symbol: symbols[count] }]);
+            }
+        }
+        let file = folder.path().join("libnvrtc.so.13");
+        stub(&file, &["nvrtcVersion"]);
+        for place in [&file, folder.path()] {
+            let error = find_nvrtc(Some(place)).unwrap_err();
+            let incomplete = [Incomplete { file: file.clone(), symbol: "nvrtcGetNumSupportedArchs" }];
+            assert_eq!(error.incomplete, incomplete);
+            let text = error.to_string();
+            assert!(text.contains("`nvrtcGetNumSupportedArchs`") && text.contains("libnvrtc.so.13"), "{text}");
+        }
     }
 }
