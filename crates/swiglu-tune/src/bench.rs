@@ -10,6 +10,7 @@ use crate::bench_steps;
 use crate::cli::open_gpu_lab;
 use crate::device_memory::GuardedBuffer;
 use crate::gpu_subject::{GpuLab, Stopwatch, TimedGraph};
+use crate::log::emit;
 use crate::race::{Failure, interval, quantile};
 use crate::report::{geometric_mean, terminal_table};
 use crate::{records, workload};
@@ -185,13 +186,13 @@ pub(crate) fn run(args: &BenchArgs, options: &Options) -> Result<ExitCode> {
         write(path, sheet::plot(device, &rows))?;
     }
     if args.seeds && !args.json {
-        println!("{device}\n{}", seeds::tables(&rows));
+        emit(format_args!("{device}\n{}\n", seeds::tables(&rows)))?;
         return Ok(ExitCode::SUCCESS);
     }
     if args.json {
         print_json(&lab, &rows)?;
     } else {
-        print_table(&rows);
+        emit(figures(&rows))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -200,8 +201,7 @@ fn print_json(lab: &GpuLab, rows: &impl Serialize) -> Result<()> {
     let date = jiff::Timestamp::now().to_string();
     let driver = crate::doctor::driver_version().unwrap_or_default();
     let head = serde_json::json!({ "device": lab.gpu.device, "driver": driver, "nvrtc": lab.nvrtc.version_string(), "date": date, "rows": rows });
-    println!("{}", serde_json::to_string_pretty(&head)?);
-    Ok(())
+    emit(serde_json::to_string_pretty(&head)? + "\n")
 }
 
 /// The fastest of what `records` have of `problem` on this device, among the configs that are `wanted`.
@@ -416,7 +416,7 @@ pub(crate) fn fastest<T>(
     best.map(|(_, choice)| choice).ok_or_else(|| Failure::new("launch", "no way to launch the peer works"))
 }
 
-fn print_table(rows: &[Row]) {
+fn figures(rows: &[Row]) -> String {
     let mut table = terminal_table([
         "op",
         "dtype",
@@ -456,12 +456,11 @@ fn print_table(rows: &[Row]) {
             format!("{:.2}", row.problem.bytes() / row.ours_us * 1e-6),
         ]);
     }
-    println!("{table}");
     // Of no row it is that of no ratio.
     let geomean = |ratio: fn(&Row) -> f64| geometric_mean(rows.iter().map(ratio)).unwrap_or(1.0);
-    println!(
-        "geometric mean: {:.3} of the GEMM alone, {:.3} of GEMM + gate",
+    format!(
+        "{table}\ngeometric mean: {:.3} of the GEMM alone, {:.3} of GEMM + gate\n",
         geomean(|row| row.over_gemm),
         geomean(|row| row.over_gemm_and_gate)
-    );
+    )
 }

@@ -1,6 +1,6 @@
 //! `compile`: kernels through NVRTC for any architecture, without a GPU.
 
-use crate::log::notice;
+use crate::log::{emit, notice};
 use anyhow::Result;
 use clap::Args;
 use rand::rngs::SmallRng;
@@ -117,9 +117,9 @@ pub(crate) fn run(args: &CompileArgs, options: &Options) -> Result<ExitCode> {
             &most_registers.to_string(),
         ]);
     }
-    println!("{table}");
     let broken: usize = counts.values().map(|counts| counts.failed + counts.spilled).sum();
-    println!("{} compiled, {broken} failed or spilled, NVRTC {}", results.len(), nvrtc.version_string());
+    let (compiled, nvrtc) = (results.len(), nvrtc.version_string());
+    emit(format_args!("{table}\n{compiled} compiled, {broken} failed or spilled, NVRTC {nvrtc}\n"))?;
     Ok(if broken == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

@@ -1,8 +1,9 @@
-//! What goes to stderr: lines to read, or one JSON object a line and nothing between.
+//! What goes to stdout, results, and to stderr: lines to read, or one JSON object a line and nothing between.
 
+use anyhow::{Context, Result};
 use clap::ValueEnum;
 use std::fmt::Display;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::sync::OnceLock;
 use tracing_subscriber::EnvFilter;
 
@@ -22,7 +23,10 @@ pub(crate) fn start(format: LogFormat, verbose: bool) {
     let level = if verbose { "info" } else { "warn" };
     let filter = EnvFilter::builder().parse_lossy(format!("{level},notice=info,sled=error"));
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    let log = log.with_ansi(std::io::stderr().is_terminal());
+    // A line that cannot be written is lost: telling so would go the same way, and panic.
+    let log = log.log_internal_errors(false);
+    // On a terminal colours are as NO_COLOR has them, which the log reads itself.
+    let log = if std::io::stderr().is_terminal() { log } else { log.with_ansi(false) };
     match FORMAT.get_or_init(|| format) {
         LogFormat::Text => log.without_time().init(),
         LogFormat::Json => log.json().init(),
@@ -33,13 +37,25 @@ fn is_json() -> bool {
     FORMAT.get() == Some(&LogFormat::Json)
 }
 
+/// Prints a result as it stands, whose line's end is its own.
+pub(crate) fn emit(result: impl Display) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    let written = write!(stdout, "{result}").and_then(|()| stdout.flush());
+    written.context("standard output cannot be written")
+}
+
 /// Tells the user something.
 pub(crate) fn notice(message: impl Display) {
     if is_json() {
         tracing::info!(target: "notice", "{message}");
     } else {
-        eprintln!("{message}");
+        tell(message);
     }
+}
+
+/// A line on stderr; lost where that cannot be written, which there is no other place to say.
+fn tell(line: impl Display) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Tells why the command failed.
@@ -47,6 +63,6 @@ pub(crate) fn failure(error: &anyhow::Error) {
     if is_json() {
         tracing::error!("{error:#}");
     } else {
-        eprintln!("error: {error:#}");
+        tell(format_args!("error: {error:#}"));
     }
 }

@@ -1,5 +1,6 @@
 //! `regret`: what the search by the model would have lost, told from a database of an exhaustive run, without measuring.
 
+use crate::log::emit;
 use crate::race::quantile;
 use crate::records;
 use crate::report::{default_config, median_us, terminal_table};
@@ -51,9 +52,9 @@ pub(crate) fn run(args: &RegretArgs, options: &Options) -> Result<ExitCode> {
         );
     }
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&rows)?);
+        emit(serde_json::to_string_pretty(&rows)? + "\n")?;
     } else {
-        print_table(&rows);
+        emit(figures(&rows))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -122,7 +123,7 @@ fn row(records: &[Record], found: &[Record]) -> Option<(Row, Record)> {
     Some((row, winner.clone()))
 }
 
-fn print_table(rows: &[Row]) {
+fn figures(rows: &[Row]) -> String {
     let mut table = terminal_table([
         "op",
         "dtype",
@@ -159,15 +160,15 @@ fn print_table(rows: &[Row]) {
             row.regret_of_default.map_or_else(|| "-".into(), percent),
         ]);
     }
-    println!("{table}");
     let over = |name: &str, regrets: Vec<f64>| {
-        let worst = quantile(&regrets, 1.0);
-        println!("{name}: median {} %, worst {} %", percent(quantile(&regrets, 0.5)), percent(worst));
+        let [median, worst] = [0.5, 1.0].map(|at| percent(quantile(&regrets, at)));
+        format!("{name}: median {median} %, worst {worst} %\n")
     };
-    over("regret", rows.iter().map(|row| row.regret).collect());
-    over("regret without seeds", rows.iter().map(|row| row.regret_unseeded).collect());
-    over("regret of the default", rows.iter().filter_map(|row| row.regret_of_default).collect());
+    let all = over("regret", rows.iter().map(|row| row.regret).collect());
+    let unseeded = over("regret without seeds", rows.iter().map(|row| row.regret_unseeded).collect());
+    let default = over("regret of the default", rows.iter().filter_map(|row| row.regret_of_default).collect());
     let total = |count: fn(&Row) -> usize| rows.iter().map(count).sum::<usize>();
     let (picked, tried) = (total(|row| row.picked), total(|row| row.candidates));
-    println!("{} problems, {picked} of {tried} candidates, {:.1} %", rows.len(), 100.0 * picked as f64 / tried as f64);
+    let (problems, share) = (rows.len(), 100.0 * picked as f64 / tried as f64);
+    format!("{table}\n{all}{unseeded}{default}{problems} problems, {picked} of {tried} candidates, {share:.1} %\n")
 }

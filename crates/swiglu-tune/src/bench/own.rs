@@ -2,6 +2,7 @@
 
 use super::{BenchArgs, Peer, as_error, config_for, fastest_measured, interleave, medians, print_json, verified};
 use crate::gpu_subject::{GpuLab, Stopwatch};
+use crate::log::emit;
 use crate::race::{Failure, quantile};
 use crate::records;
 use crate::report::{geometric_mean, terminal_table};
@@ -64,7 +65,7 @@ pub(super) fn run(
     if args.json {
         print_json(lab, &rows)?;
     } else {
-        print_table(&rows);
+        emit(figures(&rows))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -86,7 +87,7 @@ fn bench(lab: &GpuLab, ours: Entrant, peer: Entrant, rounds: usize) -> Result<Ro
     Ok(Row { problem, config, source, ours_us, peer_config, peer_source, peer_us, over_peer })
 }
 
-fn print_table(rows: &[Row]) {
+fn figures(rows: &[Row]) -> String {
     let mut table = terminal_table([
         "dtype",
         "M",
@@ -120,12 +121,11 @@ fn print_table(rows: &[Row]) {
             format!("{:.0}", row.problem.bytes() / row.ours_us * 1e-3),
         ]);
     }
-    println!("{table}");
     let ratios: Vec<f64> = rows.iter().map(|row| row.over_peer).collect();
-    println!(
-        "peer/ours: geometric mean {:.3}, median {:.3}, least {:.3}",
+    format!(
+        "{table}\npeer/ours: geometric mean {:.3}, median {:.3}, least {:.3}\n",
         geometric_mean(ratios.iter().copied()).unwrap_or(1.0),
         quantile(&ratios, 0.5),
         quantile(&ratios, 0.0)
-    );
+    )
 }
