@@ -1,5 +1,6 @@
 //! `render` and `list`: what the generator makes, without compiling it.
 
+use crate::log::emit;
 use anyhow::{Context, Result};
 use clap::Args;
 use std::collections::BTreeMap;
@@ -13,9 +14,9 @@ pub(crate) struct ProblemArgs {
     /// Operation.
     #[arg(long, default_value = "forward")]
     pub(crate) op: Op,
-    /// Number format.
-    #[arg(long, default_value = "bf16")]
-    pub(crate) dtype: DType,
+    /// Number format [default: bf16 on a GPU, f32 on the CPU].
+    #[arg(long)]
+    pub(crate) dtype: Option<DType>,
     /// Weight layout.
     #[arg(long, default_value = "separate_nk")]
     pub(crate) layout: WeightLayout,
@@ -31,8 +32,22 @@ pub(crate) struct ProblemArgs {
 }
 
 impl ProblemArgs {
+    /// The problem on a GPU.
     pub(crate) fn problem(&self) -> Problem {
-        Problem::forward(self.dtype, self.layout.major(), self.m, self.n, self.k).with_op(self.op)
+        self.problem_in(DType::Bf16)
+    }
+
+    /// The problem on a device, whose default number format is the one that is tuned there.
+    pub(crate) fn problem_on(&self, target: Target) -> Problem {
+        match target {
+            Target::Gpu(_) => self.problem(),
+            Target::Cpu { .. } => self.problem_in(DType::F32),
+        }
+    }
+
+    fn problem_in(&self, default: DType) -> Problem {
+        let dtype = self.dtype.unwrap_or(default);
+        Problem::forward(dtype, self.layout.major(), self.m, self.n, self.k).with_op(self.op)
     }
 }
 
@@ -54,13 +69,13 @@ pub(crate) struct RenderArgs {
 /// Prints the source.
 pub(crate) fn render(args: &RenderArgs) -> Result<ExitCode> {
     let arch = arch::by_name(&args.arch)?;
-    let problem = args.problem.problem();
+    let problem = args.problem.problem_on(Target::Gpu(arch));
     let config = match (&args.config, args.family) {
         (Some(text), _) => serde_json::from_str::<Config>(text).context("--config is no config")?,
         (None, Some(family)) => families::default_of(family, &problem, arch)?,
         (None, None) => families::default_config(&problem, arch)?,
     };
-    print!("{}", generator::render(&problem, &config, arch)?.text);
+    emit(generator::render(&problem, &config, arch)?.text)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -78,11 +93,11 @@ pub(crate) struct ListArgs {
 
 /// Prints counts per family and rule.
 pub(crate) fn list(args: &ListArgs) -> Result<ExitCode> {
-    let problem = args.problem.problem();
     let target = match args.arch.as_str() {
         "cpu" => Target::Cpu { threads: swiglu_runtime::cpu::threads() },
         name => Target::Gpu(arch::by_name(name)?),
     };
+    let problem = args.problem.problem_on(target);
     let mut kept: BTreeMap<Family, Vec<Config>> = BTreeMap::new();
     let mut refused: BTreeMap<(Family, &'static str), (usize, String)> = BTreeMap::new();
     for config in families::space(&problem, target) {
@@ -99,9 +114,21 @@ pub(crate) fn list(args: &ListArgs) -> Result<ExitCode> {
     for ((family, rule), (count, example)) in &refused {
         table.add_row([family.name(), &count.to_string(), &format!("refused: {rule}"), example]);
     }
-    println!("{table}");
-    if args.configs {
-        kept.values().flatten().for_each(|config| println!("{config}"));
-    }
+    let listed = kept.values().flatten().filter(|_| args.configs).map(|config| format!("{config}\n"));
+    emit(format_args!("{table}\n{}", listed.collect::<String>()))?;
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_number_format_is_by_default_what_is_tuned_on_the_device() {
+        let args = |dtype| ProblemArgs { op: Op::Forward, dtype, layout: WeightLayout::SeparateNk, m: 4, n: 48, k: 32 };
+        let (gpu, cpu) = (Target::Gpu(arch::by_name("sm_80").unwrap()), Target::Cpu { threads: 4 });
+        assert_eq!(args(None).problem_on(gpu).dtype, DType::Bf16);
+        assert_eq!(args(None).problem_on(cpu).dtype, DType::F32);
+        assert_eq!(args(Some(DType::F16)).problem_on(cpu).dtype, DType::F16);
+    }
 }

@@ -161,12 +161,13 @@ pub(crate) fn median_us(record: &Record) -> f64 {
     record.measurement().map_or(f64::INFINITY, |measured| measured.median_us)
 }
 
-/// What would serve if nothing was tuned.
+/// What would serve if nothing was tuned; `None` where nothing runs the problem.
 pub(crate) fn default_config(problem: Problem, target: Target) -> Option<Config> {
-    match target {
+    let default = match target {
         Target::Gpu(arch) => families::default_config(&problem, arch).ok(),
         Target::Cpu { threads } => Some(Config::Cpu(families::cpu::default_config(threads))),
-    }
+    };
+    default.filter(|config| config.check(&problem, target).is_ok())
 }
 
 /// Why a record is not of what would run now.
@@ -287,4 +288,21 @@ fn kind(problem: &Problem) -> String {
 pub(crate) fn geometric_mean(ratios: impl Iterator<Item = f64>) -> Option<f64> {
     let (sum, count) = ratios.fold((0.0, 0_u32), |(sum, count), ratio| (sum + ratio.ln(), count + 1));
     (count > 0).then(|| (sum / f64::from(count)).exp())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use swiglu_kernels::{DType, Op, WeightMajor};
+
+    #[test]
+    fn there_is_no_default_where_nothing_runs_the_problem() {
+        let cpu = Target::Cpu { threads: 4 };
+        let forward = |dtype| Problem::forward(dtype, WeightMajor::K, 4, 48, 32);
+        let default = default_config(forward(DType::F32), cpu).unwrap();
+        assert!(default.check(&forward(DType::F32), cpu).is_ok());
+        for problem in [forward(DType::E4m3), forward(DType::Tf32), forward(DType::F32).with_op(Op::Dgated)] {
+            assert_eq!(default_config(problem, cpu), None, "{problem:?}");
+        }
+    }
 }
