@@ -6,7 +6,7 @@ mod roofline;
 mod sheet;
 pub(crate) mod svg;
 
-use crate::log::notice;
+use crate::log::{emit, notice};
 use crate::records;
 use anyhow::{Context, Result};
 use clap::Args;
@@ -14,6 +14,7 @@ use data::{DeviceReport, Row, TIE};
 use roofline::Roofline;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use swiglu_db::Record;
 use swiglu_runtime::Options;
 use swiglu_runtime::gpu::Gpu;
 
@@ -37,23 +38,40 @@ pub(crate) struct ReportArgs {
     #[arg(long, value_name = "FILE.json")]
     bench: Vec<PathBuf>,
     /// Arithmetic peak for the roofline, where the GPU is not in this machine.
-    #[arg(long, value_name = "TFLOP/s")]
+    #[arg(long, value_name = "TFLOP/s", value_parser = positive)]
     peak_tflops: Option<f64>,
+    /// Only problems of these intermediate sizes.
+    #[arg(long, value_delimiter = ',', value_name = "N,...")]
+    n: Vec<u32>,
+    /// Only problems of these hidden sizes.
+    #[arg(long, value_delimiter = ',', value_name = "K,...")]
+    k: Vec<u32>,
+}
+
+impl ReportArgs {
+    fn wants(&self, record: &Record) -> bool {
+        let among = |sizes: &[u32], size: u32| sizes.is_empty() || sizes.contains(&size);
+        among(&self.n, record.problem.n) && among(&self.k, record.problem.k)
+    }
+}
+
+/// A finite number above 0.
+fn positive(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number: &f64| number.is_finite() && *number > 0.0);
+    number.ok_or_else(|| "give a number above 0".into())
 }
 
 /// Prints the winners (table, Markdown, page) or every record (JSON, CSV).
 pub(crate) fn run(args: &ReportArgs, options: &Options) -> Result<ExitCode> {
-    let records = records::read(options)?;
+    let records = wanted(args, options)?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&serde_json::json!({ "records": records }))?);
+        let records = serde_json::json!({ "records": records });
+        emit(serde_json::to_string_pretty(&records)? + "\n")?;
         return Ok(ExitCode::SUCCESS);
     }
     if args.csv {
-        print!("{}", sheet::csv(&records)?);
+        emit(sheet::csv(&records)?)?;
         return Ok(ExitCode::SUCCESS);
-    }
-    if records.is_empty() {
-        notice(format!("nothing is tuned in {}; run `swiglu-tune --gpu auto`", records::db_dir(options)?.display()));
     }
     let here = Gpu::open(0).ok();
     let devices = data::devices(records, &data::peers(&args.bench)?, |device| {
@@ -61,15 +79,29 @@ pub(crate) fn run(args: &ReportArgs, options: &Options) -> Result<ExitCode> {
     });
     if let Some(path) = &args.html {
         std::fs::write(path, html::page(&devices)?).with_context(|| format!("writing {}", path.display()))?;
-        println!("{}", path.display());
+        emit(format_args!("{}\n", path.display()))?;
     } else if args.markdown {
-        print!("{}", markdown(&devices));
+        emit(markdown(&devices))?;
     } else {
         for device in devices.iter().filter(|device| !device.rows.is_empty()) {
-            println!("{}\n{}\n", heading(device), table(device));
+            emit(format_args!("{}\n{}\n\n", one_line(&heading(device)), table(device)))?;
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The records to report; says so on stderr where there are none.
+fn wanted(args: &ReportArgs, options: &Options) -> Result<Vec<Record>> {
+    let (mut records, dir) = (records::read(options)?, records::db_dir(options)?);
+    if records.is_empty() {
+        notice(format!("nothing is tuned in {}; run `swiglu-tune --gpu auto`", dir.display()));
+        return Ok(records);
+    }
+    records.retain(|record| args.wants(record));
+    if records.is_empty() {
+        notice(format!("nothing in {} is of the sizes that --n and --k name", dir.display()));
+    }
+    Ok(records)
 }
 
 fn heading(device: &DeviceReport) -> String {
@@ -186,10 +218,24 @@ fn markdown(devices: &[DeviceReport]) -> String {
     text
 }
 
+/// The character, or a mark in place of one that a terminal would obey or that no page may hold.
+fn visible(c: char) -> char {
+    if c.is_control() || matches!(c, '\u{FFFE}' | '\u{FFFF}') { char::REPLACEMENT_CHARACTER } else { c }
+}
+
+/// Text from elsewhere as a terminal may have it: on one line, with nothing that it would obey.
+pub(crate) fn one_line(text: &str) -> String {
+    text.chars().map(visible).collect()
+}
+
 /// On one line, without what Markdown or HTML would read.
 fn plain(text: &str) -> String {
-    let one_line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    one_line.replace('\\', "\\\\").replace('|', "\\|").replace('`', "\\`").replace('<', "&lt;").replace('#', "\\#")
+    one_line(text)
+        .replace('\\', "\\\\")
+        .replace('|', "\\|")
+        .replace('`', "\\`")
+        .replace('<', "&lt;")
+        .replace('#', "\\#")
 }
 
 fn or_dash(text: &str) -> &str {

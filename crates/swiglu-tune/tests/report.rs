@@ -126,3 +126,41 @@ fn an_empty_database_and_a_bad_path_are_said() {
     home.tune(&["report", "--html", "/nowhere/report.html"]).code(1).stderr(contains("/nowhere/report.html"));
     home.tune(&["report", "--csv", "--json"]).code(2);
 }
+
+#[test]
+fn nothing_tuned_is_said_in_every_format() {
+    let home = Home::new();
+    for format in [&[][..], &["--json"], &["--csv"], &["--markdown"]] {
+        home.tune(&[&["report"], format].concat()).success().stderr(contains("nothing is tuned in"));
+    }
+    assert!(records(&home).is_empty(), "what is printed stays JSON");
+}
+
+#[test]
+fn a_peak_is_a_number_above_zero() {
+    let home = Home::new();
+    for peak in ["0", "-1", "nan", "inf", "many"] {
+        home.tune(&["report", &format!("--peak-tflops={peak}")]).code(2).stderr(contains("give a number above 0"));
+    }
+    home.tune(&["report", "--peak-tflops", "989.5"]).success();
+}
+
+#[test]
+fn a_report_is_of_the_sizes_that_are_named() {
+    let home = Home::new();
+    home.tune(&["db", "import", SHIPPED]).success();
+    let sizes = |args: &[&str]| -> Vec<(u64, u64)> {
+        let text = home.stdout(&[&["report", "--json"], args].concat());
+        let value: Value = serde_json::from_str(&text).unwrap();
+        let size = |record: &Value, name: &str| record["problem"][name].as_u64().unwrap();
+        value["records"].as_array().unwrap().iter().map(|record| (size(record, "n"), size(record, "k"))).collect()
+    };
+    let llama = sizes(&["--n", "8192", "--k", "2048"]);
+    assert!(!llama.is_empty() && llama.iter().all(|size| *size == (8192, 2048)));
+    let two = sizes(&["--n", "8192,14336"]);
+    assert!(two.len() > llama.len() && two.len() < shipped_count() && two.iter().any(|size| size.0 == 14336));
+    let markdown = home.stdout(&["report", "--markdown", "--n", "8192", "--k", "2048"]);
+    let rows = markdown.lines().filter(|line| line.starts_with("| ")).count() - 1;
+    assert_eq!(rows, llama.len());
+    home.tune(&["report", "--k", "7"]).success().stderr(contains("--n and --k")).stdout("");
+}

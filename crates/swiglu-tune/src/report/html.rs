@@ -2,7 +2,7 @@
 
 use super::data::{DeviceReport, Provenance, Row};
 use super::svg::{self, Scale, Series};
-use super::{COLUMNS, cells, facts};
+use super::{COLUMNS, cells, facts, visible};
 use anyhow::Result;
 use serde::Serialize;
 use swiglu_db::{Outcome, Record};
@@ -67,7 +67,9 @@ pub(crate) fn page(devices: &[DeviceReport]) -> Result<String> {
     let mut tera = Tera::default();
     // The ending switches escaping on.
     tera.add_raw_template("page.html", include_str!("page.html.tera"))?;
-    Ok(tera.render("page.html", &Context::from_serialize(&page)?)?)
+    let page = tera.render("page.html", &Context::from_serialize(&page)?)?;
+    // Names and reasons from elsewhere may hold what no page may.
+    Ok(page.chars().map(|c| if c == '\n' { c } else { visible(c) }).collect())
 }
 
 fn section(device: &DeviceReport) -> Section {
@@ -195,4 +197,50 @@ fn distribution(device: &DeviceReport) -> Vec<(String, usize)> {
     }
     let name = |edge: f64| if edge.is_finite() { format!("< {edge}") } else { "more".into() };
     edges.into_iter().map(name).zip(counts).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{data, heading, markdown, one_line, roofline::Roofline};
+    use super::*;
+    use roxmltree::{Document, ParsingOptions};
+    use std::collections::BTreeMap;
+    use swiglu_db::{Device, Environment, Measurement, Origin};
+    use swiglu_kernels::families::cpu::default_config;
+    use swiglu_kernels::{Config, DType, Problem, WeightMajor};
+
+    /// A report of one record whose texts are all this one.
+    fn report(text: &str) -> Vec<DeviceReport> {
+        let environment = Environment {
+            driver: text.into(),
+            nvrtc: text.into(),
+            version: text.into(),
+            date: text.into(),
+            ..Environment::default()
+        };
+        let record = |outcome, threads| Record {
+            device: Device { class: "cpu-x-4".into(), name: text.into() },
+            problem: Problem::forward(DType::F32, WeightMajor::K, 1, 48, 32),
+            config: Config::Cpu(default_config(threads)),
+            outcome,
+            environment: environment.clone(),
+            origin: Origin::Import(text.into()),
+        };
+        let measured = Outcome::Measured(Measurement { median_us: 2.0, samples: 40, ..Measurement::default() });
+        let failed = Outcome::Failed { stage: text.into(), reason: text.into() };
+        data::devices(vec![record(measured, 1), record(failed, 2)], &BTreeMap::new(), |_| Roofline::default())
+    }
+
+    #[test]
+    fn control_characters_are_replaced_in_the_page_in_tables_and_in_markdown() {
+        let devices = report("a\u{1b}[2J\u{0}\u{7}\r\u{9b}\u{fffe}z");
+        let replaced = "a\u{fffd}[2J\u{fffd}\u{fffd}\u{fffd}\u{fffd}\u{fffd}z";
+        let page = page(&devices).unwrap();
+        let options = ParsingOptions { allow_dtd: true, ..ParsingOptions::default() };
+        Document::parse_with_options(&page, options).unwrap();
+        let obeyed = |text: &str| text.chars().any(|c| (c.is_control() && c != '\n') || c == '\u{fffe}');
+        for text in [page, one_line(&heading(&devices[0])), markdown(&devices)] {
+            assert!(text.contains(replaced) && !obeyed(&text), "{text:?}");
+        }
+    }
 }
