@@ -1,12 +1,16 @@
 //! `doctor`: what is found where, what is missing, how to mend it.
 
+use crate::log::emit;
 use crate::records;
+use crate::report::one_line;
 use anyhow::Result;
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use swiglu_db::{Layer, TuningTable};
+use swiglu_db::snapshot::{self, Snapshot};
+use swiglu_db::{Layer, Record, TuningTable, record};
 use swiglu_runtime::gpu::{self, Gpu, GpuError};
 use swiglu_runtime::nvrtc::Nvrtc;
 use swiglu_runtime::{Options, library};
@@ -22,13 +26,13 @@ struct Check {
 impl Check {
     fn new<T: ToString, E: ToString>(what: &'static str, found: Result<T, E>) -> Self {
         match found {
-            Ok(found) => Self { what, ok: true, found: found.to_string() },
-            Err(missing) => Self { what, ok: false, found: missing.to_string() },
+            Ok(found) => Self { what, ok: true, found: one_line(&found.to_string()) },
+            Err(missing) => Self { what, ok: false, found: one_line(&missing.to_string()) },
         }
     }
 }
 
-/// Prints every check; exit code 1 when tuning on a GPU would not work.
+/// Prints every check; exit code 1 when tuning on a GPU would not work, or something else is to be mended.
 pub(crate) fn run(json: bool, options: &Options) -> Result<ExitCode> {
     let mut checks = vec![Check::new("driver", driver())];
     let nvrtc = Nvrtc::load(options.nvrtc.as_deref());
@@ -50,6 +54,7 @@ pub(crate) fn run(json: bool, options: &Options) -> Result<ExitCode> {
                 "NVRTC for this GPU",
                 nvrtc.check_arch(gpu.arch).map(|()| format!("compiles for {}", gpu.arch)),
             ));
+            checks.push(Check::new("NVRTC for this driver", loads(gpu.driver_version, nvrtc.version)));
         }
     }
     const NO_GPU: &str = "none; `swiglu-tune --gpu auto` tunes the CPU backend";
@@ -65,12 +70,13 @@ pub(crate) fn run(json: bool, options: &Options) -> Result<ExitCode> {
     checks.push(Check::new("CPU", Ok::<_, String>(swiglu_runtime::cpu::device().class)));
     checks.push(Check::new("database", database(options)));
     checks.push(Check::new("layers", layers(options)));
-    checks.push(Check::new("compiled kernels", Ok::<_, String>(options.cubin_dir().display())));
+    checks.push(Check::new("compiled kernels", cache(&options.cubin_dir())));
     if json {
-        println!("{}", serde_json::to_string_pretty(&checks)?);
+        emit(serde_json::to_string_pretty(&checks)? + "\n")?;
     } else {
         for check in &checks {
-            println!("{:4} {}: {}", if check.ok { "ok" } else { "MISS" }, check.what, check.found);
+            let mark = if check.ok { "ok" } else { "MISS" };
+            emit(format_args!("{mark:4} {}: {}\n", check.what, check.found))?;
         }
     }
     Ok(if checks.iter().all(|check| check.ok) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -87,13 +93,62 @@ pub(crate) fn driver_version() -> Option<String> {
     nvml.sys_driver_version().ok()
 }
 
+/// Whether a driver of this CUDA version, e.g. 12080, loads what that NVRTC compiles: CUBINs of its own major version or an
+/// older one.
+fn loads(driver: i32, (major, minor): (i32, i32)) -> Result<String, String> {
+    let (has, nvrtc) = (driver / 1000, format!("NVRTC {major}.{minor}"));
+    let cuda = format!("CUDA {has}.{}", driver % 1000 / 10);
+    if has < major {
+        return Err(format!(
+            "the driver is of {cuda} and loads nothing that {nvrtc} compiles; update the driver, or set SWIGLU_NVRTC to the \
+             NVRTC of CUDA {has}"
+        ));
+    }
+    Ok(format!("the driver is of {cuda} and loads what {nvrtc} compiles"))
+}
+
+/// The folder of compiled kernels, made and written to as the runtime would.
+fn cache(folder: &Path) -> Result<String, String> {
+    let probe = folder.join(format!("doctor-{}", std::process::id()));
+    let written = fs::create_dir_all(folder).and_then(|()| fs::write(&probe, "doctor"));
+    let removed = fs::remove_file(&probe);
+    match written.and(removed) {
+        Ok(()) => Ok(folder.display().to_string()),
+        Err(error) => Err(format!(
+            "`{}` cannot be written: {error}; every process compiles again; set SWIGLU_CUBIN_CACHE to a folder that can be",
+            folder.display()
+        )),
+    }
+}
+
 fn database(options: &Options) -> Result<String, String> {
     let records = || Ok((records::read(options)?, records::db_dir(options)?));
     let (records, dir) = records().map_err(|error: anyhow::Error| format!("{error:#}"))?;
+    published(&records, &dir)?;
     // Without a GPU the CPU is what would be tuned.
     let class = Gpu::open(0).map_or_else(|_| swiglu_runtime::cpu::device().class, |gpu| gpu.device.class);
     let whose = records::foreign(&records, &class).map(|whose| format!("; {whose}, so `swiglu-tune --gpu auto` pays"));
     Ok(format!("{} records in {}{}", records.len(), dir.display(), whose.unwrap_or_default()))
+}
+
+/// Whether readers are given what the journal says.
+fn published(records: &[Record], dir: &Path) -> Result<(), String> {
+    let fix = "`swiglu-tune db rebuild` publishes it again";
+    let read = Snapshot::load(&dir.join(snapshot::FILE_NAME)).map_err(|error| format!("{error}; {fix}"))?;
+    let winners = record::winners(records.iter().cloned());
+    let is_read =
+        |winner: &Record| read.get(&winner.key()).and_then(|entry| entry.record().ok()).as_ref() == Some(winner);
+    if read.len() == winners.len() && winners.iter().all(is_read) {
+        return Ok(());
+    }
+    Err(format!(
+        "{} records in {}, but its snapshot, which programs read, is not of them ({} served, {} have won); unless a tuner is \
+         running, {fix}",
+        records.len(),
+        dir.display(),
+        read.len(),
+        winners.len()
+    ))
 }
 
 /// Where configs come from, highest first, with what each layer has.
@@ -112,4 +167,25 @@ fn layers(options: &Options) -> Result<String, String> {
     let text = format!("records: {named}; then the model, then the default");
     let reasons: Vec<String> = skipped.iter().map(ToString::to_string).collect();
     if reasons.is_empty() { Ok(text) } else { Err(format!("{text}; {}", reasons.join("; "))) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_from_elsewhere_reach_no_terminal_with_control_characters() {
+        for found in [Ok("a\u{1b}[2J\nb"), Err("a\u{1b}[2J\nb")] {
+            assert_eq!(Check::new("database", found).found, "a\u{fffd}[2J\u{fffd}b");
+        }
+    }
+
+    #[test]
+    fn a_driver_loads_what_a_compiler_of_its_major_version_or_an_older_one_makes() {
+        for (driver, nvrtc) in [(13000, (13, 0)), (13000, (13, 1)), (13010, (12, 9)), (12000, (12, 8))] {
+            assert!(loads(driver, nvrtc).is_ok(), "{driver} {nvrtc:?}");
+        }
+        let error = loads(12080, (13, 0)).unwrap_err();
+        assert!(error.contains("CUDA 12.8 ") && error.contains("NVRTC 13.0") && error.ends_with("CUDA 12"), "{error}");
+    }
 }
