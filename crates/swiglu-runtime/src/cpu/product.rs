@@ -134,3 +134,61 @@ pub(super) fn cut<'a, T>(
     }
     blocks
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use swiglu_kernels::problem::Paired;
+    use swiglu_kernels::{DType, Op, Problem, WeightMajor, oracle};
+
+    /// Numbers of a matrix of this shape, with a gap behind every row.
+    fn operand((rows, cols): (u32, u32), seed: usize) -> (Vec<f64>, usize) {
+        let stride = cols as usize + 3;
+        ((0..rows as usize * stride).map(|i| ((i * 37 + seed * 11) % 23) as f64 - 11.0).collect(), stride)
+    }
+
+    fn view((data, stride): &(Vec<f64>, usize)) -> View<'_, f64> {
+        View { data, stride: *stride }
+    }
+
+    #[test]
+    fn every_step_in_small_blocks_is_the_oracles_product() {
+        for op in [Op::Down, Op::InputGrad, Op::DownInputGrad, Op::WeightGrad, Op::DownWeightGrad] {
+            for major in WeightMajor::ALL {
+                let problem = Problem::forward(DType::F32, major, 21, 37, 18).with_op(op);
+                let shape = problem.product().unwrap();
+                let [left, right] = [(shape.left_shape(), 1), (shape.right_shape(), 5)]
+                    .map(|(shape, seed)| [operand(shape, seed), operand(shape, seed + 1)]);
+                let entry = |(data, stride): &(Vec<f64>, usize)| {
+                    let (data, stride) = (data.clone(), *stride);
+                    move |row: usize, col: usize| data[row * stride + col]
+                };
+                let (left_at, right_at) = (left.each_ref().map(entry), right.each_ref().map(entry));
+                let zero: oracle::Entry<'_> = &|_, _| 0.0;
+                let reference = oracle::step(
+                    &problem,
+                    &oracle::Step {
+                        left: [&left_at[0], &left_at[1]],
+                        right: [&right_at[0], &right_at[1]],
+                        saved: [zero; 2],
+                        bias: None,
+                    },
+                );
+                // Of what is paired in rows or columns the first half.
+                let count = if shape.paired == Paired::Depth { 2 } else { 1 };
+                let pairs = left.iter().zip(&right).take(count).map(|(l, r)| (view(l), view(r))).collect();
+                let block = (8, 16);
+                let product = Product::<f64>::new(Some(&shape), pairs, block);
+                let cols = shape.cols as usize;
+                let mut out = vec![f64::NAN; shape.rows as usize * cols];
+                product.run(cut(out.chunks_mut(cols), cols, block), |_, cols, sums, out| {
+                    for (out, sums) in out.into_iter().zip(sums.chunks(cols)) {
+                        out.copy_from_slice(sums);
+                    }
+                });
+                // Of integers every sum is exact.
+                assert_eq!(out, reference[0], "{op} {major}");
+            }
+        }
+    }
+}
