@@ -10,6 +10,7 @@ pub trait Sum:
     ComplexField
     + Copy
     + Default
+    + PartialOrd
     + Send
     + Sync
     + Neg<Output = Self>
