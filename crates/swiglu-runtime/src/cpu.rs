@@ -11,8 +11,9 @@ use crate::buckets::BucketTable;
 use crate::operands::{ArgumentError, Forward, ForwardSpec, Matrix, Preactivations, WeightOffsets, Weights};
 use faer::MatRef;
 use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use swiglu_db::Device;
 use swiglu_kernels::families::cpu::default_config;
 use swiglu_kernels::families::{CpuConfig, Target};
@@ -40,7 +41,23 @@ pub struct CpuPlan {
     spec: ForwardSpec,
     table: BucketTable,
     /// One per anchor, ascending.
-    entries: Vec<(CpuConfig, Arc<rayon::ThreadPool>)>,
+    entries: Vec<(CpuConfig, Arc<ThreadPool>)>,
+}
+
+/// Pools by their process and threads; one ends with the last plan that has it. A process that was forked has none of its
+/// parent's threads.
+static POOLS: Mutex<BTreeMap<(u32, u32), Weak<ThreadPool>>> = Mutex::new(BTreeMap::new());
+
+/// The process's pool of so many threads.
+fn pool(threads: u32) -> Result<Arc<ThreadPool>, CpuError> {
+    let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
+    let key = (std::process::id(), threads);
+    if let Some(pool) = pools.get(&key).and_then(Weak::upgrade) {
+        return Ok(pool);
+    }
+    let pool = Arc::new(ThreadPoolBuilder::new().num_threads(threads as usize).build()?);
+    pools.insert(key, Arc::downgrade(&pool));
+    Ok(pool)
 }
 
 /// Threads this machine can run at once.
@@ -64,24 +81,18 @@ fn model_name() -> Option<String> {
 }
 
 impl CpuPlan {
-    /// A plan with a tuned config per anchor M, ascending; with the default one where there is none. Starts the
-    /// worker threads.
+    /// A plan with a tuned config per anchor M, ascending; with the default one where there is none. Starts worker threads
+    /// where no other plan has as many.
     ///
     /// # Errors
     /// When a config is not legal here, or threads cannot be started.
     pub fn new(spec: ForwardSpec, anchors: &[(u32, CpuConfig)]) -> Result<Self, CpuError> {
         let default = [(1, default_config(threads()))];
         let anchors = if anchors.is_empty() { &default[..] } else { anchors };
-        let mut pools: BTreeMap<u32, Arc<rayon::ThreadPool>> = BTreeMap::new();
         let mut entries = Vec::with_capacity(anchors.len());
         for &(m, config) in anchors {
             Config::Cpu(config).check(&spec.problem(m), Target::Cpu { threads: threads() })?;
-            let pool = match pools.get(&config.threads) {
-                Some(pool) => Arc::clone(pool),
-                None => Arc::new(rayon::ThreadPoolBuilder::new().num_threads(config.threads as usize).build()?),
-            };
-            pools.insert(config.threads, Arc::clone(&pool));
-            entries.push((config, pool));
+            entries.push((config, pool(config.threads)?));
         }
         let table = BucketTable::new(&anchors.iter().map(|&(m, _)| m).collect::<Vec<_>>(), |_, _| None);
         Ok(Self { spec, table, entries })
@@ -285,5 +296,29 @@ fn round<T: CpuElement>(out: &mut [T], values: &[T::Sum]) {
 fn add<T: CpuElement>(sums: &mut [T::Sum], bias: Option<&[T]>) {
     for (sum, bias) in sums.iter_mut().zip(bias.unwrap_or(&[])) {
         *sum += bias.widen();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use swiglu_kernels::{GateOrder, WeightLayout};
+
+    #[test]
+    fn a_hundred_plans_have_the_threads_of_one_and_the_last_one_ends_them() {
+        let (dtype, layout, gate_order) = (DType::F32, WeightLayout::SeparateNk, GateOrder::GateFirst);
+        let plan = |n| {
+            let spec =
+                ForwardSpec { dtype, layout, gate_order, n, k: 8, save_preactivations: false, static_weights: false };
+            CpuPlan::new(spec, &[(1, CpuConfig { block_m: 8, block_n: 16, threads: 1 })]).unwrap()
+        };
+        let plans: Vec<CpuPlan> = (1..=100).map(plan).collect();
+        let pools: Vec<_> = plans.iter().map(|plan| Arc::clone(&plan.entries[0].1)).collect();
+        assert!(pools.iter().all(|pool| Arc::ptr_eq(pool, &pools[0])));
+        assert_eq!(pools[0].current_num_threads(), 1);
+        let last = Arc::downgrade(&pools[0]);
+        assert_eq!(last.strong_count(), 200);
+        drop((plans, pools));
+        assert!(last.upgrade().is_none());
     }
 }
