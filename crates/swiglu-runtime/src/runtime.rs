@@ -75,7 +75,7 @@ pub struct Runtime {
     nvrtc: Nvrtc,
     cache: CubinCache,
     table: TuningTable,
-    /// Looked for when a config first names it.
+    /// Looked for when a config first names it, and again after a failure that may pass.
     library: OnceLock<Result<Arc<CublasLt>, CublasLtError>>,
 }
 
@@ -138,7 +138,7 @@ impl Runtime {
         if tuned.iter().any(of_library)
             && let Err(why) = self.library()
         {
-            tracing::warn!(%why, op = %problem.op, dtype = %problem.dtype, "tuned for a library that is not here");
+            tracing::warn!(%why, op = %problem.op, dtype = %problem.dtype, "tuned for a library that cannot be used");
             tuned = self.of_ours(problem, &tuned)?;
         }
         if !tuned.is_empty() {
@@ -158,7 +158,7 @@ impl Runtime {
     }
 
     fn library(&self) -> Result<Arc<CublasLt>, CublasLtError> {
-        self.library.get_or_init(|| CublasLt::new(&self.gpu.context).map(Arc::new)).clone()
+        lasting(&self.library, || CublasLt::new(&self.gpu.context).map(Arc::new))
     }
 
     fn of_ours(&self, problem: &Problem, choices: &[Choice]) -> Result<Vec<Choice>, Rejected> {
@@ -300,6 +300,21 @@ impl Runtime {
         let cubin = self.cache.get_or_compile(&self.nvrtc, &shared.source, self.gpu.arch)?;
         Ok(self.gpu.load_configs(shared, &cubin, problem)?)
     }
+}
+
+/// What `known` holds, else what `find` finds; kept unless it is a failure that may pass.
+fn lasting<T: Clone>(
+    known: &OnceLock<Result<T, CublasLtError>>,
+    find: impl FnOnce() -> Result<T, CublasLtError>,
+) -> Result<T, CublasLtError> {
+    if let Some(known) = known.get() {
+        return known.clone();
+    }
+    let found = find();
+    if found.as_ref().is_err_and(|why| !why.is_lasting()) {
+        return found;
+    }
+    known.get_or_init(|| found).clone()
 }
 
 /// The kernel of `config`, from the cache or compiled.
@@ -509,6 +524,7 @@ impl Backend {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use cudarc::cublaslt::{result::CublasError, sys::cublasStatus_t};
     use swiglu_kernels::families::CublasltConfig;
     use swiglu_kernels::{WeightMajor, arch};
 
@@ -527,5 +543,19 @@ mod tests {
         assert_eq!(ours(1), Choice { matched: Match::NearestM, ..choice(64, tuned) });
         assert_eq!(ours(2), choice(2048, tuned));
         assert_eq!(ours(3), Choice { matched: Match::Untuned, ..choice(4096, untuned) });
+    }
+
+    #[test]
+    fn a_library_is_looked_for_again_after_a_failure_that_may_pass() {
+        let status = |status| CublasLtError::Library { act: "start", error: CublasError(status) };
+        let passing = || status(cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED);
+        let staying = || status(cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED);
+        let known = OnceLock::new();
+        assert!(lasting(&known, || Err(passing())).is_err());
+        assert_eq!(lasting(&known, || Ok(1)).ok(), Some(1), "memory is there again");
+        assert_eq!(lasting(&known, || Err(passing())).ok(), Some(1));
+        let known: OnceLock<Result<i32, _>> = OnceLock::new();
+        assert!(lasting(&known, || Err(staying())).is_err());
+        assert!(lasting(&known, || Ok(1)).is_err(), "not looked for again");
     }
 }
