@@ -52,8 +52,13 @@ pub enum CompileError {
     #[error(transparent)]
     Missing(#[from] MissingLibrary),
     /// This NVRTC cannot compile for the architecture.
-    #[error("NVRTC {version} does not support {arch}; install {wheel}")]
+    #[error(
+        "NVRTC {version} (`{}`) does not support {arch}; install {wheel}, or set SWIGLU_NVRTC to another libnvrtc or its folder",
+        path.display()
+    )]
     UnsupportedArch {
+        /// Where it was found.
+        path: PathBuf,
         /// Its version.
         version: String,
         /// The architecture.
@@ -147,7 +152,8 @@ impl Nvrtc {
         }
         let wheel =
             if major < 8 && minor < 5 { "nvidia-cuda-nvrtc-cu12 (CUDA 12)" } else { "nvidia-cuda-nvrtc (CUDA 13)" };
-        Err(CompileError::UnsupportedArch { version: self.version_string(), arch: arch.name, wheel })
+        let path = self.path.clone();
+        Err(CompileError::UnsupportedArch { path, version: self.version_string(), arch: arch.name, wheel })
     }
 
     /// Compiles for one real architecture. Thread-safe.
@@ -165,12 +171,19 @@ impl Nvrtc {
         // SAFETY: the handle is live until `program` drops.
         let outcome = unsafe { result::compile_program(program.0, &flags) };
         let log = program.log();
-        if outcome.is_err() {
-            return Err(CompileError::Rejected { kernel: source.name, arch: arch.name, log });
-        }
+        outcome.map_err(|error| refused(&error, source.name, arch.name, &log))?;
         let image = program.cubin().map_err(failed("return the CUBIN"))?;
         Ok(Cubin { image, resources: parse_log(&log, source.entry) })
     }
+}
+
+/// The source is at fault, or NVRTC had no memory, or does not take a flag.
+fn refused(error: &result::NvrtcError, kernel: &'static str, arch: &'static str, log: &str) -> CompileError {
+    if error.0 == sys::nvrtcResult::NVRTC_ERROR_COMPILATION {
+        return CompileError::Rejected { kernel, arch, log: log.into() };
+    }
+    let reason = format!("{error:?} of `{kernel}` for {arch}\n{log}");
+    CompileError::Nvrtc { act: "compile", reason: reason.trim_end().into() }
 }
 
 /// The major version that a file's name tells: 13 of `libnvrtc.so.13`.
@@ -254,5 +267,27 @@ mod tests {
                    ptxas info    : Used 224 registers, used 1 barriers";
         let expected = Resources { registers: 224, spill_bytes: 16, stack_bytes: 16, wgmma_serialized: false };
         assert_eq!(parse_log(log, "swiglu_forward"), expected);
+    }
+
+    #[test]
+    fn only_a_source_at_fault_is_rejected() {
+        let refused = |status, log| refused(&result::NvrtcError(status), "simt", "sm_90a", log);
+        match refused(sys::nvrtcResult::NVRTC_ERROR_COMPILATION, "error: expected a `;`") {
+            CompileError::Rejected { kernel: "simt", arch: "sm_90a", log } => assert!(log.contains("expected")),
+            other => panic!("{other}"),
+        }
+        let memory = refused(sys::nvrtcResult::NVRTC_ERROR_OUT_OF_MEMORY, "").to_string();
+        assert!(memory.contains("OUT_OF_MEMORY") && memory.contains("simt") && memory.contains("sm_90a"), "{memory}");
+        let option = refused(sys::nvrtcResult::NVRTC_ERROR_INVALID_OPTION, "unknown --flag").to_string();
+        assert!(option.contains("INVALID_OPTION") && option.contains("unknown --flag"), "{option}");
+    }
+
+    #[test]
+    fn an_architecture_that_this_nvrtc_does_not_know_names_its_file_and_the_way_to_another() {
+        let nvrtc = Nvrtc { path: "/opt/libnvrtc.so.13".into(), version: (13, 0), supported: vec![75, 80] };
+        let error = nvrtc.check_arch(swiglu_kernels::arch::by_name("sm_90a").unwrap()).unwrap_err().to_string();
+        for part in ["13.0", "/opt/libnvrtc.so.13", "sm_90a", "SWIGLU_NVRTC"] {
+            assert!(error.contains(part), "{part}: {error}");
+        }
     }
 }
