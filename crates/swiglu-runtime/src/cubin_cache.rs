@@ -3,23 +3,33 @@
 use crate::nvrtc::{CompileError, Cubin, FLAGS, Nvrtc, Resources};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Once};
+use std::time::{Duration, SystemTime};
 use swiglu_kernels::{ArchSpec, KernelSource};
+
+/// What a folder holds at most, of which the kernels go that were not used for longest: some ten thousand are kept.
+const MOST_BYTES: u64 = 2 << 30;
+
+/// How exactly a file tells when it was last used.
+const USED: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// A folder of compiled kernels; safe to share between processes.
 #[derive(Debug, Clone)]
 pub struct CubinCache {
-    folder: PathBuf,
+    folder: Option<PathBuf>,
+    /// Once in the life of this cache and its clones.
+    trimmed: Arc<Once>,
 }
 
 impl CubinCache {
-    /// A cache in `folder`, which is made when the first kernel is stored.
-    pub fn new(folder: PathBuf) -> Self {
-        Self { folder }
+    /// A cache in `folder`, which is made when the first kernel is stored; none without.
+    pub fn new(folder: Option<PathBuf>) -> Self {
+        Self { folder, trimmed: Arc::new(Once::new()) }
     }
 
     /// The folder.
-    pub fn folder(&self) -> &Path {
-        &self.folder
+    pub fn folder(&self) -> Option<&Path> {
+        self.folder.as_deref()
     }
 
     /// The CUBIN of `source`, compiled now if it is not here. A cache that cannot be read or written costs
@@ -33,21 +43,59 @@ impl CubinCache {
         source: &KernelSource,
         arch: &'static ArchSpec,
     ) -> Result<Cubin, CompileError> {
-        let path = self.path(nvrtc, source, arch);
+        let Some(folder) = &self.folder else { return nvrtc.compile(source, arch) };
+        let path = folder.join(name(nvrtc, source, arch));
         if let Some(cubin) = read(&path) {
+            mark_used(&path);
             return Ok(cubin);
         }
         let cubin = nvrtc.compile(source, arch)?;
         if let Err(error) = write(&path, &cubin) {
             tracing::warn!(path = %path.display(), %error, "compiled kernel could not be cached");
         }
+        self.trimmed.call_once(|| trim(folder, MOST_BYTES));
         Ok(cubin)
     }
+}
 
-    fn path(&self, nvrtc: &Nvrtc, source: &KernelSource, arch: &ArchSpec) -> PathBuf {
-        let key = format!("{}\n{}\n{}\n{}", source.digest, arch.name, nvrtc.version_string(), FLAGS.join(" "));
-        let digest = blake3::hash(key.as_bytes()).to_hex();
-        self.folder.join(&digest[..2]).join(format!("{digest}.cubin"))
+/// `ab/abcd....cubin`, by everything that decides what the kernel is.
+fn name(nvrtc: &Nvrtc, source: &KernelSource, arch: &ArchSpec) -> PathBuf {
+    let key = format!("{}\n{}\n{}\n{}", source.digest, arch.name, nvrtc.version_string(), FLAGS.join(" "));
+    let digest = blake3::hash(key.as_bytes()).to_hex();
+    Path::new(&digest[..2]).join(format!("{digest}.cubin"))
+}
+
+/// Sets a file's time to now, once a day. Where that is not allowed the folder is another's to trim.
+fn mark_used(path: &Path) {
+    let now = SystemTime::now();
+    let used = path.metadata().and_then(|data| data.modified());
+    if used.is_ok_and(|used| now.duration_since(used).is_ok_and(|since| since > USED)) {
+        let _ = std::fs::File::options().write(true).open(path).and_then(|file| file.set_modified(now));
+    }
+}
+
+/// Removes the kernels that were not used for longest until the others take at most `most` bytes. Another process that reads one
+/// has it open.
+fn trim(folder: &Path, most: u64) {
+    let files = |folder: &Path| folder.read_dir().into_iter().flatten().flatten().map(|entry| entry.path());
+    let kernels = files(folder).flat_map(|shelf| files(&shelf).collect::<Vec<_>>());
+    let kernels = kernels.filter(|path| path.extension().is_some_and(|extension| extension == "cubin"));
+    let mut kernels: Vec<(SystemTime, u64, PathBuf)> = kernels
+        .filter_map(|path| {
+            let data = path.metadata().ok()?;
+            Some((data.modified().ok()?, data.len(), path))
+        })
+        .collect();
+    kernels.sort_unstable();
+    let mut bytes: u64 = kernels.iter().map(|(_, size, _)| size).sum();
+    for (_, size, path) in kernels {
+        if bytes <= most {
+            return;
+        }
+        match std::fs::remove_file(&path) {
+            Ok(()) => bytes -= size,
+            Err(error) => tracing::debug!(path = %path.display(), %error, "compiled kernel could not be removed"),
+        }
     }
 }
 
@@ -102,5 +150,29 @@ mod tests {
             std::fs::write(&path, &intact[..position]).unwrap();
             assert_eq!(read(&path), None, "truncation to {position}");
         }
+    }
+
+    #[test]
+    fn the_kernels_that_were_not_used_for_longest_go() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let days = |days: u32| SystemTime::now() - USED * days;
+        for (name, age) in [("aa/a.cubin", 3), ("aa/b.cubin", 9), ("bb/c.cubin", 6), ("bb/notes.txt", 20)] {
+            std::fs::create_dir_all(at(name).parent().unwrap()).unwrap();
+            std::fs::write(at(name), [0; 100]).unwrap();
+            std::fs::File::options().write(true).open(at(name)).unwrap().set_modified(days(age)).unwrap();
+        }
+        let left = || ["aa/a.cubin", "aa/b.cubin", "bb/c.cubin", "bb/notes.txt"].map(|name| at(name).exists());
+        trim(folder.path(), 300);
+        assert_eq!(left(), [true; 4]);
+        trim(folder.path(), 299);
+        assert_eq!(left(), [true, false, true, true]);
+        mark_used(&at("bb/c.cubin"));
+        trim(folder.path(), 100);
+        assert_eq!(left(), [false, false, true, true], "what was read just now is kept");
+        let used = at("bb/c.cubin").metadata().unwrap().modified().unwrap();
+        mark_used(&at("bb/c.cubin"));
+        assert_eq!(at("bb/c.cubin").metadata().unwrap().modified().unwrap(), used, "not written at each read");
+        trim(&at("no-such-folder"), 0);
     }
 }

@@ -14,7 +14,7 @@ pub struct Options {
     pub overriding: Option<PathBuf>,
     /// Tuned records for all users of the site, likewise. Default: `/etc/swiglu-tune`.
     pub site: Option<PathBuf>,
-    /// Compiled kernels. Default: `$XDG_CACHE_HOME/swiglu-tune/cubin`.
+    /// Compiled kernels. Default: `$XDG_CACHE_HOME/swiglu-tune/cubin`, without a home nowhere.
     pub cubin_cache: Option<PathBuf>,
 }
 
@@ -45,12 +45,12 @@ impl Options {
         self.db.clone().or_else(|| swiglu_db::default_dir().ok())
     }
 
-    /// The folder of compiled kernels; a temporary one where there is no home.
-    pub fn cubin_dir(&self) -> PathBuf {
+    /// The folder of compiled kernels, if there is a home to put it in: in a folder for all users anyone could lay kernels.
+    pub fn cubin_dir(&self) -> Option<PathBuf> {
         use etcetera::BaseStrategy;
-        self.cubin_cache.clone().unwrap_or_else(|| {
-            let cache = etcetera::choose_base_strategy().map(|base| base.cache_dir());
-            cache.unwrap_or_else(|_| std::env::temp_dir()).join("swiglu-tune").join("cubin")
+        self.cubin_cache.clone().or_else(|| {
+            let base = etcetera::choose_base_strategy().ok()?;
+            Some(base.cache_dir().join("swiglu-tune").join("cubin"))
         })
     }
 }

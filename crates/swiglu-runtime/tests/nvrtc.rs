@@ -233,7 +233,7 @@ fn an_architecture_this_nvrtc_dropped_is_refused_with_the_wheel_to_install() {
 fn the_second_time_a_kernel_comes_from_the_cache_and_damage_is_compiled_again() {
     let nvrtc = nvrtc();
     let folder = tempfile::tempdir().unwrap();
-    let cache = CubinCache::new(folder.path().into());
+    let cache = CubinCache::new(Some(folder.path().into()));
     let arch = arch::by_name("sm_80").unwrap();
     let source = render::render_support(&Problem::forward(DType::F32, WeightMajor::K, 8, 8, 8)).unwrap();
     let first = cache.get_or_compile(&nvrtc, &source, arch).unwrap();
