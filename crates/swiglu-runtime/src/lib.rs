@@ -2,9 +2,11 @@
 //!
 //! A caller brings its own CUDA context and stream, prepares a [`Plan`] for one
 //! `(dtype, layout, K, N)` and launches it for any M. Nothing is compiled or loaded after
-//! [`Runtime::prepare`], so launches can be captured in a CUDA graph. Without a GPU the same problem runs
-//! on the CPU through [`CpuRuntime`].
+//! [`Runtime::prepare`], so launches can be captured in a CUDA graph: [`Plan::launch_raw`] always, those that take slices
+//! while the context's event tracking is off. A plan outlives the graphs that were captured from it. Without a GPU the same
+//! problem runs on the CPU through [`CpuRuntime`].
 
+mod addresses;
 mod buckets;
 pub mod cpu;
 pub mod cubin_cache;

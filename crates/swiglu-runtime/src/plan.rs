@@ -1,6 +1,7 @@
 //! A prepared problem: every kernel it may need is compiled and loaded, a launch only picks one.
 #![allow(unsafe_code, reason = "vouches for the addresses of checked slices")]
 
+use crate::addresses::{Held, stride};
 use crate::buckets::BucketTable;
 use crate::cublaslt::CublasLtError;
 use crate::gpu::{Gpu, Kernel};
@@ -22,6 +23,12 @@ pub enum LaunchError {
     /// The plan's context could not be made current on this thread.
     #[error("the plan's CUDA context cannot be made current: {0}")]
     Context(DriverError),
+    /// The launch's stream cannot wait for what was launched before on one of the slices. Nothing was launched.
+    #[error(
+        "the stream cannot wait for earlier work on an operand: {0}; to capture a launch, turn the context's event tracking off, or \
+         launch raw addresses"
+    )]
+    Order(DriverError),
     /// The driver refused the launch, or an earlier one failed.
     #[error("the CUDA driver refused the launch of `{config}`: {error}")]
     Driver {
@@ -142,7 +149,12 @@ impl Selection {
     }
 }
 
-/// A prepared forward problem on one GPU. `Send` and `Sync`; launches take no lock, but a library's to look up its algorithm.
+/// A prepared forward problem on one GPU. `Send` and `Sync`. It outlives the graphs that were captured from it: they launch what
+/// it has loaded.
+///
+/// Launches take no lock and no device memory, but for two kinds of config, which a [`Choice`] tells. A library's looks its
+/// algorithm up under a read lock, and fp32 in parts finds a pool of memory under one; both may have memory of their own,
+/// allocated and freed in the order of the stream, as nodes of a graph that captures them.
 #[derive(Debug)]
 pub struct Plan {
     pub(crate) gpu: Gpu,
@@ -150,8 +162,8 @@ pub struct Plan {
     pub(crate) selection: Selection,
 }
 
-/// A prepared step of the FFN on one GPU: the gate, its backward, or one GEMM. `Send` and `Sync`; launches take no lock, but a
-/// library's to look up its algorithm.
+/// A prepared step of the FFN on one GPU: the gate, its backward, or one GEMM. `Send` and `Sync`. What a [`Plan`] says of locks,
+/// memory and graphs holds for it.
 #[derive(Debug)]
 pub struct StepPlan {
     pub(crate) gpu: Gpu,
@@ -224,8 +236,13 @@ impl Plan {
 
     /// Launches on `stream`; every shape is checked first. Empty M or N returns without a launch.
     ///
+    /// A CUDA graph captures it only while the context's event tracking is off
+    /// ([`disable_event_tracking`](cudarc::driver::CudaContext::disable_event_tracking)): with it `stream` waits for events of
+    /// each slice, which no capture takes. [`Plan::launch_raw`] waits for none.
+    ///
     /// # Errors
-    /// [`LaunchError::Argument`] names the operand that does not fit; nothing was launched then.
+    /// [`LaunchError::Argument`] names the operand that does not fit, [`LaunchError::Order`] tells why `stream` cannot wait for
+    /// one; nothing was launched then.
     pub fn launch<T, S, O>(&self, stream: &CudaStream, forward: Forward<&S, &mut O>) -> Result<(), LaunchError>
     where
         T: Element,
@@ -254,51 +271,38 @@ impl Plan {
         if m == 0 || self.spec.n == 0 {
             return Ok(());
         }
-        self.gpu.context.bind_to_thread().map_err(LaunchError::Context)?;
-        let stride = |elements: usize| i64::try_from(elements).unwrap_or(i64::MAX);
         let element_bytes = std::mem::size_of::<T>() as u64;
-        let (x, _x) = forward.x.data.device_ptr(stream);
-        let (gate_data, up_data) = match &forward.weights {
+        let mut held = Held::on(stream)?;
+        let x = held.read(forward.x);
+        let (gate, up) = match forward.weights {
             Weights::Packed(packed) => (packed.data, packed.data),
             Weights::Separate { gate, up } => (gate.data, up.data),
         };
-        let (gate, _gate) = gate_data.device_ptr(stream);
-        let (up, _up) = up_data.device_ptr(stream);
-        let gate_bias = forward.gate_bias.map(|bias| bias.device_ptr(stream));
-        let up_bias = forward.up_bias.map(|bias| bias.device_ptr(stream));
-        let (z, _z) = forward.z.data.device_ptr_mut(stream);
-        let ((saved_gate, saved_gate_stride, _saved_gate), (saved_up, saved_up_stride, _saved_up)) =
-            match forward.preactivations {
-                Some(Preactivations::Packed(saved)) => {
-                    let (address, written) = saved.data.device_ptr_mut(stream);
-                    let half = u64::from(self.spec.n) * element_bytes;
-                    ((address, saved.row_stride, Some(written)), (address + half, saved.row_stride, None))
-                }
-                Some(Preactivations::Separate { gate, up }) => {
-                    let (gate_address, gate_written) = gate.data.device_ptr_mut(stream);
-                    let (up_address, up_written) = up.data.device_ptr_mut(stream);
-                    ((gate_address, gate.row_stride, Some(gate_written)), (up_address, up.row_stride, Some(up_written)))
-                }
-                None => ((0, 0, None), (0, 0, None)),
-            };
+        let [gate, up] = [gate, up].map(|weights| held.address(weights));
+        let biases = [forward.gate_bias, forward.up_bias];
+        let [gate_bias, up_bias] = biases.map(|bias| bias.map_or(0, |bias| held.address(bias)));
+        let z = held.written(forward.z);
+        let half_bytes = u64::from(self.spec.n) * element_bytes;
+        let [saved_gate, saved_up] = held.preactivations(forward.preactivations, half_bytes);
         let raw = RawForward {
             m,
-            x,
-            x_stride: stride(forward.x.row_stride),
+            x: x.address,
+            x_stride: x.stride,
             gate: gate + offsets.gate as u64 * element_bytes,
             gate_stride: stride(offsets.gate_stride),
             up: up + offsets.up as u64 * element_bytes,
             up_stride: stride(offsets.up_stride),
-            gate_bias: gate_bias.as_ref().map_or(0, |(address, _)| *address),
-            up_bias: up_bias.as_ref().map_or(0, |(address, _)| *address),
-            z,
-            z_stride: stride(forward.z.row_stride),
-            saved_gate,
-            saved_gate_stride: stride(saved_gate_stride),
-            saved_up,
-            saved_up_stride: stride(saved_up_stride),
+            gate_bias,
+            up_bias,
+            z: z.address,
+            z_stride: z.stride,
+            saved_gate: saved_gate.address,
+            saved_gate_stride: saved_gate.stride,
+            saved_up: saved_up.address,
+            saved_up_stride: saved_up.stride,
             scales: RawScales::default(),
         };
+        held.ordered()?;
         // SAFETY: `check` has held every matrix to its slice, the borrows keep the slices alive and the outputs apart,
         // `check_device` has held them to this plan's GPU; cudarc orders their release after this stream's work.
         unsafe { self.launch_raw(stream.cu_stream(), &raw) }

@@ -1,10 +1,12 @@
 //! Launches of the scaled formats: e4m3 and int4 operands with their scales.
 #![allow(unsafe_code, reason = "vouches for the addresses of checked slices")]
 
+use crate::addresses::{Held, stride};
 use crate::launch::{RawForward, RawScales};
 use crate::operands::{ArgumentError, Forward, ForwardSpec, Matrix, Preactivations, Weights, sealed};
 use crate::plan::{LaunchError, Plan};
-use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceSlice};
+use crate::step::RawMatrix;
+use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DeviceSlice};
 use half::{bf16, f16};
 use swiglu_kernels::problem::INT4_GROUP;
 use swiglu_kernels::{Format, GateOrder};
@@ -69,6 +71,15 @@ pub struct ScaledForward<'a, X, W, O> {
 /// The same matrix with the length of its storage in place of it.
 fn lengths<S: DeviceSlice<T>, T>(matrix: &Matrix<S>) -> Matrix<usize> {
     Matrix::strided(matrix.data.len(), matrix.rows, matrix.cols, matrix.row_stride)
+}
+
+/// The same matrix behind a reference.
+fn by_ref<S>(matrix: &Matrix<S>) -> Matrix<&S> {
+    Matrix::strided(&matrix.data, matrix.rows, matrix.cols, matrix.row_stride)
+}
+
+fn by_mut<S>(matrix: &mut Matrix<S>) -> Matrix<&mut S> {
+    Matrix::strided(&mut matrix.data, matrix.rows, matrix.cols, matrix.row_stride)
 }
 
 fn weight_lengths<S: DeviceSlice<T>, T>(weights: &Weights<S>) -> Weights<usize> {
@@ -203,10 +214,12 @@ fn is_by_row(argument: &'static str, scales: &CudaView<'_, f32>, rows: usize) ->
 
 impl Plan {
     /// [`Plan::launch`] for the scaled formats; every shape is checked first. Empty M or N returns without a launch. The
-    /// memory of every matrix starts, and its rows step, at multiples of 16 bytes.
+    /// memory of every matrix starts, and its rows step, at multiples of 16 bytes. A CUDA graph captures it while event
+    /// tracking is off, as [`Plan::launch`].
     ///
     /// # Errors
-    /// [`LaunchError::Argument`] names the operand that does not fit; nothing was launched then.
+    /// [`LaunchError::Argument`] names the operand that does not fit, [`LaunchError::Order`] tells why `stream` cannot wait for
+    /// one; nothing was launched then.
     pub fn launch_scaled<X: Stored, W: Stored, O: Stored>(
         &self,
         stream: &CudaStream,
@@ -221,78 +234,65 @@ impl Plan {
         if m == 0 || n == 0 {
             return Ok(());
         }
-        self.gpu.context.bind_to_thread().map_err(LaunchError::Context)?;
-
-        let stride = |elements: usize| i64::try_from(elements).unwrap_or(i64::MAX);
         let (weight_bytes, output_bytes) = (size_of::<W>() as u64, size_of::<O>() as u64);
-        let (x, _x) = forward.x.data.device_ptr(stream);
-        let (gate_data, up_data) = match &forward.weights {
+        let half_bytes = n as u64 * output_bytes;
+        let ScaledForward { x, weights, gate_bias, up_bias, mut z, mut preactivations, .. } = forward;
+        let mut held = Held::on(stream)?;
+        let x = held.read(by_ref(&x));
+        let (gate, up) = match &weights {
             Weights::Packed(packed) => (&packed.data, &packed.data),
             Weights::Separate { gate, up } => (&gate.data, &up.data),
         };
-        let (gate, _gate) = gate_data.device_ptr(stream);
-        let (up, _up) = up_data.device_ptr(stream);
-        let x_scales = forward.x_scales.as_ref().map(|scales| scales.device_ptr(stream));
-        let (gate_scales, up_scales, scale_stride) = match &forward.weight_scales {
-            WeightScales::Columns { gate, up } => (gate.device_ptr(stream), up.device_ptr(stream), 0),
-            WeightScales::Groups(Weights::Separate { gate, up }) => {
-                (gate.data.device_ptr(stream), up.data.device_ptr(stream), gate.row_stride)
+        let [gate, up] = [gate, up].map(|weights| held.address(weights));
+        let x_scales = forward.x_scales.as_ref().map_or(0, |scales| held.address(scales));
+        let [gate_scales, up_scales] = match &forward.weight_scales {
+            WeightScales::Columns { gate, up } => {
+                [gate, up].map(|scales| RawMatrix { address: held.address(scales), stride: 0 })
             }
+            WeightScales::Groups(Weights::Separate { gate, up }) => [gate, up].map(|scales| held.read(by_ref(scales))),
             WeightScales::Groups(Weights::Packed(packed)) => {
-                let ((first, guard), second) = (packed.data.device_ptr(stream), packed.data.device_ptr(stream));
-                let half = first + n as u64 * output_bytes;
+                let first = held.read(by_ref(packed));
+                let second = RawMatrix { address: first.address + half_bytes, ..first };
                 match self.spec.gate_order {
-                    GateOrder::GateFirst => ((first, guard), (half, second.1), packed.row_stride),
-                    GateOrder::UpFirst => ((half, guard), (first, second.1), packed.row_stride),
+                    GateOrder::GateFirst => [first, second],
+                    GateOrder::UpFirst => [second, first],
                 }
             }
         };
-        let gate_bias = forward.gate_bias.as_ref().map(|bias| bias.device_ptr(stream));
-        let up_bias = forward.up_bias.as_ref().map(|bias| bias.device_ptr(stream));
-        let mut output = forward.z;
-        let (z, _z) = output.data.device_ptr_mut(stream);
-        let mut preactivations = forward.preactivations;
-        let ((saved_gate, saved_gate_stride, _saved_gate), (saved_up, saved_up_stride, _saved_up)) =
-            match &mut preactivations {
-                Some(Preactivations::Packed(saved)) => {
-                    let row_stride = saved.row_stride;
-                    let (address, written) = saved.data.device_ptr_mut(stream);
-                    let half = address + n as u64 * output_bytes;
-                    ((address, row_stride, Some(written)), (half, row_stride, None))
-                }
-                Some(Preactivations::Separate { gate, up }) => {
-                    let (gate_stride, up_stride) = (gate.row_stride, up.row_stride);
-                    let (gate_address, gate_written) = gate.data.device_ptr_mut(stream);
-                    let (up_address, up_written) = up.data.device_ptr_mut(stream);
-                    ((gate_address, gate_stride, Some(gate_written)), (up_address, up_stride, Some(up_written)))
-                }
-                None => ((0, 0, None), (0, 0, None)),
-            };
+        let biases = [&gate_bias, &up_bias];
+        let [gate_bias, up_bias] = biases.map(|bias| bias.as_ref().map_or(0, |bias| held.address(bias)));
+        let z = held.written(by_mut(&mut z));
+        let saved = preactivations.as_mut().map(|saved| match saved {
+            Preactivations::Packed(both) => Preactivations::Packed(by_mut(both)),
+            Preactivations::Separate { gate, up } => Preactivations::Separate { gate: by_mut(gate), up: by_mut(up) },
+        });
+        let [saved_gate, saved_up] = held.preactivations(saved, half_bytes);
         let raw = RawForward {
             m: u32::try_from(m).unwrap_or(u32::MAX),
-            x,
-            x_stride: stride(forward.x.row_stride),
+            x: x.address,
+            x_stride: x.stride,
             gate: gate + offsets.gate as u64 * weight_bytes,
             gate_stride: stride(offsets.gate_stride),
             up: up + offsets.up as u64 * weight_bytes,
             up_stride: stride(offsets.up_stride),
-            gate_bias: gate_bias.as_ref().map_or(0, |(address, _)| *address),
-            up_bias: up_bias.as_ref().map_or(0, |(address, _)| *address),
-            z,
-            z_stride: stride(output.row_stride),
-            saved_gate,
-            saved_gate_stride: stride(saved_gate_stride),
-            saved_up,
-            saved_up_stride: stride(saved_up_stride),
+            gate_bias,
+            up_bias,
+            z: z.address,
+            z_stride: z.stride,
+            saved_gate: saved_gate.address,
+            saved_gate_stride: saved_gate.stride,
+            saved_up: saved_up.address,
+            saved_up_stride: saved_up.stride,
             scales: RawScales {
-                x: x_scales.as_ref().map_or(0, |(address, _)| *address),
-                gate: gate_scales.0,
-                up: up_scales.0,
-                stride: stride(scale_stride),
+                x: x_scales,
+                gate: gate_scales.address,
+                up: up_scales.address,
+                stride: gate_scales.stride,
                 x_rows,
                 weight_rows,
             },
         };
+        held.ordered()?;
         // SAFETY: every matrix, bias and vector of scales was held to its slice above, the borrows keep the slices alive and
         // the outputs apart, `check_device` has held them to this plan's GPU; cudarc orders their release after this
         // stream's work.

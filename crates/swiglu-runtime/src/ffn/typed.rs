@@ -3,20 +3,20 @@
 
 use super::operands::{FfnBackward, FfnForward, FfnWeights};
 use super::{FfnPlan, Gradients, RawFfn, RawFfnBackward, RawWeights};
-use crate::operands::{ArgumentError, Element, Matrix};
+use crate::addresses::Held;
+use crate::operands::{ArgumentError, Element};
 use crate::plan::LaunchError;
 use crate::step::RawMatrix;
-use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};
+use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 use swiglu_kernels::DType;
 
-/// What keeps the slices of a launch ordered with the work of their own streams.
-type Held<'a> = Vec<SyncOnDrop<'a>>;
-
 impl FfnPlan {
-    /// The forward on `stream`; every shape is checked first. Empty M returns without a launch.
+    /// The forward on `stream`; every shape is checked first. Empty M returns without a launch. A CUDA graph captures it while
+    /// event tracking is off, as [`Plan::launch`](crate::Plan::launch).
     ///
     /// # Errors
-    /// [`LaunchError::Argument`] names the operand that does not fit; nothing was launched then.
+    /// [`LaunchError::Argument`] names the operand that does not fit, [`LaunchError::Order`] tells why `stream` cannot wait for
+    /// one; nothing was launched then.
     pub fn forward<T, S, O>(&self, stream: &CudaStream, forward: FfnForward<&S, &mut O>) -> Result<(), LaunchError>
     where
         T: Element,
@@ -35,23 +35,23 @@ impl FfnPlan {
         if m == 0 {
             return Ok(());
         }
-        self.gated.gpu.context.bind_to_thread().map_err(LaunchError::Context)?;
-        let mut held = Held::new();
+        let mut held = Held::on(stream)?;
         let args = RawFfn {
             m,
-            x: read(forward.x, stream, &mut held),
-            weights: raw_weights(&forward.weights, stream, &mut held),
-            y: written(forward.y, stream, &mut held),
-            saved: forward.saved.map_or(0, |saved| address_mut(saved, stream, &mut held)),
-            workspace: address_mut(forward.workspace, stream, &mut held),
+            x: held.read(forward.x),
+            weights: raw_weights(&forward.weights, &mut held),
+            y: held.written(forward.y),
+            saved: forward.saved.map_or(0, |saved| held.address_mut(saved)),
+            workspace: held.address_mut(forward.workspace),
         };
+        held.ordered()?;
         // SAFETY: `check` has held every matrix to its slice, the borrows keep the slices alive and the outputs apart,
         // `check_device` has held them to this plan's GPU; cudarc orders their release after this stream's work.
         unsafe { self.forward_raw(stream.cu_stream(), &args) }
     }
 
     /// The backward on `stream`; every shape is checked first. The gradients of weights and biases have elements of the
-    /// spec's number format, `f32` where they are added to.
+    /// spec's number format, `f32` where they are added to. Captured as the forward.
     ///
     /// # Errors
     /// As [`FfnPlan::forward`].
@@ -88,27 +88,26 @@ impl FfnPlan {
                 self.gated.check_device("gradients.biases", vector.stream())?;
             }
         }
-        self.gated.gpu.context.bind_to_thread().map_err(LaunchError::Context)?;
-        let mut held = Held::new();
+        let mut held = Held::on(stream)?;
         let (mut weight_grads, mut bias_grads) = ([RawMatrix::default(); 3], [0; 3]);
         if let Some(gradients) = backward.gradients {
-            weight_grads =
-                [gradients.gate, gradients.up, gradients.down].map(|matrix| written(matrix, stream, &mut held));
+            weight_grads = [gradients.gate, gradients.up, gradients.down].map(|matrix| held.written(matrix));
             if let Some(biases) = gradients.biases {
-                bias_grads = biases.map(|vector| address_mut(vector, stream, &mut held));
+                bias_grads = biases.map(|vector| held.address_mut(vector));
             }
         }
         let args = RawFfnBackward {
             m,
-            x: read(backward.x, stream, &mut held),
-            weights: raw_weights(&backward.weights, stream, &mut held),
-            dy: read(backward.dy, stream, &mut held),
-            dx: written(backward.dx, stream, &mut held),
+            x: held.read(backward.x),
+            weights: raw_weights(&backward.weights, &mut held),
+            dy: held.read(backward.dy),
+            dx: held.written(backward.dx),
             weight_grads,
             bias_grads,
-            saved: backward.saved.map_or(0, |saved| address_mut(saved, stream, &mut held)),
-            workspace: backward.workspace.map_or(0, |workspace| address_mut(workspace, stream, &mut held)),
+            saved: backward.saved.map_or(0, |saved| held.address_mut(saved)),
+            workspace: backward.workspace.map_or(0, |workspace| held.address_mut(workspace)),
         };
+        held.ordered()?;
         // SAFETY: as in `forward`.
         unsafe { self.backward_raw(stream.cu_stream(), &args) }
     }
@@ -131,53 +130,13 @@ fn check_type<T: Element>(argument: &'static str, dtype: DType) -> Result<(), Ar
     Err(ArgumentError::new(argument, format!("its element type does not store `{dtype}`")))
 }
 
-fn address<'a, T, S: DevicePtr<T> + ?Sized>(slice: &'a S, stream: &'a CudaStream, held: &mut Held<'a>) -> u64 {
-    let (address, sync) = slice.device_ptr(stream);
-    held.push(sync);
-    address
-}
-
-fn address_mut<'a, T, O: DevicePtrMut<T> + ?Sized>(
-    slice: &'a mut O,
-    stream: &'a CudaStream,
-    held: &mut Held<'a>,
-) -> u64 {
-    let (address, sync) = slice.device_ptr_mut(stream);
-    held.push(sync);
-    address
-}
-
-fn stride<S>(matrix: &Matrix<S>) -> i64 {
-    i64::try_from(matrix.row_stride).unwrap_or(i64::MAX)
-}
-
-fn read<'a, T, S: DevicePtr<T> + ?Sized>(
-    matrix: Matrix<&'a S>,
-    stream: &'a CudaStream,
-    held: &mut Held<'a>,
-) -> RawMatrix {
-    RawMatrix { stride: stride(&matrix), address: address(matrix.data, stream, held) }
-}
-
-fn written<'a, T, O: DevicePtrMut<T> + ?Sized>(
-    matrix: Matrix<&'a mut O>,
-    stream: &'a CudaStream,
-    held: &mut Held<'a>,
-) -> RawMatrix {
-    RawMatrix { stride: stride(&matrix), address: address_mut(matrix.data, stream, held) }
-}
-
-fn raw_weights<'a, T, S: DevicePtr<T> + ?Sized>(
-    weights: &FfnWeights<&'a S>,
-    stream: &'a CudaStream,
-    held: &mut Held<'a>,
-) -> RawWeights {
+fn raw_weights<'a, T, S: DevicePtr<T> + ?Sized>(weights: &FfnWeights<&'a S>, held: &mut Held<'a>) -> RawWeights {
     RawWeights {
-        gate: read(weights.gate, stream, held),
-        up: read(weights.up, stream, held),
-        down: read(weights.down, stream, held),
-        gate_bias: weights.gate_bias.map_or(0, |bias| address(bias, stream, held)),
-        up_bias: weights.up_bias.map_or(0, |bias| address(bias, stream, held)),
-        down_bias: weights.down_bias.map_or(0, |bias| address(bias, stream, held)),
+        gate: held.read(weights.gate),
+        up: held.read(weights.up),
+        down: held.read(weights.down),
+        gate_bias: weights.gate_bias.map_or(0, |bias| held.address(bias)),
+        up_bias: weights.up_bias.map_or(0, |bias| held.address(bias)),
+        down_bias: weights.down_bias.map_or(0, |bias| held.address(bias)),
     }
 }
