@@ -130,23 +130,35 @@ impl Selection {
         alignment: u32,
         launch: impl Fn(&Kernel) -> Result<(), Refusal>,
     ) -> Option<Result<(), LaunchError>> {
-        let mut kernel = self.select(m, alignment)?;
-        let mut launched = launch(kernel);
-        for other in [&self.serving(m).instead, &self.fallback].into_iter().flatten() {
-            match &launched {
-                Err(Refusal::NoMemory(error)) => {
-                    let config = kernel.config;
-                    NO_MEMORY
-                        .call_once(|| tracing::warn!(%config, %error, "slower kernels serve where memory is short"));
-                }
-                Err(Refusal::Declined(_)) => {}
-                Ok(()) | Err(Refusal::Driver(_) | Refusal::Library(_)) => break,
-            }
-            kernel = other;
-            launched = launch(kernel);
-        }
+        let first = self.select(m, alignment)?;
+        let others = [&self.serving(m).instead, &self.fallback].into_iter().flatten();
+        let (kernel, launched) = in_turn(first, others, launch, |kernel, error| {
+            let config = kernel.config;
+            NO_MEMORY.call_once(|| tracing::warn!(%config, %error, "slower kernels serve where memory is short"));
+        });
         Some(launched.map_err(|refusal| LaunchError::of(kernel.config, refusal)))
     }
+}
+
+/// Launches `kernel`, and as long as what was launched last is declined or has no memory, of which `short` is told, the next of
+/// `others`. Tells what was launched last, and how that went.
+fn in_turn<K: Copy>(
+    mut kernel: K,
+    others: impl Iterator<Item = K>,
+    launch: impl Fn(K) -> Result<(), Refusal>,
+    short: impl Fn(K, &DriverError),
+) -> (K, Result<(), Refusal>) {
+    let mut launched = launch(kernel);
+    for other in others {
+        match &launched {
+            Err(Refusal::NoMemory(error)) => short(kernel, error),
+            Err(Refusal::Declined(_)) => {}
+            Ok(()) | Err(Refusal::Driver(_) | Refusal::Library(_)) => break,
+        }
+        kernel = other;
+        launched = launch(kernel);
+    }
+    (kernel, launched)
 }
 
 /// A prepared forward problem on one GPU. `Send` and `Sync`. It outlives the graphs that were captured from it: they launch what
@@ -370,4 +382,63 @@ fn named_slices<'a, S: ?Sized, O: ?Sized>(
     };
     let biases = [forward.gate_bias.map(|bias| ("gate_bias", bias)), forward.up_bias.map(|bias| ("up_bias", bias))];
     [("x", forward.x.data), gate].into_iter().chain(up).chain(biases.into_iter().flatten())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::RefCell;
+
+    fn declined() -> Refusal {
+        Refusal::Declined(CublasLtError::Operands("not these"))
+    }
+
+    fn library() -> Refusal {
+        Refusal::Library(CublasLtError::Operands("it failed"))
+    }
+
+    fn no_memory() -> Refusal {
+        Refusal::NoMemory(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY))
+    }
+
+    fn driver() -> Refusal {
+        Refusal::Driver(DriverError(sys::CUresult::CUDA_ERROR_INVALID_VALUE))
+    }
+
+    /// What is launched in turn where the first kernels are refused so, the kernels that memory was short for, and whether the
+    /// last launch went well.
+    fn sequence(refusals: &[fn() -> Refusal]) -> (Vec<usize>, Vec<usize>, bool) {
+        let (launches, short) = (RefCell::default(), RefCell::default());
+        let launch = |kernel: usize| {
+            let launches: &RefCell<Vec<usize>> = &launches;
+            launches.borrow_mut().push(kernel);
+            refusals.get(kernel).map_or(Ok(()), |refusal| Err(refusal()))
+        };
+        let (last, launched) = in_turn(0, [1, 2].into_iter(), launch, |kernel, _| {
+            let short: &RefCell<Vec<usize>> = &short;
+            short.borrow_mut().push(kernel);
+        });
+        let launches = launches.into_inner();
+        assert_eq!(launches.last(), Some(&last), "the error names what was launched last");
+        (launches, short.into_inner(), launched.is_ok())
+    }
+
+    #[test]
+    fn what_is_declined_or_has_no_memory_leaves_the_launch_to_the_next() {
+        assert_eq!(sequence(&[]), (vec![0], vec![], true));
+        assert_eq!(sequence(&[declined]), (vec![0, 1], vec![], true));
+        assert_eq!(sequence(&[no_memory]), (vec![0, 1], vec![0], true));
+        assert_eq!(sequence(&[declined, no_memory]), (vec![0, 1, 2], vec![1], true));
+        assert_eq!(sequence(&[no_memory, declined]), (vec![0, 1, 2], vec![0], true));
+        assert_eq!(sequence(&[declined, declined, no_memory]), (vec![0, 1, 2], vec![], false));
+    }
+
+    #[test]
+    fn what_failed_is_not_launched_again_with_another_kernel() {
+        for failure in [driver, library] {
+            assert_eq!(sequence(&[failure]), (vec![0], vec![], false));
+            assert_eq!(sequence(&[declined, failure]), (vec![0, 1], vec![], false));
+            assert_eq!(sequence(&[no_memory, failure]), (vec![0, 1], vec![0], false));
+        }
+    }
 }
