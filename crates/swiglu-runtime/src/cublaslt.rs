@@ -211,7 +211,8 @@ impl CublasLt {
     /// # Safety
     /// `gemm` was made for the sizes, strides and alignment of `at`, whose addresses are of device memory of this GPU that holds
     /// its matrices, `out` apart from the others; `workspace` is of [`Gemm::workspace_bytes`], a multiple of 256; all stay
-    /// allocated until the work has finished; `stream` is live and of the context of this library.
+    /// allocated until the work has finished; `stream` is live and of the context of this library, which is current on this
+    /// thread.
     pub unsafe fn run(
         &self,
         gemm: &Gemm,

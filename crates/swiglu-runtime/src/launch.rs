@@ -1,4 +1,4 @@
-//! The launch itself: no lock, no allocation, no string.
+//! The launch itself: no lock, no allocation, no string, but for what `split.rs` and `library_call.rs` put ahead of it.
 //!
 //! Contract: `KernelParams` mirrors `Params` in `templates/shared/params.cuh`; the caller vouches for pointers.
 #![allow(unsafe_code, reason = "hands raw device pointers to the driver")]
@@ -6,13 +6,13 @@
 use crate::cublaslt::CublasLtError;
 use crate::gpu::{Code, Function, Kernel};
 use crate::split::Split;
-use crate::step::{RawStep, StepParams};
+use crate::step::{Named, RawMatrix, RawStep, StepParams, alignment_of_all, missing};
 use crate::tensor_map::{self, BoxedMatrix};
 use cudarc::driver::{CudaFunction, DeviceRepr, DriverError, sys};
 use std::ffi::c_void;
 use swiglu_kernels::families::{Raster, Staging, WgmmaTmaConfig, wgmma_tma};
-use swiglu_kernels::problem::{MAX_ACCESS_BYTES, alignment_of};
-use swiglu_kernels::{Config, DType, Format, Problem};
+use swiglu_kernels::problem::INT4_GROUP;
+use swiglu_kernels::{Config, DType, Format, Problem, WeightMajor};
 
 /// Scales of the scaled formats, without types; all 0 for the others.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -34,12 +34,11 @@ pub struct RawScales {
 impl RawScales {
     /// The first scale that `dtype` has and that has no address.
     pub(crate) fn missing(&self, dtype: DType) -> Option<&'static str> {
-        let needed = [
+        missing([
             ("scales.x", self.x, dtype.x() == Format::E4m3),
             ("scales.gate", self.gate, dtype.is_scaled()),
             ("scales.up", self.up, dtype.is_scaled()),
-        ];
-        needed.into_iter().find(|(_, address, needed)| *needed && *address == 0).map(|(argument, ..)| argument)
+        ])
     }
 }
 
@@ -81,23 +80,50 @@ pub struct RawForward {
 }
 
 impl RawForward {
-    /// Largest power of two, at most 16, that divides every address and row stride in bytes. Scales are read one by one, but
-    /// for those of int4.
+    /// The same, with a stride of rows that are well aligned for every matrix of a single row.
+    #[must_use]
+    pub(crate) fn settled(mut self, problem: &Problem) -> Self {
+        let &Problem { dtype, n, k, .. } = problem;
+        let (m, words) = (self.m, k.div_ceil(dtype.weights().numbers()));
+        let weights = if problem.weight_major == WeightMajor::K { (n, words) } else { (words, n) };
+        let settle = |address, stride: &mut i64, shape, format: Format| {
+            *stride = RawMatrix { address, stride: *stride }.settled(shape, format.bytes()).stride;
+        };
+        settle(self.x, &mut self.x_stride, (m, k), dtype.x());
+        settle(self.gate, &mut self.gate_stride, weights, dtype.weights());
+        settle(self.up, &mut self.up_stride, weights, dtype.weights());
+        settle(self.z, &mut self.z_stride, (m, n), dtype.output());
+        settle(self.saved_gate, &mut self.saved_gate_stride, (m, n), dtype.output());
+        settle(self.saved_up, &mut self.saved_up_stride, (m, n), dtype.output());
+        if dtype.weights() == Format::Int4 {
+            settle(self.scales.gate, &mut self.scales.stride, (k.div_ceil(INT4_GROUP), n), dtype.output());
+        }
+        self
+    }
+
+    /// What has to be aligned: scales are read one by one, but for those of int4.
+    pub(crate) fn operands(&self, dtype: DType) -> [Named; 8] {
+        let groups = dtype.weights() == Format::Int4;
+        let operand =
+            |argument, address, stride, format: Format| (argument, RawMatrix { address, stride }, format.bytes());
+        let scales = |argument, address: u64| {
+            operand(argument, if groups { address } else { 0 }, self.scales.stride, dtype.output())
+        };
+        [
+            operand("x", self.x, self.x_stride, dtype.x()),
+            operand("gate", self.gate, self.gate_stride, dtype.weights()),
+            operand("up", self.up, self.up_stride, dtype.weights()),
+            operand("z", self.z, self.z_stride, dtype.output()),
+            operand("saved_gate", self.saved_gate, self.saved_gate_stride, dtype.output()),
+            operand("saved_up", self.saved_up, self.saved_up_stride, dtype.output()),
+            scales("scales.gate", self.scales.gate),
+            scales("scales.up", self.scales.up),
+        ]
+    }
+
+    /// Largest power of two, at most 16, that divides every address and row stride in bytes.
     pub(crate) fn alignment(&self, dtype: DType) -> u32 {
-        let strides = [
-            (self.x_stride, dtype.x()),
-            (self.gate_stride, dtype.weights()),
-            (self.up_stride, dtype.weights()),
-            (self.z_stride, dtype.output()),
-            (self.saved_gate_stride, dtype.output()),
-            (self.saved_up_stride, dtype.output()),
-            (self.scales.stride, dtype.output()),
-        ];
-        let strides = strides.map(|(stride, format)| stride.unsigned_abs() * u64::from(format.bytes()));
-        let addresses = [self.x, self.gate, self.up, self.z, self.saved_gate, self.saved_up];
-        let groups = if dtype.weights() == Format::Int4 { self.scales.gate | self.scales.up } else { 0 };
-        let all = addresses.into_iter().chain(strides).fold(groups, |all, one| all | one);
-        alignment_of(all).min(MAX_ACCESS_BYTES)
+        alignment_of_all(self.operands(dtype))
     }
 }
 
@@ -200,7 +226,8 @@ pub enum Refusal {
 /// # Safety
 /// Every address is of device memory of the kernel's GPU that holds its whole matrix in the kernel's number
 /// format and stays allocated until the launch has finished; the outputs overlap no other operand; addresses and strides
-/// are multiples of the config's `access_bytes`; `stream` is live and of the kernel's context.
+/// are multiples of the config's `access_bytes`; `stream` is live and of the kernel's context, which
+/// is current on this thread.
 pub unsafe fn forward(kernel: &Kernel, stream: sys::CUstream, args: &RawForward) -> Result<(), Refusal> {
     match &kernel.code {
         // SAFETY: by this function's own contract.
@@ -336,7 +363,8 @@ unsafe fn wgmma_tma(
 /// # Safety
 /// Every address is of device memory of the kernel's GPU that holds its whole matrix, in the number format that [`RawStep`]
 /// says, and stays allocated until the launch has finished; the outputs overlap no other operand but where [`RawStep`] allows
-/// it; addresses and strides are multiples of the config's `access_bytes`; `stream` is live and of the kernel's context.
+/// it; addresses and strides are multiples of the config's `access_bytes`; `stream` is live and of the kernel's context, which
+/// is current on this thread.
 pub unsafe fn step(kernel: &Kernel, stream: sys::CUstream, args: &RawStep) -> Result<(), Refusal> {
     if args.m == 0 {
         // SAFETY: by this function's own contract.
@@ -464,7 +492,7 @@ pub struct Geometry {
 ///
 /// # Safety
 /// `arguments` point to what the entry takes, by value, in its order, and what they hold is what it may work on until it has
-/// finished; `stream` is live and of the entry's context.
+/// finished; `stream` is live and of the entry's context, which is current on this thread.
 pub unsafe fn entry(
     function: &CudaFunction,
     geometry: &Geometry,
@@ -522,7 +550,7 @@ fn invalid() -> DriverError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use swiglu_kernels::WeightMajor;
+    use crate::step::misaligned;
 
     #[test]
     fn what_passes_through_l2_is_told_to_the_kernel_by_its_own_name() {
@@ -559,5 +587,35 @@ mod tests {
         let scales = RawScales { gate: 36, ..RawScales::default() };
         assert_eq!(RawForward { scales, ..aligned }.alignment(DType::E4m3), 16);
         assert_eq!(RawForward { scales, ..aligned }.alignment(DType::Bf16Int4), 4);
+    }
+
+    #[test]
+    fn the_stride_of_a_single_row_does_not_count_and_the_first_odd_operand_is_named() {
+        let args = |m, x_stride| RawForward {
+            m,
+            x: 256,
+            gate: 512,
+            up: 1024,
+            z: 4096,
+            x_stride,
+            gate_stride: 64,
+            up_stride: 64,
+            z_stride: 40,
+            ..RawForward::default()
+        };
+        let problem = Problem::forward(DType::Bf16, WeightMajor::K, 1, 40, 61);
+        assert_eq!(args(2, i64::MAX).settled(&problem).alignment(DType::Bf16), 2);
+        let settled = args(1, i64::MAX).settled(&problem);
+        assert_eq!((settled.x_stride, settled.gate_stride, settled.alignment(DType::Bf16)), (64, 64, 16));
+        assert_eq!((settled.saved_gate_stride, settled.scales), (0, RawScales::default()));
+        let of_one = RawForward { gate_stride: 7, ..args(2, 64) };
+        assert_eq!(of_one.settled(&Problem { n: 1, ..problem }).gate_stride, 64);
+        assert_eq!(of_one.settled(&Problem { k: 1, weight_major: WeightMajor::N, ..problem }).gate_stride, 40);
+        assert_eq!(of_one.settled(&problem), of_one);
+        assert_eq!(misaligned(args(2, 64).operands(DType::Bf16)), None);
+        assert_eq!(misaligned(RawForward { up: 1032, ..of_one }.operands(DType::Bf16)), Some(("gate", 2)));
+        let scales = RawScales { up: 36, ..RawScales::default() };
+        let odd = RawForward { scales, ..args(2, 64) };
+        assert_eq!(misaligned(odd.operands(DType::Bf16Int4)), Some(("scales.up", 4)));
     }
 }

@@ -7,10 +7,11 @@ use crate::cublaslt::CublasLtError;
 use crate::gpu::{Gpu, Kernel};
 use crate::launch::{self, RawForward, RawScales, Refusal};
 use crate::operands::{ArgumentError, Element, Forward, ForwardSpec, MAX_ROWS, Preactivations, Weights};
-use crate::step::RawStep;
+use crate::step::{Named, RawStep, misaligned};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, DriverError, sys};
 use std::sync::Once;
 use swiglu_db::{Match, Record};
+use swiglu_kernels::problem::MAX_ACCESS_BYTES;
 use swiglu_kernels::{Config, Problem};
 
 /// Why a launch did not happen.
@@ -218,10 +219,11 @@ impl StepPlan {
         if let Some(argument) = args.missing(&self.problem) {
             return Err(ArgumentError::new(argument, format!("is 0, but `{}` needs it", self.problem.op)).into());
         }
-        let alignment = args.alignment(&self.problem);
+        let args = args.settled(&self.problem);
         // SAFETY: by this function's own contract; `Selection::launch` has held the alignment to `access_bytes`.
-        let launched = self.selection.launch(args.m, alignment, |kernel| unsafe { launch::step(kernel, stream, args) });
-        launched.unwrap_or_else(|| Err(not_aligned("left", alignment, &self.problem).into()))
+        let launch = |kernel: &Kernel| unsafe { launch::step(kernel, stream, &args) };
+        let launched = self.selection.launch(args.m, args.alignment(&self.problem), launch);
+        launched.unwrap_or_else(|| Err(not_aligned(args.operands(&self.problem), &self.problem).into()))
     }
 }
 
@@ -261,6 +263,10 @@ impl Plan {
         S: DevicePtr<T> + ?Sized,
         O: DevicePtrMut<T> + ?Sized,
     {
+        if self.spec.dtype.is_scaled() {
+            let reason = format!("`{}` has scales; use `Plan::launch_scaled`", self.spec.dtype);
+            return Err(ArgumentError::new("x", reason).into());
+        }
         if !T::stores(self.spec.dtype) {
             let reason = format!("its element type does not store `{}`", self.spec.dtype);
             return Err(ArgumentError::new("x", reason).into());
@@ -346,11 +352,12 @@ impl Plan {
             let reason = format!("is 0, but `{}` has scales", self.spec.dtype);
             return Err(ArgumentError::new(argument, reason).into());
         }
-        let alignment = args.alignment(self.spec.dtype);
-        let launched =
-            // SAFETY: by this function's own contract; `Selection::launch` has held the alignment to `access_bytes`.
-            self.selection.launch(args.m, alignment, |kernel| unsafe { launch::forward(kernel, stream, args) });
-        launched.unwrap_or_else(|| Err(not_aligned("x", alignment, &self.spec.problem(args.m)).into()))
+        let problem = self.spec.problem(args.m);
+        let args = args.settled(&problem);
+        // SAFETY: by this function's own contract; `Selection::launch` has held the alignment to `access_bytes`.
+        let launch = |kernel: &Kernel| unsafe { launch::forward(kernel, stream, &args) };
+        let launched = self.selection.launch(args.m, args.alignment(problem.dtype), launch);
+        launched.unwrap_or_else(|| Err(not_aligned(args.operands(problem.dtype), &problem).into()))
     }
 
     pub(crate) fn check_device(&self, argument: &'static str, stream: &CudaStream) -> Result<(), ArgumentError> {
@@ -364,9 +371,11 @@ impl Plan {
     }
 }
 
-fn not_aligned(argument: &'static str, alignment: u32, problem: &Problem) -> ArgumentError {
+/// Names the first operand at fault.
+fn not_aligned<const COUNT: usize>(operands: [Named; COUNT], problem: &Problem) -> ArgumentError {
+    let (argument, alignment) = misaligned(operands).unwrap_or((operands[0].0, MAX_ACCESS_BYTES));
     let reason = format!(
-        "and the other operands start or step at multiples of {alignment} bytes; `{}` needs 16, copy them",
+        "starts or steps at a multiple of {alignment} bytes; `{}` needs {MAX_ACCESS_BYTES} here, copy it",
         problem.dtype
     );
     ArgumentError::new(argument, reason)

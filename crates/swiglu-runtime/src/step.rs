@@ -17,6 +17,45 @@ pub struct RawMatrix {
     pub stride: i64,
 }
 
+impl RawMatrix {
+    /// The matrix of this shape in memory, with elements of `bytes`: the stride of a single row means nothing, and becomes that of
+    /// well aligned rows.
+    #[must_use]
+    pub(crate) fn settled(self, (rows, cols): (u32, u32), bytes: u32) -> Self {
+        if rows > 1 || self.address == 0 {
+            return self;
+        }
+        let row = (u64::from(cols) * u64::from(bytes)).next_multiple_of(MAX_ACCESS_BYTES.into());
+        Self { stride: (row / u64::from(bytes)).cast_signed(), ..self }
+    }
+
+    /// Largest power of two, at most 16, that divides the address and the row stride in bytes, of elements of `bytes`.
+    pub(crate) fn alignment(self, bytes: u32) -> u32 {
+        // Its low bits are right whatever is lost above.
+        let step = self.stride.unsigned_abs().wrapping_mul(bytes.into());
+        alignment_of(self.address | step).min(MAX_ACCESS_BYTES)
+    }
+}
+
+/// An operand by its name, with the bytes of an element.
+pub(crate) type Named = (&'static str, RawMatrix, u32);
+
+/// The alignment that all operands have.
+pub(crate) fn alignment_of_all<const COUNT: usize>(operands: [Named; COUNT]) -> u32 {
+    operands.into_iter().fold(MAX_ACCESS_BYTES, |all, (_, matrix, bytes)| all.min(matrix.alignment(bytes)))
+}
+
+/// The first operand that is aligned to less than 16 bytes, and to how many.
+pub(crate) fn misaligned<const COUNT: usize>(operands: [Named; COUNT]) -> Option<(&'static str, u32)> {
+    let aligned = operands.into_iter().map(|(argument, matrix, bytes)| (argument, matrix.alignment(bytes)));
+    aligned.into_iter().find(|&(_, alignment)| alignment < MAX_ACCESS_BYTES)
+}
+
+/// The first of these arguments, of name and address, that is needed and has no address.
+pub(crate) fn missing<const COUNT: usize>(arguments: [(&'static str, u64, bool); COUNT]) -> Option<&'static str> {
+    arguments.into_iter().find(|&(_, address, needed)| needed && address == 0).map(|(argument, ..)| argument)
+}
+
 /// Addresses and strides of one launch of a step, without types. What an op has none of stays 0.
 ///
 /// | op | left | right | saved | out |
@@ -59,13 +98,14 @@ impl RawStep {
         let gated = matches!(problem.op, Op::Gate | Op::GateBackward | Op::Dgated);
         // z of the last two is left out at will.
         let out = if matches!(problem.op, Op::GateBackward | Op::Dgated) { 2 } else { problem.op.outputs() as usize };
-        // Without tokens no input is read.
+        // Without tokens no input is read, and gradients of weights and biases alone are written, where they are not added.
         let read = |wanted: usize| if self.m == 0 { 0 } else { wanted };
+        let writes = self.m > 0 || problem.sums_over_m() && !problem.op.accumulates();
         let operands = [
             ("left", needs(read(left), &self.left)),
             ("right", needs(read(right), &self.right)),
             ("saved", needs(read(if gated { 2 } else { 0 }), &self.saved)),
-            ("out", needs(out, &self.out)),
+            ("out", needs(if writes { out } else { 0 }, &self.out)),
         ];
         operands.into_iter().find_map(|(name, missing)| missing.then_some(name))
     }
@@ -75,14 +115,45 @@ impl RawStep {
         if problem.op.accumulates() { DType::F32 } else { problem.dtype }
     }
 
-    /// Largest power of two, at most 16, that divides every address and row stride in bytes.
-    pub fn alignment(&self, problem: &Problem) -> u32 {
-        let bytes = |matrix: &RawMatrix, dtype: DType| {
-            matrix.address | (matrix.stride.unsigned_abs() * u64::from(dtype.bytes()))
+    /// The same, with a stride of rows that are well aligned for every matrix of a single row.
+    #[must_use]
+    pub(crate) fn settled(mut self, problem: &Problem) -> Self {
+        let problem = problem.with_m(self.m);
+        let tokens = (problem.m, problem.n);
+        let (left, right) =
+            problem.product().map_or((tokens, tokens), |product| (product.left_shape(), product.right_shape()));
+        let (output, output_bytes) = (problem.output(), self.output_dtype(&problem).bytes());
+        let settle = |matrices: &mut [RawMatrix], shape, bytes| {
+            matrices.iter_mut().for_each(|matrix| *matrix = matrix.settled(shape, bytes));
         };
-        let inputs = self.left.iter().chain(&self.right).chain(&self.saved).map(|matrix| bytes(matrix, problem.dtype));
-        let outputs = self.out.iter().map(|matrix| bytes(matrix, self.output_dtype(problem)));
-        alignment_of(inputs.chain(outputs).fold(0, |all, one| all | one)).min(MAX_ACCESS_BYTES)
+        settle(&mut self.left, left, problem.dtype.bytes());
+        settle(&mut self.right, right, problem.dtype.bytes());
+        settle(&mut self.saved, tokens, problem.dtype.bytes());
+        settle(&mut self.out, output, output_bytes);
+        self
+    }
+
+    pub(crate) fn operands(&self, problem: &Problem) -> [Named; 9] {
+        let ([left0, left1], [right0, right1], [gate, up]) = (self.left, self.right, self.saved);
+        let [out0, out1, out2] = self.out;
+        let (bytes, out_bytes) = (problem.dtype.bytes(), self.output_dtype(problem).bytes());
+        [
+            ("left", left0, bytes),
+            ("left", left1, bytes),
+            ("right", right0, bytes),
+            ("right", right1, bytes),
+            ("saved", gate, bytes),
+            ("saved", up, bytes),
+            ("out", out0, out_bytes),
+            ("out", out1, out_bytes),
+            ("out", out2, out_bytes),
+        ]
+    }
+
+    /// Largest power of two, at most 16, that divides every address and row stride in bytes. Strides of single rows do not
+    /// count.
+    pub fn alignment(&self, problem: &Problem) -> u32 {
+        alignment_of_all(self.settled(problem).operands(problem))
     }
 }
 
@@ -139,13 +210,17 @@ mod tests {
         let all = RawStep { m: 8, left: [here; 2], right: [here; 2], saved: [here; 2], out: [here; 3], bias: 0 };
         for op in Op::ALL.into_iter().filter(|op| !op.is_forward()) {
             assert_eq!(all.missing(&problem.with_op(op)), None, "{op}");
-            assert!(RawStep::default().missing(&problem.with_op(op)).is_some(), "{op}");
+            let none = RawStep { m: 8, ..RawStep::default() };
+            assert!(none.missing(&problem.with_op(op)).is_some(), "{op}");
+            let zeroed = problem.with_op(op).sums_over_m() && !op.accumulates();
+            let of_no_tokens = RawStep::default().missing(&problem.with_op(op));
+            assert_eq!(of_no_tokens, zeroed.then_some("out"), "{op}");
         }
         let without = |op, step: RawStep| step.missing(&problem.with_op(op));
         let one = [here, RawMatrix::default()];
         assert_eq!(without(Op::InputGrad, RawStep { right: one, ..all }), Some("right"));
         assert_eq!(without(Op::Down, RawStep { right: one, ..all }), None);
-        assert_eq!(without(Op::Down, RawStep { m: 0, out: [here; 3], ..RawStep::default() }), None);
+        assert_eq!(without(Op::WeightGrad, RawStep { m: 0, out: [here; 3], ..RawStep::default() }), None);
         assert_eq!(without(Op::Dgated, RawStep { saved: one, ..all }), Some("saved"));
         assert_eq!(without(Op::Dgated, RawStep { out: [here, here, RawMatrix::default()], ..all }), None);
         assert_eq!(without(Op::WeightGrad, RawStep { out: [here, RawMatrix::default(), here], ..all }), Some("out"));
@@ -158,5 +233,29 @@ mod tests {
         let step = RawStep { left: [at(8), at(8)], out: [at(4), at(4), at(4)], ..RawStep::default() };
         assert_eq!(step.alignment(&problem), 16);
         assert_eq!(step.alignment(&problem.with_op(Op::DownWeightGrad)), 8);
+    }
+
+    #[test]
+    fn the_stride_of_a_single_row_does_not_count() {
+        let problem = Problem::forward(DType::Bf16, WeightMajor::K, 8, 16, 40).with_op(Op::Down);
+        let at = |stride| RawMatrix { address: 256, stride };
+        let step = |m, stride| RawStep {
+            m,
+            left: [at(stride), RawMatrix::default()],
+            right: [at(16), RawMatrix::default()],
+            out: [at(stride), RawMatrix::default(), RawMatrix::default()],
+            ..RawStep::default()
+        };
+        assert_eq!((step(2, 41).alignment(&problem), step(1, 41).alignment(&problem)), (2, 16));
+        assert_eq!(step(2, i64::MAX).alignment(&problem), 2);
+        let settled = step(1, 0).settled(&problem);
+        assert_eq!((settled.left[0].stride, settled.out[0].stride, settled.right[0].stride), (16, 40, 16));
+        assert_eq!(settled.left[1], RawMatrix::default());
+        assert_eq!(misaligned(step(2, 40).operands(&problem)), None);
+        let odd = RawStep { right: [at(17), RawMatrix::default()], ..step(2, 40) };
+        assert_eq!(misaligned(odd.operands(&problem)), Some(("right", 2)));
+        // A bias' gradient is a row, in fp32 where it is added to.
+        let bias = RawStep { m: 8, out: [at(3), at(3), RawMatrix::default()], ..RawStep::default() };
+        assert_eq!(bias.alignment(&problem.with_op(Op::BiasGradAdd)), 16);
     }
 }
