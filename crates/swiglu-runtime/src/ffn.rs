@@ -9,7 +9,7 @@ use crate::launch::{RawForward, RawScales};
 use crate::operands::{ArgumentError, ForwardSpec};
 use crate::plan::{LaunchError, Plan, StepPlan};
 use crate::runtime::{PrepareError, Runtime};
-use crate::step::{RawMatrix, RawStep};
+use crate::step::{RawMatrix, RawStep, missing};
 use cudarc::driver::sys;
 use swiglu_kernels::{DType, GateOrder, Op, Problem, WeightLayout, WeightMajor};
 
@@ -159,8 +159,7 @@ pub struct RawFfnBackward {
     pub workspace: u64,
 }
 
-/// A prepared FFN on one GPU. `Send` and `Sync`; launches take no lock and allocate nothing, but for steps that a library serves
-/// ([`StepPlan`]).
+/// A prepared FFN on one GPU. `Send` and `Sync`. What a [`Plan`] says of locks, memory and graphs holds for it.
 #[derive(Debug)]
 pub struct FfnPlan {
     spec: FfnSpec,
@@ -217,6 +216,61 @@ fn halves(spec: &FfnSpec, address: u64) -> [RawMatrix; 2] {
     [0, half].map(|offset| RawMatrix { address: address + offset, stride: 2 * i64::from(spec.n) })
 }
 
+/// The first argument that is needed and has no address.
+fn unmet<const COUNT: usize>(arguments: [(&'static str, u64, bool); COUNT]) -> Result<(), ArgumentError> {
+    match missing(arguments) {
+        Some(argument) => Err(ArgumentError::new(argument, "is 0, but the FFN needs it")),
+        None => Ok(()),
+    }
+}
+
+impl RawFfn {
+    /// Everything that the forward needs of its operands, before anything is launched.
+    fn check(&self, spec: &FfnSpec) -> Result<(), ArgumentError> {
+        require("saved", self.saved, spec.saved_bytes(self.m))?;
+        require("workspace", self.workspace, spec.forward_workspace_bytes(self.m))?;
+        let tokens = self.m > 0;
+        unmet([
+            ("x", self.x.address, tokens),
+            ("weights.gate", self.weights.gate.address, tokens),
+            ("weights.up", self.weights.up.address, tokens),
+            ("weights.down", self.weights.down.address, tokens),
+            ("y", self.y.address, tokens),
+        ])
+    }
+}
+
+impl RawFfnBackward {
+    /// As [`RawFfn::check`], for the backward.
+    fn check(&self, spec: &FfnSpec) -> Result<(), ArgumentError> {
+        require("saved", self.saved, spec.saved_bytes(self.m))?;
+        require("workspace", self.workspace, spec.backward_workspace_bytes(self.m))?;
+        let tokens = self.m > 0;
+        // Of no tokens gradients of weights are zero, or nothing to add.
+        let grads = match spec.gradients {
+            Gradients::Input => false,
+            Gradients::All => true,
+            Gradients::Added => tokens,
+        };
+        let biases = grads && spec.bias_gradients;
+        let reads_x = tokens && (grads || spec.keep == Keep::Nothing);
+        unmet([
+            ("x", self.x.address, reads_x),
+            ("weights.gate", self.weights.gate.address, tokens),
+            ("weights.up", self.weights.up.address, tokens),
+            ("weights.down", self.weights.down.address, tokens),
+            ("dy", self.dy.address, tokens),
+            ("dx", self.dx.address, tokens),
+            ("weight_grads[0]", self.weight_grads[0].address, grads),
+            ("weight_grads[1]", self.weight_grads[1].address, grads),
+            ("weight_grads[2]", self.weight_grads[2].address, grads),
+            ("bias_grads[0]", self.bias_grads[0], biases),
+            ("bias_grads[1]", self.bias_grads[1], biases),
+            ("bias_grads[2]", self.bias_grads[2], biases),
+        ])
+    }
+}
+
 fn require(argument: &'static str, address: u64, bytes: u64) -> Result<(), ArgumentError> {
     if bytes == 0 || address != 0 && address.is_multiple_of(16) {
         return Ok(());
@@ -243,8 +297,7 @@ impl FfnPlan {
     /// of the GPU's context, which is current on this thread.
     pub unsafe fn forward_raw(&self, stream: sys::CUstream, args: &RawFfn) -> Result<(), LaunchError> {
         let spec = &self.spec;
-        require("saved", args.saved, spec.saved_bytes(args.m))?;
-        require("workspace", args.workspace, spec.forward_workspace_bytes(args.m))?;
+        args.check(spec)?;
         if args.m == 0 {
             return Ok(());
         }
@@ -268,15 +321,14 @@ impl FfnPlan {
     /// are not frozen.
     ///
     /// # Errors
-    /// [`LaunchError::Argument`] names what is missing.
+    /// [`LaunchError::Argument`] names what is missing; nothing was launched then.
     ///
     /// # Safety
-    /// As [`FfnPlan::forward_raw`]; the outputs are dx, the weights' gradients, `saved` and `workspace`.
+    /// As [`FfnPlan::forward_raw`]; the outputs are dx, the gradients of weights and biases, `saved` and `workspace`.
     pub unsafe fn backward_raw(&self, stream: sys::CUstream, args: &RawFfnBackward) -> Result<(), LaunchError> {
         let spec = &self.spec;
         let RawFfnBackward { m, x, weights, dy, dx, weight_grads, .. } = *args;
-        require("saved", args.saved, spec.saved_bytes(m))?;
-        require("workspace", args.workspace, spec.backward_workspace_bytes(m))?;
+        args.check(spec)?;
         let z = RawMatrix { address: args.workspace, stride: i64::from(spec.n) };
         let preactivations = match spec.keep {
             Keep::Preactivations => args.saved,
@@ -353,9 +405,8 @@ fn gated(m: u32, x: RawMatrix, weights: &RawWeights, z: RawMatrix, [gate, up]: [
 mod tests {
     use super::*;
 
-    #[test]
-    fn memory_is_what_each_mode_says() {
-        let spec = FfnSpec {
+    fn spec() -> FfnSpec {
+        FfnSpec {
             dtype: DType::Bf16,
             weight_major: WeightMajor::K,
             n: 14336,
@@ -363,7 +414,18 @@ mod tests {
             keep: Keep::Preactivations,
             gradients: Gradients::All,
             bias_gradients: false,
-        };
+        }
+    }
+
+    const HERE: RawMatrix = RawMatrix { address: 256, stride: 4096 };
+
+    fn weights() -> RawWeights {
+        RawWeights { gate: HERE, up: HERE, down: HERE, ..RawWeights::default() }
+    }
+
+    #[test]
+    fn memory_is_what_each_mode_says() {
+        let spec = spec();
         let matrix = 8192 * 14336 * 2;
         let bytes = |spec: FfnSpec| {
             [spec.saved_bytes(8192), spec.forward_workspace_bytes(8192), spec.backward_workspace_bytes(8192)]
@@ -380,5 +442,57 @@ mod tests {
         assert!(require("workspace", 0, 0).is_ok() && require("workspace", 4096, 8).is_ok());
         assert_eq!(require("workspace", 0, 8).unwrap_err().argument, "workspace");
         assert_eq!(require("saved", 4104, 8).unwrap_err().argument, "saved");
+    }
+
+    #[test]
+    fn what_a_forward_needs_is_missed_by_its_own_name() {
+        let all = RawFfn { m: 8, x: HERE, weights: weights(), y: HERE, saved: 512, workspace: 512 };
+        let missed = |args: RawFfn| args.check(&spec()).map_err(|error| error.argument);
+        assert_eq!(missed(all), Ok(()));
+        assert_eq!(missed(RawFfn::default()), Ok(()), "no tokens need nothing");
+        assert_eq!(missed(RawFfn { x: NONE, ..all }), Err("x"));
+        assert_eq!(missed(RawFfn { weights: RawWeights { gate: NONE, ..weights() }, ..all }), Err("weights.gate"));
+        assert_eq!(missed(RawFfn { weights: RawWeights { up: NONE, ..weights() }, ..all }), Err("weights.up"));
+        assert_eq!(missed(RawFfn { weights: RawWeights { down: NONE, ..weights() }, ..all }), Err("weights.down"));
+        assert_eq!(missed(RawFfn { y: NONE, ..all }), Err("y"));
+        assert_eq!(missed(RawFfn { saved: 0, ..all }), Err("saved"));
+        assert_eq!(missed(RawFfn { workspace: 520, ..all }), Err("workspace"));
+    }
+
+    #[test]
+    fn what_a_backward_needs_is_missed_before_anything_is_launched() {
+        let all = RawFfnBackward {
+            m: 8,
+            x: HERE,
+            weights: weights(),
+            dy: HERE,
+            dx: HERE,
+            weight_grads: [HERE; 3],
+            bias_grads: [256; 3],
+            saved: 512,
+            workspace: 512,
+        };
+        let of = |gradients, keep, args: RawFfnBackward| {
+            let spec = FfnSpec { gradients, keep, bias_gradients: true, ..spec() };
+            args.check(&spec).map_err(|error| error.argument)
+        };
+        let kept = |gradients, args| of(gradients, Keep::Preactivations, args);
+        for gradients in [Gradients::Input, Gradients::All, Gradients::Added] {
+            assert_eq!(kept(gradients, all), Ok(()));
+            assert_eq!(kept(gradients, RawFfnBackward { dx: NONE, ..all }), Err("dx"));
+            assert_eq!(kept(gradients, RawFfnBackward { dy: NONE, ..all }), Err("dy"));
+        }
+        let without_x = RawFfnBackward { x: NONE, ..all };
+        assert_eq!(kept(Gradients::Input, without_x), Ok(()), "the gradient of x needs no x");
+        assert_eq!(of(Gradients::Input, Keep::Nothing, without_x), Err("x"));
+        assert_eq!(kept(Gradients::Added, without_x), Err("x"));
+        let weight_grads = [HERE, HERE, NONE];
+        assert_eq!(kept(Gradients::Input, RawFfnBackward { weight_grads, ..all }), Ok(()));
+        assert_eq!(kept(Gradients::All, RawFfnBackward { weight_grads, ..all }), Err("weight_grads[2]"));
+        let bias_grads = [256, 0, 256];
+        assert_eq!(kept(Gradients::Added, RawFfnBackward { bias_grads, ..all }), Err("bias_grads[1]"));
+        let nothing = RawFfnBackward::default();
+        assert_eq!(kept(Gradients::All, nothing), Err("weight_grads[0]"), "they become zero");
+        assert_eq!(kept(Gradients::Added, nothing), Ok(()), "there is nothing to add");
     }
 }
