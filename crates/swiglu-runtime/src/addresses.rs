@@ -5,6 +5,9 @@ use crate::plan::LaunchError;
 use crate::step::RawMatrix;
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};
 
+/// More slices than most launches have: their list grows no further.
+const MOST: usize = 16;
+
 /// The slices of one launch. The stream waits for what was launched on them before; when this is dropped, behind the launch, their own
 /// streams can wait for it.
 pub(crate) struct Held<'a> {
@@ -19,7 +22,7 @@ impl<'a> Held<'a> {
     /// [`LaunchError::Context`]
     pub(crate) fn on(stream: &'a CudaStream) -> Result<Self, LaunchError> {
         stream.context().bind_to_thread().map_err(LaunchError::Context)?;
-        Ok(Self { stream, guards: Vec::new() })
+        Ok(Self { stream, guards: Vec::with_capacity(MOST) })
     }
 
     /// Where a slice that is read lies.

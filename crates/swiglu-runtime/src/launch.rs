@@ -11,8 +11,7 @@ use crate::tensor_map::{self, BoxedMatrix};
 use cudarc::driver::{CudaFunction, DeviceRepr, DriverError, sys};
 use std::ffi::c_void;
 use swiglu_kernels::families::{Raster, Staging, WgmmaTmaConfig, wgmma_tma};
-use swiglu_kernels::problem::INT4_GROUP;
-use swiglu_kernels::{Config, DType, Format, Problem, WeightMajor};
+use swiglu_kernels::{Config, DType, Format, Problem};
 
 /// Scales of the scaled formats, without types; all 0 for the others.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -80,27 +79,6 @@ pub struct RawForward {
 }
 
 impl RawForward {
-    /// The same, with a stride of rows that are well aligned for every matrix of a single row.
-    #[must_use]
-    pub(crate) fn settled(mut self, problem: &Problem) -> Self {
-        let &Problem { dtype, n, k, .. } = problem;
-        let (m, words) = (self.m, k.div_ceil(dtype.weights().numbers()));
-        let weights = if problem.weight_major == WeightMajor::K { (n, words) } else { (words, n) };
-        let settle = |address, stride: &mut i64, shape, format: Format| {
-            *stride = RawMatrix { address, stride: *stride }.settled(shape, format.bytes()).stride;
-        };
-        settle(self.x, &mut self.x_stride, (m, k), dtype.x());
-        settle(self.gate, &mut self.gate_stride, weights, dtype.weights());
-        settle(self.up, &mut self.up_stride, weights, dtype.weights());
-        settle(self.z, &mut self.z_stride, (m, n), dtype.output());
-        settle(self.saved_gate, &mut self.saved_gate_stride, (m, n), dtype.output());
-        settle(self.saved_up, &mut self.saved_up_stride, (m, n), dtype.output());
-        if dtype.weights() == Format::Int4 {
-            settle(self.scales.gate, &mut self.scales.stride, (k.div_ceil(INT4_GROUP), n), dtype.output());
-        }
-        self
-    }
-
     /// What has to be aligned: scales are read one by one, but for those of int4.
     pub(crate) fn operands(&self, dtype: DType) -> [Named; 8] {
         let groups = dtype.weights() == Format::Int4;
@@ -551,6 +529,7 @@ fn invalid() -> DriverError {
 mod tests {
     use super::*;
     use crate::step::misaligned;
+    use swiglu_kernels::WeightMajor;
 
     #[test]
     fn what_passes_through_l2_is_told_to_the_kernel_by_its_own_name() {
@@ -590,9 +569,9 @@ mod tests {
     }
 
     #[test]
-    fn the_stride_of_a_single_row_does_not_count_and_the_first_odd_operand_is_named() {
-        let args = |m, x_stride| RawForward {
-            m,
+    fn the_first_odd_operand_is_named_and_no_stride_is_too_long() {
+        let args = |x_stride| RawForward {
+            m: 2,
             x: 256,
             gate: 512,
             up: 1024,
@@ -603,19 +582,12 @@ mod tests {
             z_stride: 40,
             ..RawForward::default()
         };
-        let problem = Problem::forward(DType::Bf16, WeightMajor::K, 1, 40, 61);
-        assert_eq!(args(2, i64::MAX).settled(&problem).alignment(DType::Bf16), 2);
-        let settled = args(1, i64::MAX).settled(&problem);
-        assert_eq!((settled.x_stride, settled.gate_stride, settled.alignment(DType::Bf16)), (64, 64, 16));
-        assert_eq!((settled.saved_gate_stride, settled.scales), (0, RawScales::default()));
-        let of_one = RawForward { gate_stride: 7, ..args(2, 64) };
-        assert_eq!(of_one.settled(&Problem { n: 1, ..problem }).gate_stride, 64);
-        assert_eq!(of_one.settled(&Problem { k: 1, weight_major: WeightMajor::N, ..problem }).gate_stride, 40);
-        assert_eq!(of_one.settled(&problem), of_one);
-        assert_eq!(misaligned(args(2, 64).operands(DType::Bf16)), None);
-        assert_eq!(misaligned(RawForward { up: 1032, ..of_one }.operands(DType::Bf16)), Some(("gate", 2)));
+        assert_eq!(args(i64::MAX).alignment(DType::Bf16), 2);
+        assert_eq!(misaligned(args(64).operands(DType::Bf16)), None);
+        let odd = RawForward { gate_stride: 7, up: 1032, ..args(64) };
+        assert_eq!(misaligned(odd.operands(DType::Bf16)), Some(("gate", 2)));
         let scales = RawScales { up: 36, ..RawScales::default() };
-        let odd = RawForward { scales, ..args(2, 64) };
+        let odd = RawForward { scales, ..args(64) };
         assert_eq!(misaligned(odd.operands(DType::Bf16Int4)), Some(("scales.up", 4)));
     }
 }

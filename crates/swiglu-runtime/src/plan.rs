@@ -219,9 +219,8 @@ impl StepPlan {
         if let Some(argument) = args.missing(&self.problem) {
             return Err(ArgumentError::new(argument, format!("is 0, but `{}` needs it", self.problem.op)).into());
         }
-        let args = args.settled(&self.problem);
         // SAFETY: by this function's own contract; `Selection::launch` has held the alignment to `access_bytes`.
-        let launch = |kernel: &Kernel| unsafe { launch::step(kernel, stream, &args) };
+        let launch = |kernel: &Kernel| unsafe { launch::step(kernel, stream, args) };
         let launched = self.selection.launch(args.m, args.alignment(&self.problem), launch);
         launched.unwrap_or_else(|| Err(not_aligned(args.operands(&self.problem), &self.problem).into()))
     }
@@ -352,12 +351,11 @@ impl Plan {
             let reason = format!("is 0, but `{}` has scales", self.spec.dtype);
             return Err(ArgumentError::new(argument, reason).into());
         }
-        let problem = self.spec.problem(args.m);
-        let args = args.settled(&problem);
+        let dtype = self.spec.dtype;
         // SAFETY: by this function's own contract; `Selection::launch` has held the alignment to `access_bytes`.
-        let launch = |kernel: &Kernel| unsafe { launch::forward(kernel, stream, &args) };
-        let launched = self.selection.launch(args.m, args.alignment(problem.dtype), launch);
-        launched.unwrap_or_else(|| Err(not_aligned(args.operands(problem.dtype), &problem).into()))
+        let launch = |kernel: &Kernel| unsafe { launch::forward(kernel, stream, args) };
+        let launched = self.selection.launch(args.m, args.alignment(dtype), launch);
+        launched.unwrap_or_else(|| Err(not_aligned(args.operands(dtype), &self.spec.problem(args.m)).into()))
     }
 
     pub(crate) fn check_device(&self, argument: &'static str, stream: &CudaStream) -> Result<(), ArgumentError> {

@@ -18,17 +18,6 @@ pub struct RawMatrix {
 }
 
 impl RawMatrix {
-    /// The matrix of this shape in memory, with elements of `bytes`: the stride of a single row means nothing, and becomes that of
-    /// well aligned rows.
-    #[must_use]
-    pub(crate) fn settled(self, (rows, cols): (u32, u32), bytes: u32) -> Self {
-        if rows > 1 || self.address == 0 {
-            return self;
-        }
-        let row = (u64::from(cols) * u64::from(bytes)).next_multiple_of(MAX_ACCESS_BYTES.into());
-        Self { stride: (row / u64::from(bytes)).cast_signed(), ..self }
-    }
-
     /// Largest power of two, at most 16, that divides the address and the row stride in bytes, of elements of `bytes`.
     pub(crate) fn alignment(self, bytes: u32) -> u32 {
         // Its low bits are right whatever is lost above.
@@ -115,24 +104,6 @@ impl RawStep {
         if problem.op.accumulates() { DType::F32 } else { problem.dtype }
     }
 
-    /// The same, with a stride of rows that are well aligned for every matrix of a single row.
-    #[must_use]
-    pub(crate) fn settled(mut self, problem: &Problem) -> Self {
-        let problem = problem.with_m(self.m);
-        let tokens = (problem.m, problem.n);
-        let (left, right) =
-            problem.product().map_or((tokens, tokens), |product| (product.left_shape(), product.right_shape()));
-        let (output, output_bytes) = (problem.output(), self.output_dtype(&problem).bytes());
-        let settle = |matrices: &mut [RawMatrix], shape, bytes| {
-            matrices.iter_mut().for_each(|matrix| *matrix = matrix.settled(shape, bytes));
-        };
-        settle(&mut self.left, left, problem.dtype.bytes());
-        settle(&mut self.right, right, problem.dtype.bytes());
-        settle(&mut self.saved, tokens, problem.dtype.bytes());
-        settle(&mut self.out, output, output_bytes);
-        self
-    }
-
     pub(crate) fn operands(&self, problem: &Problem) -> [Named; 9] {
         let ([left0, left1], [right0, right1], [gate, up]) = (self.left, self.right, self.saved);
         let [out0, out1, out2] = self.out;
@@ -150,10 +121,9 @@ impl RawStep {
         ]
     }
 
-    /// Largest power of two, at most 16, that divides every address and row stride in bytes. Strides of single rows do not
-    /// count.
+    /// Largest power of two, at most 16, that divides every address and row stride in bytes.
     pub fn alignment(&self, problem: &Problem) -> u32 {
-        alignment_of_all(self.settled(problem).operands(problem))
+        alignment_of_all(self.operands(problem))
     }
 }
 
@@ -236,26 +206,19 @@ mod tests {
     }
 
     #[test]
-    fn the_stride_of_a_single_row_does_not_count() {
+    fn the_first_odd_operand_is_named_and_no_stride_is_too_long() {
         let problem = Problem::forward(DType::Bf16, WeightMajor::K, 8, 16, 40).with_op(Op::Down);
         let at = |stride| RawMatrix { address: 256, stride };
-        let step = |m, stride| RawStep {
-            m,
+        let step = |stride| RawStep {
+            m: 2,
             left: [at(stride), RawMatrix::default()],
             right: [at(16), RawMatrix::default()],
             out: [at(stride), RawMatrix::default(), RawMatrix::default()],
             ..RawStep::default()
         };
-        assert_eq!((step(2, 41).alignment(&problem), step(1, 41).alignment(&problem)), (2, 16));
-        assert_eq!(step(2, i64::MAX).alignment(&problem), 2);
-        let settled = step(1, 0).settled(&problem);
-        assert_eq!((settled.left[0].stride, settled.out[0].stride, settled.right[0].stride), (16, 40, 16));
-        assert_eq!(settled.left[1], RawMatrix::default());
-        assert_eq!(misaligned(step(2, 40).operands(&problem)), None);
-        let odd = RawStep { right: [at(17), RawMatrix::default()], ..step(2, 40) };
+        assert_eq!((step(41).alignment(&problem), step(i64::MAX).alignment(&problem)), (2, 2));
+        assert_eq!(misaligned(step(40).operands(&problem)), None);
+        let odd = RawStep { right: [at(17), RawMatrix::default()], ..step(40) };
         assert_eq!(misaligned(odd.operands(&problem)), Some(("right", 2)));
-        // A bias' gradient is a row, in fp32 where it is added to.
-        let bias = RawStep { m: 8, out: [at(3), at(3), RawMatrix::default()], ..RawStep::default() };
-        assert_eq!(bias.alignment(&problem.with_op(Op::BiasGradAdd)), 16);
     }
 }

@@ -70,7 +70,9 @@ pub(crate) fn run(json: bool, options: &Options) -> Result<ExitCode> {
     checks.push(Check::new("CPU", Ok::<_, String>(swiglu_runtime::cpu::device().class)));
     checks.push(Check::new("database", database(options)));
     checks.push(Check::new("layers", layers(options)));
-    let kept = options.cubin_dir().map_or_else(|| Ok("not kept: there is no home; set SWIGLU_CUBIN_CACHE".into()), |dir| cache(&dir));
+    let kept = options
+        .cubin_dir()
+        .map_or_else(|| Ok("not kept: there is no home; set SWIGLU_CUBIN_CACHE".into()), |dir| cache(&dir));
     checks.push(Check::new("compiled kernels", kept));
     if json {
         emit(serde_json::to_string_pretty(&checks)? + "\n")?;
