@@ -259,7 +259,7 @@ fn decode(line: &[u8]) -> Result<Line, Unreadable> {
         "header" => serde_json::from_str(json).map(Line::Header).map_err(unknown),
         "record" => {
             let record: Record = serde_json::from_str(json).map_err(unknown)?;
-            record.check().map_err(|why| Unreadable::Unknown(why.reason))?;
+            record.check().map_err(|why| Unreadable::Unknown(why.to_string()))?;
             Ok(Line::Record(Box::new(record)))
         }
         // A new kind of line would be a new schema.

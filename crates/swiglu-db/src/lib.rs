@@ -9,7 +9,7 @@
 //! |---|---|---|
 //! | `journal.jsonl` | append + fsync | damaged lines are moved to `journal.damaged`, with a warning |
 //! | `index.sled/` | sled | moved aside and rebuilt from the journal |
-//! | `snapshot.tsv` | temporary file + rename | readers take the journal, published again by the next tuner |
+//! | `snapshot.tsv` | temporary file + rename | readers take the journal; whatever opens the store publishes it again |
 //! | `tune.lock` | the running tuner | created again |
 
 pub mod error;
@@ -23,6 +23,7 @@ pub mod shipped;
 pub mod snapshot;
 pub mod store;
 mod verify;
+mod vet;
 
 pub use error::{FileError, NewerSchema};
 pub use lock::{Holder, LockError};

@@ -4,7 +4,7 @@
 //! when its config is legal for the problem asked; else the next nearest is tried.
 
 use crate::error::{Context, FileError};
-use crate::journal;
+use crate::journal::{self, JournalError};
 use crate::record::{InvalidRecord, Record, TuningKey, winners};
 use crate::shipped::{self, ShippedError};
 use crate::snapshot::{self, Entry, Snapshot, SnapshotError};
@@ -13,6 +13,7 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 use swiglu_kernels::families::Target;
@@ -59,7 +60,7 @@ impl fmt::Display for Match {
     }
 }
 
-/// Why a layer is left out.
+/// Why a layer is left out, or what is wrong with it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LayerError {
@@ -74,13 +75,19 @@ pub enum LayerError {
     /// A table cannot be read.
     #[error(transparent)]
     File(#[from] FileError),
-    /// The user's snapshot cannot be used.
+    /// A snapshot cannot be used, and no journal has winners; the layer is left out.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
-    /// A shipped table cannot be used.
+    /// A snapshot cannot be used or is not there, and its journal answers.
+    #[error("{0}; until then its journal answers")]
+    FromJournal(#[source] SnapshotError),
+    /// There is no snapshot, and the journal cannot be read; the layer is left out.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// A table cannot be used, or some of its records.
     #[error(transparent)]
     Shipped(#[from] ShippedError),
-    /// The shipped records cannot be indexed.
+    /// The records of a table cannot be indexed.
     #[error(transparent)]
     Record(#[from] InvalidRecord),
 }
@@ -191,19 +198,20 @@ pub struct Explanation {
 
 impl TuningTable {
     /// The layers of `sources`, highest first, over the shipped tables. Each is a tuning directory or the file of an exported
-    /// table. A layer that cannot be used is left out and the reason returned; in place of a damaged snapshot its journal
-    /// answers. A directory without a snapshot is an empty layer, but for the override, which has to be there.
+    /// table. A layer that cannot be used is left out; in place of a snapshot that is missing, damaged or of a newer schema its
+    /// journal answers; single records of a table that cannot be read are passed over. What was wrong is returned. A directory
+    /// without records is an empty layer, but for the override, which has to be there.
     pub fn load(sources: &[(Layer, PathBuf)]) -> (Self, Vec<LayerError>) {
-        let mut skipped = Vec::new();
+        let mut wrong = Vec::new();
         let mut layers = Vec::new();
         for (layer, path) in sources {
-            match load_layer(*layer, path, &mut skipped) {
+            match load_layer(*layer, path, &mut wrong) {
                 Ok(snapshot) => layers.push((*layer, Records::Loaded(snapshot))),
-                Err(error) => skipped.push(error),
+                Err(error) => wrong.push(error),
             }
         }
         layers.push((Layer::Shipped, Records::Shipped));
-        (Self { layers }, skipped)
+        (Self { layers }, wrong)
     }
 
     /// The layers that are in use, highest first, and the number of records each has.
@@ -433,38 +441,66 @@ fn arch_of(device_class: &str) -> &str {
     device_class.split_once('-').map_or(device_class, |(arch, _)| arch)
 }
 
-fn load_layer(layer: Layer, path: &Path, skipped: &mut Vec<LayerError>) -> Result<Snapshot, LayerError> {
-    // A folder in which nothing was ever published is another one than was meant; of the other layers it is a machine without one.
-    let published = if path.is_dir() { path.join(snapshot::FILE_NAME) } else { path.into() };
-    if layer == Layer::Override && !published.exists() {
-        return Err(LayerError::Absent { layer, path: published });
+fn load_layer(layer: Layer, path: &Path, wrong: &mut Vec<LayerError>) -> Result<Snapshot, LayerError> {
+    match fs::metadata(path) {
+        Ok(found) if found.is_dir() => load_dir(layer, path, wrong),
+        Ok(_) => load_table(path, wrong),
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => nothing(layer, path),
+        Err(cause) => Err(cause).context("read", path)?,
     }
-    if path.is_file() {
-        let text = fs::read_to_string(path).context("read", path)?;
-        return Ok(Snapshot::from_records(&winners(shipped::parse(path, &text)?))?);
-    }
-    let error = match Snapshot::load(&path.join(snapshot::FILE_NAME)) {
-        Ok(snapshot) => return Ok(snapshot),
-        Err(error) => error,
+}
+
+fn load_table(path: &Path, wrong: &mut Vec<LayerError>) -> Result<Snapshot, LayerError> {
+    let text = fs::read_to_string(path).context("read", path)?;
+    let (records, unreadable) = shipped::read(path, &text)?;
+    wrong.extend(unreadable.map(LayerError::from));
+    Ok(Snapshot::from_records(&winners(records))?)
+}
+
+fn load_dir(layer: Layer, dir: &Path, wrong: &mut Vec<LayerError>) -> Result<Snapshot, LayerError> {
+    let path = dir.join(snapshot::FILE_NAME);
+    let error = match Snapshot::published(&path) {
+        Ok(Some(snapshot)) => return Ok(snapshot),
+        Ok(None) => None,
+        Err(error) => Some(error),
     };
-    let from_journal = matches!(error, SnapshotError::Damaged { .. })
-        .then(|| journal::read(&path.join(journal::FILE_NAME)).ok())
-        .flatten()
-        .and_then(|contents| Snapshot::from_records(&winners(contents.current().cloned())).ok());
-    match from_journal {
-        Some(snapshot) => {
-            skipped.push(error.into());
+    match (from_journal(dir), error) {
+        (Ok(Some(snapshot)), error) => {
+            wrong.push(LayerError::FromJournal(error.unwrap_or(SnapshotError::Missing { path })));
             Ok(snapshot)
         }
-        None => Err(error.into()),
+        (_, Some(error)) => Err(error.into()),
+        (Err(error), None) => Err(error),
+        (Ok(None), None) => nothing(layer, &path),
     }
+}
+
+/// A folder in which nothing was ever stored is another one than was meant; of the other layers it is a machine without one.
+fn nothing(layer: Layer, path: &Path) -> Result<Snapshot, LayerError> {
+    if layer == Layer::Override {
+        Err(LayerError::Absent { layer, path: path.into() })
+    } else {
+        Ok(Snapshot::default())
+    }
+}
+
+/// What the journal in `dir` would publish, if it is there and has winners.
+fn from_journal(dir: &Path) -> Result<Option<Snapshot>, LayerError> {
+    let contents = journal::read(&dir.join(journal::FILE_NAME))?;
+    let snapshot = Snapshot::from_records(&winners(contents.current().cloned()))?;
+    Ok((!snapshot.is_empty()).then_some(snapshot))
 }
 
 /// Tests hold every shipped table to be whole; should one not be, the others serve.
 fn shipped_records() -> Snapshot {
     let table = |(name, text): &(&str, &str)| {
-        let parsed = shipped::parse(Path::new(name), text);
-        parsed.inspect_err(|error| tracing::warn!(%error, "a shipped table is left out")).ok()
+        let (records, unreadable) = shipped::read(Path::new(name), text)
+            .inspect_err(|error| tracing::warn!(%error, "a shipped table is left out"))
+            .ok()?;
+        if let Some(error) = unreadable {
+            tracing::warn!(%error, "records of a shipped table are left out");
+        }
+        Some(records)
     };
     let records: Vec<Record> = shipped::TABLES.iter().filter_map(table).flatten().collect();
     let snapshot = Snapshot::from_records(&records);

@@ -134,6 +134,20 @@ impl Measurement {
         }
     }
 
+    /// Its times and its error, by name.
+    pub(crate) fn numbers(&self) -> impl Iterator<Item = (&'static str, f64)> + use<> {
+        self.times().chain([("measurement.error", self.error)])
+    }
+
+    /// Its times, by name.
+    pub(crate) fn times(&self) -> impl Iterator<Item = (&'static str, f64)> + use<> {
+        let &Self { median_us, p10_us, p90_us, interval_us, .. } = self;
+        let quantiles =
+            [("measurement.p10_us", p10_us), ("measurement.median_us", median_us), ("measurement.p90_us", p90_us)];
+        let bounds = interval_us.into_iter().flatten().map(|bound| ("measurement.interval_us", bound));
+        quantiles.into_iter().chain(bounds)
+    }
+
     fn interval(&self) -> Option<[f64; 2]> {
         let margin = self.median_us * NOISE / 2.0;
         let [low, high] = self.interval_us?;
@@ -236,14 +250,16 @@ pub struct Record {
     pub origin: Origin,
 }
 
-/// A record that no file could give back.
+/// A record that no file could give back, or that no tuner can have written.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-#[error("cannot store the record of {key}: {reason}")]
+#[error("the record of {key} is invalid: {field} {reason}")]
 pub struct InvalidRecord {
     /// Key of the record.
     pub key: String,
-    /// What is wrong with it.
+    /// The field that is wrong, e.g. `measurement.error`.
+    pub field: &'static str,
+    /// What is wrong with it, and what it should be.
     pub reason: String,
 }
 
@@ -264,29 +280,26 @@ impl Record {
     /// One line of JSON: the only encoding that journal, index and snapshot use.
     pub(crate) fn to_json(&self) -> Result<String, InvalidRecord> {
         self.check()?;
-        serde_json::to_string(self).map_err(|error| self.invalid(error.to_string()))
+        serde_json::to_string(self).map_err(|error| self.invalid("record", error.to_string()))
     }
 
     /// Whether a file could give the record back.
     pub(crate) fn check(&self) -> Result<(), InvalidRecord> {
         let class = &self.device.class;
         if class.is_empty() || class.contains(|c: char| c == '|' || c.is_control()) {
-            return Err(self.invalid(format!("device class {class:?} is empty or holds `|` or a control character")));
+            let reason = format!("is {class:?}; it must not be empty, nor hold `|` or a control character");
+            return Err(self.invalid("device.class", reason));
         }
         // JSON has no NaN: it would be written as null and not be read again.
-        if let Some(measured) = self.measurement()
-            && ![measured.median_us, measured.p10_us, measured.p90_us, measured.error]
-                .into_iter()
-                .chain(measured.interval_us.into_iter().flatten())
-                .all(f64::is_finite)
-        {
-            return Err(self.invalid("a time or error is not a finite number".into()));
+        let numbers = self.measurement().into_iter().flat_map(Measurement::numbers);
+        match numbers.into_iter().find(|(_, number)| !number.is_finite()) {
+            Some((field, number)) => Err(self.invalid(field, format!("is {number}; it must be a finite number"))),
+            None => Ok(()),
         }
-        Ok(())
     }
 
-    fn invalid(&self, reason: String) -> InvalidRecord {
-        InvalidRecord { key: self.key().to_string(), reason }
+    pub(crate) fn invalid(&self, field: &'static str, reason: String) -> InvalidRecord {
+        InvalidRecord { key: self.key().to_string(), field, reason }
     }
 
     /// Whether this record is to be trusted rather than `other`: a mismatch with the oracle before anything

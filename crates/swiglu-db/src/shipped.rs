@@ -32,6 +32,20 @@ pub enum ShippedError {
         /// What TOML reported, with the line.
         reason: String,
     },
+    /// Records of the table that cannot be read.
+    #[error("`{}`: {count} of {all} records cannot be read; the first is record {row}: {reason}", path.display())]
+    Rows {
+        /// The file.
+        path: PathBuf,
+        /// How many cannot be read.
+        count: usize,
+        /// How many there are.
+        all: usize,
+        /// Number of the first of them in the file, from 1.
+        row: usize,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A record has no place in a table.
     #[error(transparent)]
     Record(#[from] InvalidRecord),
@@ -46,10 +60,13 @@ struct AnyTable {
 }
 
 #[derive(Deserialize)]
-struct Table {
+#[serde(deny_unknown_fields)]
+struct Table<R> {
+    #[serde(rename = "schema")]
+    _schema: u32,
     device: Device,
-    #[serde(default)]
-    record: Vec<Row>,
+    #[serde(default = "Vec::new")]
+    record: Vec<R>,
 }
 
 #[derive(Deserialize)]
@@ -62,23 +79,62 @@ struct Row {
     origin: Origin,
 }
 
-/// Reads one table; `path` is named in errors.
+/// Reads one table, every record of it; `path` is named in errors.
 ///
 /// # Errors
-/// The text is no TOML of this form, has a newer schema, or a record that cannot be stored.
+/// The text is no TOML of this form, has a newer schema, or a record that cannot be read.
 pub fn parse(path: &Path, text: &str) -> Result<Vec<Record>, ShippedError> {
+    let (records, unreadable) = read(path, text)?;
+    unreadable.map_or(Ok(records), Err)
+}
+
+/// Reads what can be read of a table: a record of a family that this version does not know, or that no tuner can have written
+/// ([`Record::vet`]), costs no other one. The second part is [`ShippedError::Rows`] where there are such.
+///
+/// # Errors
+/// The text is no TOML of this form, has a newer schema, or has records and none that can be read.
+pub fn read(path: &Path, text: &str) -> Result<(Vec<Record>, Option<ShippedError>), ShippedError> {
     let no_table = |error: toml::de::Error| ShippedError::Parse { path: path.into(), reason: error.to_string() };
     let AnyTable { schema } = toml::from_str(text).map_err(no_table)?;
     NewerSchema::check(path, schema, SCHEMA)?;
-    let Table { device, record: rows } = toml::from_str(text).map_err(no_table)?;
-    rows.into_iter()
-        .map(|Row { problem, config, measurement, environment, origin }| {
-            let outcome = Outcome::Measured(measurement);
-            let record = Record { device: device.clone(), problem, config, outcome, environment, origin };
-            record.check()?;
-            Ok(record)
-        })
-        .collect()
+    let rows = match toml::from_str::<Table<Row>>(text) {
+        Ok(Table { device, record, .. }) => record.into_iter().map(|row| row.record(&device)).collect(),
+        // One by one takes longer.
+        Err(_) => each_row(toml::from_str(text).map_err(no_table)?),
+    };
+    let all = rows.len();
+    let (mut records, mut wrong) = (Vec::with_capacity(all), Vec::new());
+    for (at, row) in rows.into_iter().enumerate() {
+        match row {
+            Ok(record) => records.push(record),
+            Err(reason) => wrong.push((at + 1, reason)),
+        }
+    }
+    let count = wrong.len();
+    let unreadable =
+        wrong.into_iter().next().map(|(row, reason)| ShippedError::Rows { path: path.into(), count, all, row, reason });
+    match unreadable {
+        Some(none_readable) if records.is_empty() => Err(none_readable),
+        unreadable => Ok((records, unreadable)),
+    }
+}
+
+fn each_row(table: Table<toml::Table>) -> Vec<Result<Record, String>> {
+    let row = |row: toml::Table| {
+        let row: Row = row.try_into().map_err(|error: toml::de::Error| error.message().to_owned())?;
+        row.record(&table.device)
+    };
+    table.record.into_iter().map(row).collect()
+}
+
+impl Row {
+    fn record(self, device: &Device) -> Result<Record, String> {
+        let Self { problem, config, measurement, environment, origin } = self;
+        let outcome = Outcome::Measured(measurement);
+        let record = Record { device: device.clone(), problem, config, outcome, environment, origin };
+        record.vet().map_err(|why| why.to_string())?;
+        Ok(record)
+    }
 }
 
 /// Writes the table of one device class: of `records`, the fastest of each key measured on it.

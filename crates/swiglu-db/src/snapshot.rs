@@ -32,12 +32,18 @@ pub enum SnapshotError {
     #[error(transparent)]
     NewerSchema(#[from] NewerSchema),
     /// The file is not what was published.
-    #[error("`{}` is damaged: {reason}; publish it again or delete it (the journal has every record)", path.display())]
+    #[error("`{}` is damaged: {reason}; `swiglu-tune db rebuild` publishes it again", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
         /// What does not fit.
         reason: String,
+    },
+    /// There is none beside a journal that has winners.
+    #[error("`{}` is missing; `swiglu-tune db rebuild` publishes it again", path.display())]
+    Missing {
+        /// The file.
+        path: PathBuf,
     },
     /// A record cannot be written as JSON.
     #[error(transparent)]
@@ -95,9 +101,14 @@ impl Snapshot {
     /// # Errors
     /// The file cannot be read, is damaged, or has a newer schema.
     pub fn load(path: &Path) -> Result<Self, SnapshotError> {
+        Ok(Self::published(path)?.unwrap_or_default())
+    }
+
+    /// Reads the file at `path`, if it is there.
+    pub(crate) fn published(path: &Path) -> Result<Option<Self>, SnapshotError> {
         let damaged = |reason: &str| SnapshotError::Damaged { path: path.into(), reason: reason.into() };
         let bytes = match fs::read(path) {
-            Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(None),
             read => read.context("read", path)?,
         };
         let text = String::from_utf8(bytes).map_err(|_| damaged("it is not UTF-8"))?;
@@ -110,7 +121,7 @@ impl Snapshot {
         }
         let start = text.len() - body.len();
         let snapshot = Self::index(text, start).ok_or_else(|| damaged("a line has no key, or keys are unsorted"))?;
-        if snapshot.len() == header.count { Ok(snapshot) } else { Err(damaged("lines are missing")) }
+        if snapshot.len() == header.count { Ok(Some(snapshot)) } else { Err(damaged("lines are missing")) }
     }
 
     /// A snapshot in memory. Of records with one key the last one stays.
@@ -120,6 +131,11 @@ impl Snapshot {
     pub fn from_records(records: &[Record]) -> Result<Self, InvalidRecord> {
         // What `body` writes is sorted and tabbed, so that there always is an index.
         Ok(Self::index(body(records)?, 0).unwrap_or_default())
+    }
+
+    /// Whether both have the same lines.
+    pub(crate) fn equals(&self, other: &Self) -> bool {
+        self.get_range("").eq(other.get_range(""))
     }
 
     /// Number of records.

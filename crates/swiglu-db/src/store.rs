@@ -63,10 +63,11 @@ pub struct TuningDb {
 }
 
 impl TuningDb {
-    /// Opens the database in `dir`, or creates both.
+    /// Opens the database in `dir`, or creates both. A snapshot that is missing, or is not what the journal would publish, is
+    /// published.
     ///
     /// # Errors
-    /// Another tuner holds the directory, it cannot be written, or its journal has a newer schema.
+    /// Another tuner holds the directory, it cannot be written, or its journal or snapshot has a newer schema.
     /// Damage is no error: it is reported through `tracing` and repaired as far as journal and snapshot reach.
     pub fn open(dir: &Path) -> Result<Self, DbError> {
         Self::open_with(dir, |_| Ok(()))
@@ -76,24 +77,24 @@ impl TuningDb {
     /// the path returned.
     ///
     /// # Errors
-    /// As [`TuningDb::open`], or the snapshot cannot be written.
+    /// As [`TuningDb::open`].
     pub fn rebuild(dir: &Path) -> Result<(Self, Option<PathBuf>), DbError> {
         let mut kept = None;
         let db = Self::open_with(dir, |dir| {
             kept = Index::set_aside(dir)?;
             Ok(())
         })?;
-        db.publish()?;
         Ok((db, kept))
     }
 
     fn open_with(dir: &Path, before_index: impl FnOnce(&Path) -> Result<(), FileError>) -> Result<Self, DbError> {
         fs::create_dir_all(dir).context("create the directory", dir)?;
         let lock = Lock::take(&dir.join(LOCK_NAME))?;
-        let (mut journal, contents) = Journal::open(&dir.join(journal::FILE_NAME))?;
         let snapshot = dir.join(snapshot::FILE_NAME);
+        let published = published(&snapshot)?;
+        let (mut journal, contents) = Journal::open(&dir.join(journal::FILE_NAME))?;
         let mut records = contents.records;
-        let lost = lost_by_journal(&records, &snapshot);
+        let lost = published.as_ref().map(|published| lost_by_journal(&records, published)).unwrap_or_default();
         if !lost.is_empty() {
             tracing::warn!(
                 records = lost.len(),
@@ -104,7 +105,12 @@ impl TuningDb {
         }
         before_index(dir)?;
         let index = Index::open(dir, &entries(&records)?)?;
-        Ok(Self { index, journal, snapshot, _lock: lock })
+        let db = Self { index, journal, snapshot, _lock: lock };
+        let winners = Snapshot::from_records(&db.winners()?)?;
+        if published.is_none_or(|published| !published.equals(&winners)) {
+            db.publish()?;
+        }
+        Ok(db)
     }
 
     /// Takes records of another database. Of one key and config the better supported record stays, see
@@ -125,6 +131,11 @@ impl TuningDb {
             }
             if record.origin == Origin::Local {
                 record.origin = origin.clone();
+            }
+            if let Err(why) = record.vet() {
+                tracing::warn!(%why, "refused a record that no tuner writes");
+                taken.refused += 1;
+                continue;
             }
             let id = (record.key(), record.config);
             let ours = match better.get(&id) {
@@ -238,13 +249,20 @@ pub struct Taken {
     pub replaced: usize,
     /// Records that were no better supported than the one that is here.
     pub kept: usize,
-    /// Records whose config is not legal for their problem.
+    /// Records whose config is not legal for their problem, or that no tuner can have written.
     pub refused: usize,
 }
 
+/// The snapshot at `path`; `None` where it is missing or damaged, and published again.
+fn published(path: &Path) -> Result<Option<Snapshot>, SnapshotError> {
+    match Snapshot::published(path) {
+        Err(SnapshotError::NewerSchema(newer)) => Err(newer.into()),
+        read => Ok(read.ok().flatten()),
+    }
+}
+
 /// Published records that no line of the journal has: it was cut off or lost the line.
-fn lost_by_journal(records: &[Record], snapshot: &Path) -> Vec<Record> {
-    let Ok(published) = Snapshot::load(snapshot) else { return Vec::new() };
+fn lost_by_journal(records: &[Record], published: &Snapshot) -> Vec<Record> {
     let known: BTreeSet<_> = records.iter().map(|record| (record.key(), record.config)).collect();
     let published = published.get_range("").filter_map(|entry| entry.record().ok());
     published.filter(|record| !known.contains(&(record.key(), record.config)) && record.check().is_ok()).collect()

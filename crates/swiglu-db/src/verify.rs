@@ -3,7 +3,7 @@
 use crate::index::{Index, OpenError};
 use crate::journal::{self, SkippedLine};
 use crate::lock::Lock;
-use crate::record::{TuningKey, winners};
+use crate::record::{InvalidRecord, TuningKey, winners};
 use crate::snapshot::{self, Snapshot, SnapshotError};
 use crate::store::{self, DbError};
 use std::collections::BTreeMap;
@@ -44,6 +44,9 @@ pub enum Finding {
         /// The rule it breaks.
         why: Rejected,
     },
+    /// No tuner can have written this.
+    #[error("journal.jsonl: {0}")]
+    Impossible(InvalidRecord),
     /// Records of a device of which legality is not known.
     #[error("journal.jsonl: no kernels are known here for the device class `{class}` of {count} records")]
     UnknownDevice {
@@ -77,6 +80,7 @@ pub fn verify(dir: &Path) -> Result<Vec<Finding>, DbError> {
     }
     let mut unknown: BTreeMap<String, usize> = BTreeMap::new();
     for record in current {
+        findings.extend(record.vet().err().map(Finding::Impossible));
         match record.device.target().map(|target| record.config.check(&record.problem, target)) {
             None => *unknown.entry(record.device.class).or_default() += 1,
             Some(Ok(())) => {}

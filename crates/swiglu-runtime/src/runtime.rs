@@ -411,11 +411,11 @@ pub fn untuned_choices(
     UNTUNED_ANCHORS.into_iter().map(choice).collect()
 }
 
-/// The layers of tuned records that `options` point at; damaged ones are skipped with a warning.
+/// The layers of tuned records that `options` point at; each warning says what is left out, or what answers in its place.
 pub fn load_table(options: &Options) -> TuningTable {
     let (table, warnings) = TuningTable::load(&options.layers());
     for warning in warnings {
-        tracing::warn!(%warning, "a layer of the tuning table is skipped");
+        tracing::warn!(%warning, "a layer of the tuning table is not whole");
     }
     table
 }

@@ -195,8 +195,63 @@ fn the_journal_answers_in_place_of_a_damaged_snapshot() {
     let text = fs::read_to_string(&path).unwrap();
     fs::write(&path, &text[..text.len() - 9]).unwrap();
     let (table, skipped) = TuningTable::load(&[(Layer::User, dir.path().into())]);
-    assert!(matches!(skipped[..], [LayerError::Snapshot(SnapshotError::Damaged { .. })]), "{skipped:?}");
+    assert!(matches!(skipped[..], [LayerError::FromJournal(SnapshotError::Damaged { .. })]), "{skipped:?}");
     assert_eq!(serving(&table, CLASS, &series(1).problem, target()).0, Some(series(1)));
+}
+
+#[test]
+fn the_journal_answers_in_place_of_a_missing_or_newer_snapshot_in_every_layer_of_folders() {
+    let dir = tempfile::tempdir().unwrap();
+    TuningDb::open(dir.path()).unwrap().insert(&[series(0), series(1)]).unwrap();
+    let path = dir.path().join(snapshot::FILE_NAME);
+    for layer in [Layer::Override, Layer::User, Layer::Site] {
+        fs::remove_file(&path).unwrap();
+        for (newer, reason) in [(None, "is missing; `swiglu-tune db rebuild`"), (Some("{\"schema\":7}\n"), "schema 7")]
+        {
+            newer.into_iter().for_each(|text| fs::write(&path, text).unwrap());
+            let (table, wrong) = TuningTable::load(&[(layer, dir.path().into())]);
+            assert!(matches!(wrong[..], [LayerError::FromJournal(_)]), "{wrong:?}");
+            let text = wrong[0].to_string();
+            assert!(text.contains(reason) && text.ends_with("its journal answers"), "{text}");
+            assert_eq!(serving(&table, CLASS, &series(1).problem, target()).0, Some(series(1)), "{layer}");
+        }
+    }
+}
+
+#[test]
+fn a_journal_that_cannot_be_read_is_no_empty_layer() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("journal.jsonl")).unwrap();
+    let (_, wrong) = TuningTable::load(&[(Layer::User, dir.path().into())]);
+    assert!(
+        wrong[0].to_string().contains("cannot read") && wrong[0].to_string().contains("journal.jsonl"),
+        "{wrong:?}"
+    );
+    let below_a_file = tempfile::NamedTempFile::new().unwrap();
+    let (_, wrong) = TuningTable::load(&[(Layer::User, below_a_file.path().join("db"))]);
+    assert!(wrong[0].to_string().contains("choose another directory"), "{wrong:?}");
+}
+
+#[test]
+fn one_row_of_a_table_that_cannot_be_read_costs_no_other() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let records = [at(64, 1024, 4096), at(64, 2048, 4096), at(64, 4096, 4096)];
+    let text = shipped::export(&records[0].device, &records).unwrap();
+    let unknown = text.replacen("family = \"", "family = \"of_tomorrow_", 1);
+    let infinite = text.replacen("median_us = 1.0", "median_us = nan", 1);
+    let absurd = text.replacen("error = 0.000123", "error = 7.5", 1);
+    for (text, reason) in
+        [(unknown, "of_tomorrow_"), (infinite, "measurement.median_us"), (absurd, "measurement.error")]
+    {
+        fs::write(file.path(), text).unwrap();
+        let (table, wrong) = TuningTable::load(&[(Layer::Override, file.path().into())]);
+        assert_eq!(wrong.len(), 1, "{wrong:?}");
+        let why = wrong[0].to_string();
+        let named = format!("{}`: 1 of 3 records cannot be read; the first is record 1: ", file.path().display());
+        assert!(why.contains(&named) && why.contains(reason), "{why}");
+        assert_eq!(table.layers().next(), Some((Layer::Override, 2)));
+        assert_eq!(serving(&table, CLASS, &records[2].problem, target()).0.unwrap().problem, records[2].problem);
+    }
 }
 
 #[test]

@@ -14,3 +14,4 @@ mod shipped;
 mod snapshot;
 mod store;
 mod upkeep;
+mod vet;

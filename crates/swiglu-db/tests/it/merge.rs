@@ -34,13 +34,13 @@ fn merge() -> Origin {
 
 #[test]
 fn of_one_config_the_better_supported_record_stays_and_nothing_is_deleted() {
-    let ours = sampled(0, 10.0, 20, "2026-01-02");
+    let ours = sampled(0, 10.0, 20, "2026-01-02T00:00:00Z");
     let [more_samples, later, equal, fewer, earlier] = [
-        sampled(0, 11.0, 40, "2026-01-01"),
-        sampled(0, 11.0, 20, "2026-01-03"),
-        sampled(0, 9.0, 20, "2026-01-02"),
-        sampled(0, 9.0, 19, "2026-01-03"),
-        sampled(0, 9.0, 20, "2026-01-01"),
+        sampled(0, 11.0, 40, "2026-01-01T00:00:00Z"),
+        sampled(0, 11.0, 20, "2026-01-03T00:00:00Z"),
+        sampled(0, 9.0, 20, "2026-01-02T00:00:00Z"),
+        sampled(0, 9.0, 19, "2026-01-03T00:00:00Z"),
+        sampled(0, 9.0, 20, "2026-01-01T00:00:00Z"),
     ];
     let replaces = [(more_samples, true), (later, true), (failed("verify"), true)];
     let stays = [(equal, false), (fewer, false), (earlier, false), (failed("compile"), false)];
@@ -57,7 +57,12 @@ fn of_one_config_the_better_supported_record_stays_and_nothing_is_deleted() {
 
 #[test]
 fn the_order_of_merging_does_not_matter() {
-    let all = [sampled(0, 10.0, 20, "a"), sampled(1, 8.0, 40, "b"), sampled(0, 7.0, 30, "c"), failed("verify")];
+    let all = [
+        sampled(0, 10.0, 20, "2026-01-01T00:00:00Z"),
+        sampled(1, 8.0, 40, "2026-01-02T00:00:00Z"),
+        sampled(0, 7.0, 30, "2026-01-03T00:00:00Z"),
+        failed("verify"),
+    ];
     let mut results = Vec::new();
     for order in [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]] {
         let (_dir, mut db) = db(&[]);
@@ -70,9 +75,9 @@ fn the_order_of_merging_does_not_matter() {
 
 #[test]
 fn between_origins_the_better_supported_winner_serves_not_the_faster() {
-    let ours = sampled(0, 10.0, 40, "2026-01-02");
-    let weak = sampled(1, 5.0, 8, "2026-01-03");
-    let strong = sampled(1, 12.0, 41, "2026-01-01");
+    let ours = sampled(0, 10.0, 40, "2026-01-02T00:00:00Z");
+    let weak = sampled(1, 5.0, 8, "2026-01-03T00:00:00Z");
+    let strong = sampled(1, 12.0, 41, "2026-01-01T00:00:00Z");
     for (theirs, serves) in [(weak, 0), (strong, 1)] {
         let (_dir, mut db) = db(std::slice::from_ref(&ours));
         db.take([theirs.clone()], &merge()).unwrap();
@@ -81,13 +86,14 @@ fn between_origins_the_better_supported_winner_serves_not_the_faster() {
         assert_eq!(db.best(&ours.key()).unwrap(), Some(expected[serves].clone()));
         assert_eq!(db.records().unwrap().len(), 2);
     }
-    let equal = Record { origin: merge(), ..sampled(1, 5.0, 40, "2026-01-02") };
+    let equal = Record { origin: merge(), ..sampled(1, 5.0, 40, "2026-01-02T00:00:00Z") };
     assert_eq!(winners([equal, ours.clone()]), [ours]);
 }
 
 #[test]
 fn merging_twice_or_with_oneself_takes_nothing() {
-    let records = [sampled(0, 10.0, 40, "a"), sampled(1, 12.0, 8, "b"), failed("launch")];
+    let records =
+        [sampled(0, 10.0, 40, "2026-01-01T00:00:00Z"), sampled(1, 12.0, 8, "2026-01-02T00:00:00Z"), failed("launch")];
     let (_dir, mut db) = db(&records[..2]);
     let before = db.records().unwrap();
     let nothing = Taken { kept: 2, ..Taken::default() };
@@ -97,7 +103,7 @@ fn merging_twice_or_with_oneself_takes_nothing() {
 
 #[test]
 fn a_failure_elsewhere_is_tried_here_and_a_measurement_is_not() {
-    let (failed, timed) = (failed("compile"), sampled(1, 5.0, 40, "a"));
+    let (failed, timed) = (failed("compile"), sampled(1, 5.0, 40, "2026-01-01T00:00:00Z"));
     let (_dir, mut db) = db(&[]);
     db.take([failed.clone(), timed.clone()], &merge()).unwrap();
     let is_measured = |db: &TuningDb, record: &Record| db.is_measured(&record.key(), &record.config, "a1b2").unwrap();

@@ -81,6 +81,17 @@ fn an_export_passes_the_check_of_shipped_tables() {
 }
 
 #[test]
+fn a_table_without_one_readable_record_is_an_error() {
+    let text = shipped::export(&h200(), &[series(0), series(1)]).unwrap().replace("samples = 50", "samples = 0");
+    let error = shipped::read(Path::new("test.toml"), &text).unwrap_err();
+    assert!(matches!(error, ShippedError::Rows { count: 2, all: 2, row: 1, .. }), "{error}");
+    let one = text.replacen("samples = 0", "samples = 50", 1);
+    let (records, unreadable) = shipped::read(Path::new("test.toml"), &one).unwrap();
+    assert!(matches!(unreadable, Some(ShippedError::Rows { count: 1, row: 2, .. })), "{unreadable:?}");
+    assert_eq!((records.len(), parse(&one).is_err()), (1, true));
+}
+
+#[test]
 fn a_table_gives_back_the_winners_rounded() {
     let records: Vec<_> = (0..30).map(series).collect();
     let parsed = parse(&shipped::export(&h200(), &records).unwrap()).unwrap();
@@ -125,4 +136,7 @@ fn what_is_no_table_is_an_error_that_names_the_file() {
     let bad_class = "schema = 1\ndevice = { class = \"a\", name = \"\" }\nrecord = 3";
     assert!(matches!(parse(bad_class), Err(ShippedError::Parse { .. })));
     assert!(matches!(parse("schema = 2\nfuture = true"), Err(ShippedError::NewerSchema(_))));
+    let text = shipped::export(&h200(), &[series(0)]).unwrap().replace("[[record]]", "[[records]]");
+    let error = parse(&text).unwrap_err().to_string();
+    assert!(error.starts_with("`test.toml` is no tuning table: ") && error.contains("`records`"), "{error}");
 }

@@ -2,7 +2,9 @@
 
 use crate::fixture::{CLASS, default_of, failed, measured, problem, series, sorted, target};
 use std::fs;
+use std::path::Path;
 use swiglu_db::journal::{self, JournalError};
+use swiglu_db::snapshot::{self, Snapshot, SnapshotError};
 use swiglu_db::{DbError, Environment, FileError, LockError, Record, TuningDb};
 use swiglu_kernels::families::candidates;
 
@@ -104,6 +106,49 @@ fn a_newer_journal_stops_the_tuner_before_it_changes_anything() {
     let error = TuningDb::open(dir.path()).unwrap_err();
     assert!(matches!(error, DbError::Journal(JournalError::NewerSchema(_))), "{error}");
     assert_eq!(fs::read_to_string(&path).unwrap(), text);
+}
+
+#[test]
+fn a_newer_snapshot_stops_the_tuner_before_it_changes_anything() {
+    let dir = tempfile::tempdir().unwrap();
+    TuningDb::open(dir.path()).unwrap().insert(&[series(0)]).unwrap();
+    let [journal, path] = [journal::FILE_NAME, snapshot::FILE_NAME].map(|name| dir.path().join(name));
+    let newer = "{\"schema\":7,\"more\":true}\n";
+    fs::write(&path, newer).unwrap();
+    // A line that opening would move away.
+    let text = fs::read_to_string(&journal).unwrap() + "torn";
+    fs::write(&journal, &text).unwrap();
+    for error in [TuningDb::open(dir.path()).unwrap_err(), TuningDb::rebuild(dir.path()).unwrap_err()] {
+        assert!(matches!(error, DbError::Snapshot(SnapshotError::NewerSchema(_))), "{error}");
+    }
+    assert_eq!(fs::read_to_string(&path).unwrap(), newer);
+    assert_eq!(fs::read_to_string(&journal).unwrap(), text);
+}
+
+#[test]
+fn opening_publishes_what_is_missing_or_differs_and_leaves_alone_what_does_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(snapshot::FILE_NAME);
+    // As `kill -9` before the first publish leaves it.
+    TuningDb::open(dir.path()).unwrap().insert(&[series(0)]).unwrap();
+    let published = || Snapshot::load(&path).unwrap().get_range("").map(|entry| entry.record().unwrap()).collect();
+    for before in [None, Some(0), Some(40)] {
+        match before {
+            None => fs::remove_file(&path).unwrap(),
+            Some(length) => fs::write(&path, &fs::read(&path).unwrap()[..length]).unwrap(),
+        }
+        TuningDb::open(dir.path()).unwrap();
+        let records: Vec<Record> = published();
+        assert_eq!(records, [series(0)], "{before:?}");
+    }
+    let written = |path: &Path| fs::metadata(path).unwrap().modified().unwrap();
+    let before = written(&path);
+    TuningDb::open(dir.path()).unwrap();
+    assert_eq!(written(&path), before);
+    TuningDb::open(dir.path()).unwrap().insert(&[series(1)]).unwrap();
+    TuningDb::open(dir.path()).unwrap();
+    let records: Vec<Record> = published();
+    assert_eq!(records, sorted([series(0), series(1)]));
 }
 
 #[test]
