@@ -82,13 +82,19 @@ fn parse_key(text: &str) -> Option<TuningKey> {
             activation: part()?.parse().ok()?,
             dtype: part()?.parse().ok()?,
             weight_major: part()?.parse().ok()?,
-            alignment: part()?.strip_prefix('a')?.parse().ok()?,
-            n: part()?.strip_prefix('n')?.parse().ok()?,
-            k: part()?.strip_prefix('k')?.parse().ok()?,
-            m: part()?.strip_prefix('m')?.parse().ok()?,
+            alignment: number::<2>(part()?.strip_prefix('a')?)?,
+            n: number::<10>(part()?.strip_prefix('n')?)?,
+            k: number::<10>(part()?.strip_prefix('k')?)?,
+            m: number::<10>(part()?.strip_prefix('m')?)?,
         },
     };
     part().is_none().then_some(key)
+}
+
+/// A number of so many digits: no key has two texts.
+fn number<const DIGITS: usize>(text: &str) -> Option<u32> {
+    let is_written_so = text.len() == DIGITS && text.bytes().all(|byte| byte.is_ascii_digit());
+    is_written_so.then(|| text.parse().ok()).flatten()
 }
 
 /// Time of one launch, in microseconds, over all samples.

@@ -92,13 +92,23 @@ fn between_origins_the_better_supported_winner_serves_not_the_faster() {
 
 #[test]
 fn merging_twice_or_with_oneself_takes_nothing() {
-    let records =
-        [sampled(0, 10.0, 40, "2026-01-01T00:00:00Z"), sampled(1, 12.0, 8, "2026-01-02T00:00:00Z"), failed("launch")];
-    let (_dir, mut db) = db(&records[..2]);
-    let before = db.records().unwrap();
-    let nothing = Taken { kept: 2, ..Taken::default() };
-    assert_eq!(db.take(records[..2].to_vec(), &merge()).unwrap(), nothing);
-    assert_eq!(db.records().unwrap(), before);
+    let records = [
+        sampled(0, 10.0, 40, "2026-01-01T00:00:00Z"),
+        sampled(1, 12.0, 8, "2026-01-02T00:00:00Z"),
+        Record { config: sampled(2, 1.0, 1, "").config, ..failed("launch") },
+    ];
+    let (_ours, mut with_oneself) = db(&records);
+    let (_theirs, mut twice) = db(&[]);
+    assert_eq!(twice.take(records.clone(), &merge()).unwrap(), Taken { added: 3, ..Taken::default() });
+    for db in [&mut with_oneself, &mut twice] {
+        let before = db.records().unwrap();
+        assert_eq!(before.len(), 3);
+        // A failure of what was measured here says nothing new either.
+        let refuted = failed("launch");
+        let again = records.iter().cloned().chain([refuted]);
+        assert_eq!(db.take(again, &merge()).unwrap(), Taken { kept: 4, ..Taken::default() });
+        assert_eq!(db.records().unwrap(), before);
+    }
 }
 
 #[test]

@@ -30,9 +30,19 @@ proptest! {
     }
 
     #[test]
-    fn any_text_is_a_key_or_an_error(text in ".*") {
+    fn a_changed_key_is_another_key_or_an_error(
+        at in any::<prop::sample::Index>(), from in 0..=1_usize, by in "[0-9+|amnk_ é\\-]{0,2}",
+    ) {
+        let key = TuningKey { device_class: CLASS.into(), problem: problem(1, 64, 4096) };
+        let mut text = key.to_string();
+        let at = at.index(text.len());
+        text.replace_range(at..at + from, &by);
         let parsed: Result<TuningKey, InvalidKey> = text.parse();
-        prop_assert!(parsed.is_err());
+        prop_assert_eq!(parsed.as_ref() == Ok(&key), text == key.to_string());
+        match parsed {
+            Ok(parsed) => prop_assert_eq!(parsed.to_string(), text),
+            Err(error) => prop_assert_eq!(error.0, text),
+        }
     }
 }
 
