@@ -8,7 +8,7 @@ use crate::error::{Context, FileError};
 use crate::files::move_aside;
 use std::any::Any;
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::mem::ManuallyDrop;
 use std::panic::{self, AssertUnwindSafe};
@@ -26,6 +26,8 @@ const CACHE_BYTES: u64 = 16 << 20;
 /// The system may release the lock of a killed process a moment after its death.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
+
 /// What the index should hold, in its order.
 pub(crate) type Entries = BTreeMap<Vec<u8>, Vec<u8>>;
 
@@ -40,9 +42,21 @@ pub struct IndexError {
     pub reason: String,
 }
 
+/// A process that the tuning lock should have kept out.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+#[error("another process works in `{}` without holding the tuning lock; wait for it or end it, and leave tune.lock in place",
+    path.display())]
+pub struct IndexBusy {
+    /// The sled directory.
+    pub path: PathBuf,
+}
+
 /// Why there is no index.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum OpenError {
+    #[error(transparent)]
+    Busy(#[from] IndexBusy),
     #[error(transparent)]
     File(#[from] FileError),
     #[error(transparent)]
@@ -56,25 +70,65 @@ pub(crate) struct Index {
     path: PathBuf,
 }
 
+/// What became of the index that was there.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub(crate) index: Index,
+    /// Where it was moved to, unless it holds what it should.
+    pub(crate) kept: Option<PathBuf>,
+    /// What it held in place of that; nothing where it did not open whole.
+    pub(crate) found: Entries,
+}
+
+/// Why an index is of no use, and what it holds all the same.
+struct Useless {
+    reason: String,
+    found: Entries,
+}
+
 impl Index {
     /// Opens the index in `dir`, which then holds exactly `entries`. An index that cannot be opened or
-    /// holds anything else is moved aside first.
-    pub(crate) fn open(dir: &Path, entries: &Entries) -> Result<Self, OpenError> {
+    /// holds anything else is moved aside first; any index is, if it is wanted `anew`.
+    pub(crate) fn open(dir: &Path, entries: &Entries, anew: bool) -> Result<Opened, OpenError> {
         let path = dir.join(DIR_NAME);
+        let (mut kept, mut found) = (None, Entries::new());
         if fs::symlink_metadata(&path).is_ok() {
             remove_unfinished_snapshots(&path)?;
             match open_equal(&path, entries)? {
-                Ok(db) => return Ok(Self { db, path }),
-                Err(reason) => {
-                    let kept = move_aside(&path, "corrupt")?;
-                    tracing::warn!(%reason, kept = %kept.display(), "rebuilding the index from the journal");
+                Ok(db) if !anew => return Ok(Opened { index: Self { db, path }, kept, found }),
+                Ok(db) => {
+                    drop(db);
+                    kept = Some(move_aside(&path, "old")?);
+                }
+                Err(useless) => {
+                    let aside = move_aside(&path, if anew { "old" } else { "corrupt" })?;
+                    let reason = useless.reason;
+                    tracing::warn!(%reason, kept = %aside.display(), "rebuilding the index from the journal");
+                    (kept, found) = (Some(aside), useless.found);
                 }
             }
         }
         let fresh = quietly(|| open_sled(&path)).and_then(|opened| opened.map_err(reason));
         let index = Self { db: fresh.map_err(|reason| IndexError { path: path.clone(), reason })?, path };
         index.write(entries)?;
-        Ok(index)
+        Ok(Opened { index, kept, found })
+    }
+
+    /// Fails while another process has the index in `dir` open, whatever became of the tuning lock. sled locks this file.
+    pub(crate) fn must_be_free(dir: &Path) -> Result<(), OpenError> {
+        let path = dir.join(DIR_NAME);
+        // None, or a damaged one: opening it will tell.
+        let Ok(file) = File::open(path.join("db")) else { return Ok(()) };
+        let give_up = Instant::now() + LOCK_PATIENCE;
+        while let Err(TryLockError::WouldBlock) = file.try_lock() {
+            if Instant::now() >= give_up {
+                return Err(IndexBusy { path }.into());
+            }
+            thread::sleep(LOCK_PAUSE);
+        }
+        // Where the lock was not taken there is none to give back.
+        let _ = file.unlock();
+        Ok(())
     }
 
     /// How the index in `dir` differs from `entries`, in words, without setting it aside.
@@ -84,13 +138,7 @@ impl Index {
             return Ok(Some("it is missing".into()));
         }
         remove_unfinished_snapshots(&path)?;
-        Ok(open_equal(&path, entries)?.err())
-    }
-
-    /// Moves the index in `dir` aside, if there is one, so that the next open builds it anew.
-    pub(crate) fn set_aside(dir: &Path) -> Result<Option<PathBuf>, FileError> {
-        let path = dir.join(DIR_NAME);
-        fs::symlink_metadata(&path).is_ok().then(|| move_aside(&path, "old")).transpose()
+        Ok(open_equal(&path, entries)?.err().map(|useless| useless.reason))
     }
 
     /// Inserts and flushes.
@@ -125,26 +173,23 @@ impl Index {
 
 /// Opens the sled directory at `path` and compares. The inner `Err` says why it is of no use; the outer
 /// one is a failure that a rebuild would meet again.
-fn open_equal(path: &Path, entries: &Entries) -> Result<Result<sled::Db, String>, OpenError> {
+fn open_equal(path: &Path, entries: &Entries) -> Result<Result<sled::Db, Useless>, OpenError> {
+    let useless = |reason| Ok(Err(Useless { reason, found: Entries::new() }));
     let opened = quietly(|| {
         // Leaked when the comparison panics: a second panic, in its drop, would end the process.
         let db = ManuallyDrop::new(open_sled(path)?);
-        let same = holds(&db, entries)?;
-        let db = ManuallyDrop::into_inner(db);
-        Ok(same.then_some(db))
+        let found = all(&db)?;
+        Ok((ManuallyDrop::into_inner(db), found))
     });
     match opened {
-        Ok(Ok(Some(db))) => Ok(Ok(db)),
-        Ok(Ok(None)) => Ok(Err("its records are not those of the journal".into())),
-        Ok(Err(error)) if is_locked(&error) => {
-            let reason = "another process has it open without holding the tuning lock".into();
-            Err(IndexError { path: path.into(), reason }.into())
-        }
+        Ok(Ok((db, found))) if found == *entries => Ok(Ok(db)),
+        Ok(Ok((_, found))) => Ok(Err(Useless { reason: "its records are not those of the journal".into(), found })),
+        Ok(Err(error)) if is_locked(&error) => Err(IndexBusy { path: path.into() }.into()),
         Ok(Err(sled::Error::Io(cause))) if is_environment(cause.kind()) => {
             Err(FileError { action: "open the index", path: path.into(), cause }.into())
         }
-        Ok(Err(error)) => Ok(Err(reason(error))),
-        Err(panic) => Ok(Err(format!("sled panicked: {panic}"))),
+        Ok(Err(error)) => useless(reason(error)),
+        Err(panic) => useless(format!("sled panicked: {panic}")),
     }
 }
 
@@ -153,21 +198,14 @@ fn open_sled(path: &Path) -> sled::Result<sled::Db> {
     let give_up = Instant::now() + LOCK_PATIENCE;
     loop {
         match config.open() {
-            Err(error) if is_locked(&error) && Instant::now() < give_up => thread::sleep(Duration::from_millis(20)),
+            Err(error) if is_locked(&error) && Instant::now() < give_up => thread::sleep(LOCK_PAUSE),
             result => return result,
         }
     }
 }
 
-fn holds(db: &sled::Db, entries: &Entries) -> sled::Result<bool> {
-    let mut wanted = entries.iter();
-    for found in db.iter() {
-        let (key, value) = found?;
-        if wanted.next().is_none_or(|(wanted_key, wanted_value)| key != wanted_key || value != wanted_value) {
-            return Ok(false);
-        }
-    }
-    Ok(wanted.next().is_none())
+fn all(db: &sled::Db) -> sled::Result<Entries> {
+    db.iter().map(|found| found.map(|(key, value)| (key.to_vec(), value.to_vec()))).collect()
 }
 
 /// sled prints the innards of an I/O error.
@@ -270,7 +308,7 @@ mod tests {
     fn a_panic_inside_a_call_of_sled_is_an_error_that_names_the_index() {
         let _alone = ONE_TEST_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let dir = tempfile::tempdir().unwrap();
-        let index = Index::open(dir.path(), &Entries::new()).unwrap();
+        let index = Index::open(dir.path(), &Entries::new(), false).unwrap().index;
         let error = index.fenced(|_| -> sled::Result<()> { std::panic::resume_unwind(Box::new("Uninitialized")) });
         let error = error.unwrap_err().to_string();
         assert!(error.contains("index.sled` failed: Uninitialized; run again"), "{error}");

@@ -34,6 +34,13 @@ pub enum JournalError {
     /// The file is from a later version.
     #[error(transparent)]
     NewerSchema(#[from] NewerSchema),
+    /// The file was removed or replaced while it was open: what is written to it is lost.
+    #[error("`{}` is not the file that was opened, something has removed or replaced it; nothing was stored, end whatever else \
+        works in this directory and run again", path.display())]
+    Replaced {
+        /// Where the file was.
+        path: PathBuf,
+    },
     /// A record cannot be written as JSON; nothing of its batch was written.
     #[error(transparent)]
     Record(#[from] InvalidRecord),
@@ -175,11 +182,15 @@ impl Journal {
     /// Appends records; when this returns `Ok`, they survive a crash of the process or the machine.
     ///
     /// # Errors
-    /// A record cannot be encoded (nothing is written), or the file cannot be written or synced.
+    /// A record cannot be encoded, or the file is not at its path any more (nothing is written); or it cannot be written or
+    /// synced.
     pub fn append(&mut self, records: &[Record]) -> Result<(), JournalError> {
         let mut lines = String::new();
         for record in records {
             lines += &encode("record", &record.to_json()?);
+        }
+        if !is_still_at(&self.file, &self.path).context("read", &self.path)? {
+            return Err(JournalError::Replaced { path: self.path.clone() });
         }
         // A torn line, from a crash or from a write that failed half way, keeps its own line.
         let text = if self.at_line_start { lines } else { format!("\n{lines}") };
@@ -207,6 +218,23 @@ impl Journal {
 
 fn append_to(path: &Path) -> Result<File, FileError> {
     OpenOptions::new().append(true).create(true).open(path).context("open", path)
+}
+
+/// Whether `path` still leads to the open `file`.
+#[cfg(unix)]
+fn is_still_at(file: &File, path: &Path) -> io::Result<bool> {
+    use std::os::unix::fs::MetadataExt;
+    let identity = |found: fs::Metadata| (found.dev(), found.ino());
+    match fs::metadata(path) {
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(false),
+        there => Ok(identity(there?) == identity(file.metadata()?)),
+    }
+}
+
+/// Elsewhere an open file can be neither removed nor replaced.
+#[cfg(not(unix))]
+fn is_still_at(_: &File, _: &Path) -> io::Result<bool> {
+    Ok(true)
 }
 
 /// Keeps damaged lines before the journal loses them.

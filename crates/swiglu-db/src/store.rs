@@ -4,7 +4,7 @@
 //! Whatever is interrupted in between is made good from the journal at the next open.
 
 use crate::error::{Context, FileError};
-use crate::index::{Entries, Index, OpenError};
+use crate::index::{Entries, Index, OpenError, Opened};
 use crate::journal::{self, Journal, JournalError};
 use crate::lock::{Lock, LockError};
 use crate::record::{self, InvalidRecord, Origin, Record, TuningKey};
@@ -14,7 +14,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use swiglu_kernels::Config;
 
-pub use crate::index::IndexError;
+pub use crate::index::{IndexBusy, IndexError};
 
 /// Name of the lock file in a tuning directory.
 pub(crate) const LOCK_NAME: &str = "tune.lock";
@@ -32,6 +32,9 @@ pub enum DbError {
     /// The journal cannot be read or extended.
     #[error(transparent)]
     Journal(#[from] JournalError),
+    /// Another process works in the directory, whose lock someone took away.
+    #[error(transparent)]
+    Busy(#[from] IndexBusy),
     /// sled failed; the journal has every record.
     #[error(transparent)]
     Index(#[from] IndexError),
@@ -46,6 +49,7 @@ pub enum DbError {
 impl From<OpenError> for DbError {
     fn from(error: OpenError) -> Self {
         match error {
+            OpenError::Busy(busy) => Self::Busy(busy),
             OpenError::File(error) => Self::File(error),
             OpenError::Index(error) => Self::Index(error),
         }
@@ -70,7 +74,7 @@ impl TuningDb {
     /// Another tuner holds the directory, it cannot be written, or its journal or snapshot has a newer schema.
     /// Damage is no error: it is reported through `tracing` and repaired as far as journal and snapshot reach.
     pub fn open(dir: &Path) -> Result<Self, DbError> {
-        Self::open_with(dir, |_| Ok(()))
+        Ok(Self::open_with(dir, false)?.0)
     }
 
     /// As [`TuningDb::open`], with index and snapshot made anew from the journal. The old index is moved to
@@ -79,38 +83,36 @@ impl TuningDb {
     /// # Errors
     /// As [`TuningDb::open`].
     pub fn rebuild(dir: &Path) -> Result<(Self, Option<PathBuf>), DbError> {
-        let mut kept = None;
-        let db = Self::open_with(dir, |dir| {
-            kept = Index::set_aside(dir)?;
-            Ok(())
-        })?;
-        Ok((db, kept))
+        Self::open_with(dir, true)
     }
 
-    fn open_with(dir: &Path, before_index: impl FnOnce(&Path) -> Result<(), FileError>) -> Result<Self, DbError> {
+    fn open_with(dir: &Path, anew: bool) -> Result<(Self, Option<PathBuf>), DbError> {
         fs::create_dir_all(dir).context("create the directory", dir)?;
         let lock = Lock::take(&dir.join(LOCK_NAME))?;
+        Index::must_be_free(dir)?;
         let snapshot = dir.join(snapshot::FILE_NAME);
         let published = published(&snapshot)?;
         let (mut journal, contents) = Journal::open(&dir.join(journal::FILE_NAME))?;
         let mut records = contents.records;
-        let lost = published.as_ref().map(|published| lost_by_journal(&records, published)).unwrap_or_default();
+        let Opened { index, kept, found } = Index::open(dir, &entries(&records)?, anew)?;
+        // The index first: what has failed since the snapshot was published must not come back from it.
+        let mut lost = indexed_and_lost(&records, &found);
+        records.extend(lost.iter().cloned());
+        lost.extend(published.iter().flat_map(|published| published_and_lost(&records, published)));
         if !lost.is_empty() {
             tracing::warn!(
                 records = lost.len(),
-                "the journal has lost records that the snapshot has; they are restored"
+                "the journal has lost records that index or snapshot has; they are restored"
             );
             journal.append(&lost)?;
-            records.extend(lost);
+            index.write(&entries(&lost)?)?;
         }
-        before_index(dir)?;
-        let index = Index::open(dir, &entries(&records)?)?;
         let db = Self { index, journal, snapshot, _lock: lock };
         let winners = Snapshot::from_records(&db.winners()?)?;
         if published.is_none_or(|published| !published.equals(&winners)) {
             db.publish()?;
         }
-        Ok(db)
+        Ok((db, kept))
     }
 
     /// Takes records of another database. Of one key and config the better supported record stays, see
@@ -261,8 +263,28 @@ fn published(path: &Path) -> Result<Option<Snapshot>, SnapshotError> {
     }
 }
 
-/// Published records that no line of the journal has: it was cut off or lost the line.
-fn lost_by_journal(records: &[Record], published: &Snapshot) -> Vec<Record> {
+/// Records of an index that no line of the journal has: it was cut off or lost the line. What a tuner indexes is in the journal
+/// by then, so that such a record is the last of its key and config, unless a later line has what a crash kept from the index.
+fn indexed_and_lost(records: &[Record], found: &Entries) -> Vec<Record> {
+    let mut written: BTreeMap<_, Vec<&Record>> = BTreeMap::new();
+    for record in records {
+        written.entry(index_key(&record.key(), &record.config)).or_default().push(record);
+    }
+    let is_lost = |key: &str, record: &Record| {
+        let Some(lines) = written.get(key) else { return true };
+        let later = |line: &Record| record.environment.date > line.environment.date;
+        !lines.contains(&record) && lines.last().is_none_or(|line| later(line))
+    };
+    let whole = found.iter().filter_map(|(key, json)| {
+        let record: Record = serde_json::from_slice(json).ok()?;
+        let name = index_key(&record.key(), &record.config);
+        (name.as_bytes() == key && record.check().is_ok() && is_lost(&name, &record)).then_some(record)
+    });
+    whole.collect()
+}
+
+/// Published records that no line of the journal has.
+fn published_and_lost(records: &[Record], published: &Snapshot) -> Vec<Record> {
     let known: BTreeSet<_> = records.iter().map(|record| (record.key(), record.config)).collect();
     let published = published.get_range("").filter_map(|entry| entry.record().ok());
     published.filter(|record| !known.contains(&(record.key(), record.config)) && record.check().is_ok()).collect()

@@ -1,6 +1,6 @@
 //! Whether a tuning directory is what it should be. Changes no record; it takes the lock, and opens the index.
 
-use crate::index::{Index, OpenError};
+use crate::index::{Index, IndexBusy, OpenError};
 use crate::journal::{self, SkippedLine};
 use crate::lock::Lock;
 use crate::record::{InvalidRecord, TuningKey, winners};
@@ -14,6 +14,9 @@ use swiglu_kernels::{Config, Rejected};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Finding {
+    /// Another process works here, whose lock someone took away; nothing else was looked at.
+    #[error(transparent)]
+    Busy(#[from] IndexBusy),
     /// A line of the journal gives no record.
     #[error("journal.jsonl: {0}")]
     Line(SkippedLine),
@@ -63,6 +66,11 @@ pub enum Finding {
 /// A tuner holds the directory, which must be writable for its lock, a file cannot be read, or the journal has a newer schema.
 pub fn verify(dir: &Path) -> Result<Vec<Finding>, DbError> {
     let _lock = Lock::take(&dir.join(store::LOCK_NAME))?;
+    match Index::must_be_free(dir) {
+        Ok(()) => {}
+        Err(OpenError::Busy(busy)) => return Ok(vec![busy.into()]),
+        Err(error) => return Err(error.into()),
+    }
     let contents = journal::read(&dir.join(journal::FILE_NAME))?;
     let mut findings: Vec<Finding> = contents.skipped.iter().cloned().map(Finding::Line).collect();
     if !contents.has_header {
@@ -71,7 +79,7 @@ pub fn verify(dir: &Path) -> Result<Vec<Finding>, DbError> {
     match Index::difference(dir, &store::entries(&contents.records)?) {
         Ok(difference) => findings.extend(difference.map(Finding::Index)),
         Err(OpenError::Index(error)) => findings.push(Finding::Index(error.reason)),
-        Err(OpenError::File(error)) => return Err(error.into()),
+        Err(error) => return Err(error.into()),
     }
     let current: Vec<_> = contents.current().cloned().collect();
     match Snapshot::load(&dir.join(snapshot::FILE_NAME)) {

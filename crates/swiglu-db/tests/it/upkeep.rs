@@ -3,8 +3,8 @@
 use crate::fixture::{CLASS, default_of, failed, measured, problem, series, sorted};
 use std::fs;
 use std::path::Path;
-use swiglu_db::journal::{self, Journal};
-use swiglu_db::{Record, TuningDb, snapshot, verify};
+use swiglu_db::journal::{self, Journal, JournalError};
+use swiglu_db::{DbError, Record, TuningDb, snapshot, verify};
 use tempfile::TempDir;
 
 const COUNT: u32 = 20;
@@ -97,12 +97,59 @@ fn rebuilding_sets_the_old_index_aside_and_mends_everything() {
     fs::write(dir.path().join(snapshot::FILE_NAME), "garbage").unwrap();
     let (db, kept) = TuningDb::rebuild(dir.path()).unwrap();
     let kept = kept.unwrap();
-    assert_eq!(fs::read_to_string(kept.join("db")).unwrap(), "garbage");
+    assert!(kept.join("db").exists() && kept.to_string_lossy().contains("index.sled.old-"), "{}", kept.display());
     assert_eq!(db.records().unwrap(), sorted((0..COUNT).map(series)));
     drop(db);
     finds(dir.path(), &[]);
     let empty = tempfile::tempdir().unwrap();
     assert_eq!(TuningDb::rebuild(empty.path()).unwrap().1, None);
+}
+
+/// As where someone took `tune.lock` away while a tuner works.
+#[test]
+fn beside_a_tuner_without_its_lock_nothing_is_advised_moved_or_mended() {
+    let dir = filled();
+    let mut working = TuningDb::open(dir.path()).unwrap();
+    fs::remove_file(dir.path().join("tune.lock")).unwrap();
+    // What the tuner is writing just now looks torn.
+    let path = dir.path().join(journal::FILE_NAME);
+    let text = fs::read_to_string(&path).unwrap() + "{\"crc32\":";
+    fs::write(&path, &text).unwrap();
+    finds(dir.path(), &["another process works in `"]);
+    for error in [TuningDb::open(dir.path()).unwrap_err(), TuningDb::rebuild(dir.path()).unwrap_err()] {
+        assert!(matches!(error, DbError::Busy(_)), "{error}");
+        assert!(error.to_string().contains("wait for it or end it"), "{error}");
+    }
+    assert_eq!(fs::read_to_string(&path).unwrap(), text);
+    let mut names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|file| file.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["index.sled", "journal.jsonl", "snapshot.tsv", "tune.lock"]);
+    fs::write(&path, text.trim_end_matches("{\"crc32\":")).unwrap();
+    working.insert(&[series(COUNT)]).unwrap();
+    drop(working);
+    assert_eq!(TuningDb::open(dir.path()).unwrap().records().unwrap(), sorted((0..=COUNT).map(series)));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_journal_that_was_replaced_or_removed_is_not_written_to() {
+    let dir = filled();
+    let path = dir.path().join(journal::FILE_NAME);
+    let text = fs::read_to_string(&path).unwrap();
+    for remove in [true, false] {
+        let mut db = TuningDb::open(dir.path()).unwrap();
+        fs::remove_file(&path).unwrap();
+        if !remove {
+            fs::write(&path, &text).unwrap();
+        }
+        let error = db.insert(&[series(COUNT)]).unwrap_err();
+        assert!(matches!(error, DbError::Journal(JournalError::Replaced { .. })), "{error}");
+        assert!(error.to_string().contains("journal.jsonl") && error.to_string().contains("run again"), "{error}");
+        assert_eq!(path.exists(), !remove);
+        drop(db);
+        fs::write(&path, &text).unwrap();
+    }
+    assert_eq!(TuningDb::open(dir.path()).unwrap().records().unwrap(), sorted((0..COUNT).map(series)));
 }
 
 #[test]
@@ -135,6 +182,7 @@ fn published_records_that_the_journal_lost_come_back() {
     // Cut between two lines, which no checksum notices.
     let half: String = text.split_inclusive('\n').take(11).collect();
     fs::write(&path, half).unwrap();
+    fs::remove_dir_all(dir.path().join("index.sled")).unwrap();
     let records = TuningDb::open(dir.path()).unwrap().records().unwrap();
     let expected = (0..COUNT).map(series).enumerate().filter(|(i, record)| *i < 10 || record.measurement().is_some());
     assert_eq!(records, sorted(expected.map(|(_, record)| record)));
