@@ -91,8 +91,16 @@ impl TuningDb {
         let lock = Lock::take(&dir.join(LOCK_NAME))?;
         Index::must_be_free(dir)?;
         let snapshot = dir.join(snapshot::FILE_NAME);
-        let published = published(&snapshot)?;
-        let (mut journal, contents) = Journal::open(&dir.join(journal::FILE_NAME))?;
+        let path = dir.join(journal::FILE_NAME);
+        let published = match published(&snapshot) {
+            Ok(published) => published,
+            Err(newer) => {
+                // Of two that are newer the journal is named: it is the truth.
+                journal::read(&path)?;
+                return Err(newer.into());
+            }
+        };
+        let (mut journal, contents) = Journal::open(&path)?;
         let mut records = contents.records;
         let Opened { index, kept, found } = Index::open(dir, &entries(&records)?, anew)?;
         // The index first: what has failed since the snapshot was published must not come back from it.
