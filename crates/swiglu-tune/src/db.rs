@@ -73,12 +73,16 @@ fn export(class: Option<&str>, options: &Options) -> Result<ExitCode> {
 
 fn import(file: &Path, dir: &Path) -> Result<ExitCode> {
     let text = fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
-    take(dir, shipped::parse(file, &text)?, &Origin::Import(name_of(file)))
+    let (records, unreadable) = shipped::read(file, &text)?;
+    if let Some(error) = unreadable {
+        tracing::warn!("{error}; those are left out");
+    }
+    take(dir, records, &Origin::Import(name_of(file)))
 }
 
 fn merge(other: &Path, dir: &Path) -> Result<ExitCode> {
     let path = other.join(journal::FILE_NAME);
-    if !path.exists() {
+    if !is_there(&path)? {
         bail!("there is no {}; name the folder of a tuning database", path.display());
     }
     let contents = journal::read(&path)?;
@@ -135,8 +139,16 @@ fn gc(dir: &Path) -> Result<ExitCode> {
 
 /// A mistyped folder must not become a database.
 fn must_exist(dir: &Path) -> Result<()> {
-    if [journal::FILE_NAME, snapshot::FILE_NAME].iter().any(|name| dir.join(name).exists()) {
-        return Ok(());
+    for name in [journal::FILE_NAME, snapshot::FILE_NAME] {
+        if is_there(&dir.join(name))? {
+            return Ok(());
+        }
     }
     bail!("there is no tuning database in {}; run `swiglu-tune --gpu auto` or name it with --db DIR", dir.display())
+}
+
+/// A folder that may not be entered is not an empty one.
+fn is_there(path: &Path) -> Result<bool> {
+    path.try_exists()
+        .with_context(|| format!("cannot look for {}; name a folder of your own with --db DIR", path.display()))
 }

@@ -15,9 +15,6 @@ pub(crate) fn db_dir(options: &Options) -> Result<PathBuf> {
 /// Every record, the latest of each config, in the order of the keys; none where nothing was tuned.
 pub(crate) fn read(options: &Options) -> Result<Vec<Record>> {
     let path = db_dir(options)?.join(journal::FILE_NAME);
-    if !path.exists() {
-        return Ok(Vec::new());
-    }
     let contents = journal::read(&path).context("reading the tuning database")?;
     let mut records: Vec<Record> = contents.current().cloned().collect();
     records.sort_by_cached_key(|record| (record.key(), record.config));

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use std::process::ExitCode;
 use swiglu_db::lookup::Rung;
-use swiglu_db::{Device, Explanation, Match, Record, TuningKey, TuningTable};
+use swiglu_db::{Answer, Device, Explanation, Layer, Match, Origin, Record, TuningKey, TuningTable};
 use swiglu_kernels::model::Chip;
 use swiglu_kernels::{Config, Problem, Target};
 use swiglu_runtime::gpu::Gpu;
@@ -110,7 +110,7 @@ fn conclusion(explanation: &Explanation, records: &[Record], key: &TuningKey, ta
         time(&serving.record),
         serving.matched,
         serving.layer,
-        serving.record.origin,
+        origin(serving),
         report::stale(&serving.record).unwrap_or_else(|| "up to date".into())
     )];
     if serving.matched != Match::Exact {
@@ -151,6 +151,15 @@ fn conclusion(explanation: &Explanation, records: &[Record], key: &TuningKey, ta
         None => "next on the ladder: the default".into(),
     });
     lines
+}
+
+/// Where the record was measured: what a layer's maker measured itself was not measured into the user's database.
+fn origin(answer: &Answer) -> String {
+    match (answer.layer, &answer.record.origin) {
+        (Layer::User, origin) => origin.to_string(),
+        (_, Origin::Local) => "measured there".into(),
+        (_, origin) => origin.to_string(),
+    }
 }
 
 /// How far a tuned problem is from the one asked.
