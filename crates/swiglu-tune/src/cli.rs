@@ -1,7 +1,7 @@
 //! Arguments, and which module answers them. Results go to stdout, everything else to stderr.
 
 use crate::gpu_subject::GpuLab;
-use crate::log::{LogFormat, notice};
+use crate::log::{LogFormat, emit, notice};
 use crate::metrics::Logbook;
 use crate::remote::{Recipe, Worker};
 use crate::search::Search;
@@ -14,7 +14,7 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use clap_complete::Shell;
 use std::collections::BTreeSet;
-use std::io::{ErrorKind, Write};
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
@@ -274,11 +274,13 @@ pub(crate) fn run(cli: &Cli, misplaced: Option<&str>) -> Result<ExitCode> {
             // Into memory first: a closed pipe is an error to tell, and clap_complete would panic.
             let mut text = Vec::new();
             clap_complete::generate(*shell, &mut Cli::command(), "swiglu-tune", &mut text);
-            std::io::stdout().write_all(&text).context("writing the completions")?;
+            emit(String::from_utf8_lossy(&text))?;
             Ok(ExitCode::SUCCESS)
         }
         Some(Command::Man { dir: None }) => {
-            clap_mangen::Man::new(Cli::command()).render(&mut std::io::stdout()).context("writing the manual page")?;
+            let mut text = Vec::new();
+            clap_mangen::Man::new(Cli::command()).render(&mut text).context("making the manual page")?;
+            emit(String::from_utf8_lossy(&text))?;
             Ok(ExitCode::SUCCESS)
         }
         Some(Command::Man { dir: Some(dir) }) => {
@@ -286,7 +288,7 @@ pub(crate) fn run(cli: &Cli, misplaced: Option<&str>) -> Result<ExitCode> {
             std::fs::create_dir_all(dir)
                 .and_then(|()| clap_mangen::generate_to(Cli::command(), dir))
                 .with_context(named)?;
-            println!("{}", dir.display());
+            emit(format_args!("{}\n", dir.display()))?;
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -351,12 +353,10 @@ fn exit_code(summary: &Summary, of_signal: Option<u8>) -> u8 {
 
 /// Prints where the results are. That nobody reads it any more takes nothing from them.
 fn print_place(dir: &Path) -> Result<()> {
-    match writeln!(std::io::stdout(), "{}", dir.display()) {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(error).context("printing the folder of the database")
-        }
-        _ => Ok(()),
-    }
+    emit(format_args!("{}\n", dir.display())).or_else(|error| match error.downcast_ref::<io::Error>() {
+        Some(cause) if cause.kind() == ErrorKind::BrokenPipe => Ok(()),
+        _ => Err(error),
+    })
 }
 
 fn tell(summary: &Summary, device: &str, elapsed: Duration, stop: &Stop) {

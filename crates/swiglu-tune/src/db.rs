@@ -1,6 +1,6 @@
 //! `db`: the tuning database from outside. Text goes in and out in the format of `tuning-db/`.
 
-use crate::log::notice;
+use crate::log::{emit, notice};
 use crate::records::{self, db_dir};
 use anyhow::{Context, Result, bail};
 use clap::Subcommand;
@@ -64,7 +64,7 @@ fn export(class: Option<&str>, options: &Options) -> Result<ExitCode> {
     devices.retain(|device, _| class.is_none_or(|class| class == device));
     let mut devices = devices.into_values();
     match (devices.next(), devices.next()) {
-        (Some((device, records)), None) => print!("{}", shipped::export(&device, &records)?),
+        (Some((device, records)), None) => emit(shipped::export(&device, &records)?)?,
         (None, _) => bail!("nothing is tuned for {}", class.unwrap_or("any device")),
         (Some(_), Some(_)) => bail!("several devices are tuned; choose one with --device CLASS"),
     }
@@ -101,16 +101,16 @@ fn take(dir: &Path, records: Vec<Record>, origin: &Origin) -> Result<ExitCode> {
     let mut db = TuningDb::open(dir).context("opening the tuning database")?;
     let Taken { added, replaced, kept, refused } = db.take(records, origin)?;
     db.publish().context("publishing the snapshot")?;
-    println!(
-        "{added} added, {replaced} replaced, {kept} were no better than what is here, {refused} refused as illegal"
-    );
+    emit(format_args!(
+        "{added} added, {replaced} replaced, {kept} were no better than what is here, {refused} refused as illegal or impossible\n"
+    ))?;
     Ok(ExitCode::SUCCESS)
 }
 
 fn verify(dir: &Path) -> Result<ExitCode> {
     must_exist(dir)?;
     let findings = swiglu_db::verify(dir)?;
-    findings.iter().for_each(|finding| println!("{finding}"));
+    findings.iter().try_for_each(|finding| emit(format_args!("{finding}\n")))?;
     notice(format!(
         "{}: {}",
         dir.display(),
@@ -122,9 +122,13 @@ fn verify(dir: &Path) -> Result<ExitCode> {
 fn rebuild(dir: &Path) -> Result<ExitCode> {
     must_exist(dir)?;
     let (db, kept) = TuningDb::rebuild(dir)?;
-    println!("index and snapshot are made anew: {} records, {} winners", db.records()?.len(), db.winners()?.len());
+    emit(format_args!(
+        "index and snapshot are made anew: {} records, {} winners\n",
+        db.records()?.len(),
+        db.winners()?.len()
+    ))?;
     if let Some(kept) = kept {
-        println!("the old index is {}", kept.display());
+        emit(format_args!("the old index is {}\n", kept.display()))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -133,7 +137,7 @@ fn gc(dir: &Path) -> Result<ExitCode> {
     must_exist(dir)?;
     let mut db = TuningDb::open(dir)?;
     let dropped = db.drop_superseded()?;
-    println!("{dropped} superseded records dropped, {} are left", db.records()?.len());
+    emit(format_args!("{dropped} superseded records dropped, {} are left\n", db.records()?.len()))?;
     Ok(ExitCode::SUCCESS)
 }
 

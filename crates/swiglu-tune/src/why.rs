@@ -1,6 +1,7 @@
 //! `why`: which config serves a problem, rung by rung, and what came second.
 
 use crate::inspect::ProblemArgs;
+use crate::log::emit;
 use crate::records;
 use crate::report;
 use anyhow::{Context, Result};
@@ -24,7 +25,6 @@ pub(crate) struct WhyArgs {
 
 /// Prints the ladder and the answer.
 pub(crate) fn run(args: &WhyArgs, options: &Options) -> Result<ExitCode> {
-    let problem = args.problem.problem();
     let (records, table) = (records::read(options)?, runtime::load_table(options));
     let device = match &args.device {
         Some(class) => {
@@ -36,18 +36,18 @@ pub(crate) fn run(args: &WhyArgs, options: &Options) -> Result<ExitCode> {
     let target = device.target().with_context(|| {
         format!("`{}` names no device known here; `report` and `doctor` print device classes", device.class)
     })?;
+    let problem = args.problem.problem_on(target);
     let explanation = table.explain(&device.class, &problem, target);
-    println!("{} on {} ({})\n", words(&problem), device.name, device.class);
-    println!("{}\n", ladder(&explanation, &device, &problem, target));
+    let (name, class) = (report::one_line(&device.name), report::one_line(&device.class));
+    emit(format_args!("{} on {name} ({class})\n\n", words(&problem)))?;
+    emit(format_args!("{}\n\n", ladder(&explanation, &device, &problem, target)))?;
     if let Some(whose) = records::foreign(&records, &device.class) {
-        println!("{}: {whose}", records::db_dir(options)?.display());
+        emit(format_args!("{}: {}\n", records::db_dir(options)?.display(), report::one_line(&whose)))?;
     }
     let key = TuningKey { device_class: device.class.clone(), problem };
-    for line in conclusion(&explanation, &records, &key, target) {
-        println!("{line}");
-    }
-    if let Some(line) = in_a_plan(&table, &device.class, &problem, target) {
-        println!("{line}");
+    let in_a_plan = in_a_plan(&table, &device.class, &problem, target);
+    for line in conclusion(&explanation, &records, &key, target).into_iter().chain(in_a_plan) {
+        emit(format_args!("{line}\n"))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -71,7 +71,7 @@ fn ladder(explanation: &Explanation, device: &Device, problem: &Problem, target:
         Target::Cpu { .. } => None,
     };
     let mark = |serves: bool| if serves { "=>" } else { "" }.to_owned();
-    let untuned = serving.is_none();
+    let untuned = serving.is_none() && default.is_some();
     let model = better.map_or_else(|| "nothing surely better than the default".into(), |config| config.to_string());
     let default = default.map_or_else(|| "no family runs this problem here".into(), |config| config.to_string());
     table.add_row([mark(untuned && better.is_some()), Match::Model.to_string(), "-".into(), "-".into(), model]);
@@ -89,7 +89,9 @@ fn nearest(rung: &Rung, asked: &Problem) -> String {
             Match::NearestM if alignment == asked.alignment => format!("M {m}: {}", record.config),
             Match::NearestM => format!("M {m}, aligned to {alignment}: {}", record.config),
             Match::NearestShape => format!("M {m}, N {n}, K {k}: {}", record.config),
-            Match::SameArch => format!("{}, M {m}, N {n}, K {k}: {}", record.device.name, record.config),
+            Match::SameArch => {
+                format!("{}, M {m}, N {n}, K {k}: {}", report::one_line(&record.device.name), record.config)
+            }
         }
     });
     let parts: Vec<String> = nearest.into_iter().chain(passed_over).collect();
@@ -99,6 +101,9 @@ fn nearest(rung: &Rung, asked: &Problem) -> String {
 /// The answer in words: what serves, what came second in time and on the ladder, what the default takes.
 fn conclusion(explanation: &Explanation, records: &[Record], key: &TuningKey, target: Target) -> Vec<String> {
     let Some(serving) = &explanation.serving else {
+        if report::default_config(key.problem, target).is_none() {
+            return vec!["nothing serves: no family runs this problem here".into()];
+        }
         return vec![
             "untuned: the last rung that is marked serves; `swiglu-tune --gpu auto --shapes FILE.toml` tunes the shape"
                 .into(),
