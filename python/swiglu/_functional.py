@@ -20,7 +20,7 @@ from ._gate import (
 )
 from ._library import is_plain_call, is_recording, is_transformed, is_undisturbed, tell_flop_counter
 from ._op import forward_op, forward_saving_op, reference
-from ._operands import GATE_ORDERS, LAYOUTS, SAVE, are_halves, bad_value, check, check_choice
+from ._operands import GATE_ORDERS, LAYOUTS, SAVE, are_halves, bad_type, bad_value, check, check_choice
 from ._sharding import prepare_for
 
 __all__ = ["forward", "split_packed", "swiglu_ffn", "swiglu_fused", "swiglu_torch"]
@@ -124,6 +124,8 @@ def swiglu_ffn(
     torch.Size([2, 3, 4])
     """
     check_choice("save", save, SAVE)
+    if w_down is None:  # what is shared with forward() would leave it out
+        bad_type("w_down", "is None, expected a tensor")
     operands = (x, w_gate, w_up, w_down, b_gate, b_up, b_down)
     recording, keep = is_recording(*operands), save == "preactivations"
     if is_undisturbed():

@@ -1,5 +1,6 @@
 """The whole block in both modes: values, any subset of gradients, what is kept, and what torch.library asks of it."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -227,6 +228,16 @@ def test_wrong_arguments_are_named():
             swiglu.swiglu_ffn(**{**good, argument: wrong})
     with pytest.raises(ValueError, match="argument `save`: "):
         swiglu.swiglu_ffn(**good, save="all")
+
+
+@pytest.mark.parametrize("recording", [False, True])
+def test_the_down_projection_is_never_left_out(recording):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, w_gate, w_up, _, _, _, b_down = ffn_operands(3, 8, 4, bias=True)
+    for context in (contextlib.nullcontext, lambda: FlopCounterMode(display=False)):  # straight, and through the dispatcher
+        with context(), pytest.raises(TypeError, match="argument `w_down`: is None"):
+            swiglu.swiglu_ffn(x.requires_grad_(recording), w_gate, w_up, None, None, None, b_down)
 
 
 def test_without_gradients_it_is_the_fused_kernel():
