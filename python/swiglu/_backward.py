@@ -164,6 +164,10 @@ def _fake(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs):
     return [output for output in _outputs(x, gate, up, down, needs) if output is not None]
 
 
+def _plain_of_needed(*operands_and_needs):
+    return [gradient for gradient in _plain(*operands_and_needs) if gradient is not None]
+
+
 def _flops(_dy, x, gate, _up, down, _gate_bias, _up_bias, saved_gate, _saved_up, needs, **_results) -> int:
     need_x, need_gate, need_up, need_down, *_ = needs
     of_gate = 2 * (saved_gate is None) + 2 * need_x + need_gate + need_up
@@ -176,11 +180,20 @@ backward_op = define(
     "Tensor? saved_up, bool[] needs) -> Tensor[]",
     _run,
     _fake,
+    _plain_of_needed,
     _flops,
 )
 
 
 # ---- what autograd calls ----
+
+
+def _setup_nothing(ctx, inputs, output):
+    pass
+
+
+def _refuse_again(ctx, *_gradients):
+    raise NotImplementedError("torch.ops.swiglu.backward has no gradients: call the forward under torch.enable_grad()")
 
 
 def _setup_forward(ctx, inputs, output):
@@ -247,6 +260,7 @@ def down_bias_gradient(dy: Tensor | None, need: bool) -> Tensor | None:
     return dy.reshape(-1, dy.shape[-1]).sum(0) if need and dy is not None else None
 
 
+register_gradients(backward_op, _setup_nothing, _refuse_again)
 register_gradients(forward_op, _setup_forward, _backward_forward)
 register_gradients(forward_saving_op, _setup_forward_saving, _backward_forward_saving)
 register_gradients(ffn_op, _setup_ffn, _backward_ffn)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _steps
 from ._library import autocast_dtype, define, register_autocast
-from ._op import gemm_flops, run_keeping, run_saving
+from ._op import gemm_flops, plain_saving, run_keeping, run_saving
 from ._operands import bad_type, bad_value, check, check_bias
 
 _NAMES = ("w_gate", "w_up", "b_gate", "b_up")
@@ -70,12 +70,24 @@ def _fake_saving(x, w_gate, w_up, w_down, b_gate, b_up, b_down):
     return y, g, u
 
 
+def _plain(x, w_gate, w_up, w_down, b_gate, b_up, b_down):
+    return _plain_saving(x, w_gate, w_up, w_down, b_gate, b_up, b_down)[0]
+
+
+def _plain_saving(x, w_gate, w_up, w_down, b_gate, b_up, b_down):
+    check_ffn(x, w_gate, w_up, w_down, b_gate, b_up, b_down)
+    z, g, u = plain_saving(x, w_gate, w_up, b_gate, b_up)
+    return F.linear(z, w_down, b_down), g, u
+
+
 def _flops(x: Sequence[int], w_gate: Sequence[int], _w_up, w_down: Sequence[int], *_biases, **_results) -> int:
     return gemm_flops(x, w_gate) + 2 * prod(x[:-1]) * prod(w_down)
 
 
-ffn_op = define(f"ffn({_OPERANDS}) -> Tensor", run_ffn, _fake, _flops)
-ffn_saving_op = define(f"ffn_saving({_OPERANDS}) -> (Tensor, Tensor, Tensor)", run_ffn_saving, _fake_saving, _flops)
+ffn_op = define(f"ffn({_OPERANDS}) -> Tensor", run_ffn, _fake, _plain, _flops)
+ffn_saving_op = define(
+    f"ffn_saving({_OPERANDS}) -> (Tensor, Tensor, Tensor)", run_ffn_saving, _fake_saving, _plain_saving, _flops
+)
 
 register_autocast(ffn_op, autocast_dtype)
 register_autocast(ffn_saving_op, autocast_dtype)

@@ -75,6 +75,10 @@ def _halves(gate_up: Tensor, up_first: bool) -> tuple[Tensor, Tensor]:
     return (second, first) if up_first else (first, second)
 
 
+def _joined(gate: Tensor, up: Tensor, up_first: bool) -> Tensor:
+    return torch.cat((up, gate) if up_first else (gate, up), -1)
+
+
 # ---- two tensors ----
 
 
@@ -91,6 +95,11 @@ def _fake(gate, up):
     return gate.new_empty(gate.shape)
 
 
+def _plain(gate, up):
+    check_pair(gate, up)
+    return (F.silu(gate.to(_wide(gate))) * up).to(gate.dtype)
+
+
 def _run_backward(dz: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dgate, dup = empty(gate), empty(up)
     silu_mul_backward(dz, gate, up, dgate, dup)
@@ -101,9 +110,17 @@ def _fake_backward(dz, gate, up):
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
-gate_op = define("gate(Tensor gate, Tensor up) -> Tensor", run_gate, _fake)
+def _plain_backward(dz, gate, up):
+    silu, slope, _ = _silu_derivatives(gate)
+    return (slope * up * dz).to(gate.dtype), (dz * silu).to(up.dtype)
+
+
+gate_op = define("gate(Tensor gate, Tensor up) -> Tensor", run_gate, _fake, _plain)
 gate_backward_op = define(
-    "gate_backward(Tensor dz, Tensor gate, Tensor up) -> (Tensor, Tensor)", _run_backward, _fake_backward
+    "gate_backward(Tensor dz, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+    _plain_backward,
 )
 
 
@@ -168,6 +185,11 @@ def _fake_packed(gate_up, up_first):
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
+def _plain_packed(gate_up, up_first):
+    check_packed(gate_up)
+    return _plain(*_halves(gate_up, up_first))
+
+
 def _run_packed_backward(dz: Tensor, gate_up: Tensor, up_first: bool) -> Tensor:
     grad = empty(gate_up)
     silu_mul_backward(dz, *_halves(gate_up, up_first), *_halves(grad, up_first))
@@ -178,11 +200,18 @@ def _fake_packed_backward(dz, gate_up, up_first):
     return gate_up.new_empty(gate_up.shape)
 
 
-gate_packed_op = define("gate_packed(Tensor gate_up, bool up_first) -> Tensor", run_gate_packed, _fake_packed)
+def _plain_packed_backward(dz, gate_up, up_first):
+    return _joined(*_plain_backward(dz, *_halves(gate_up, up_first)), up_first)
+
+
+gate_packed_op = define(
+    "gate_packed(Tensor gate_up, bool up_first) -> Tensor", run_gate_packed, _fake_packed, _plain_packed
+)
 gate_packed_backward_op = define(
     "gate_packed_backward(Tensor dz, Tensor gate_up, bool up_first) -> Tensor",
     _run_packed_backward,
     _fake_packed_backward,
+    _plain_packed_backward,
 )
 
 
@@ -200,7 +229,7 @@ def _packed_second_backward(ctx, grad):
     dz, gate_up = ctx.saved_tensors
     parts = (*_halves(gate_up, ctx.up_first), *_halves(grad, ctx.up_first))
     by_dz, by_gate, by_up = _second_gradients(dz, *parts)
-    return by_dz, torch.cat((by_up, by_gate) if ctx.up_first else (by_gate, by_up), -1), None
+    return by_dz, _joined(by_gate, by_up, ctx.up_first), None
 
 
 def _record_packed(ctx, gate_up, up_first):

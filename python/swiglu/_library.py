@@ -24,7 +24,28 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ._straight import are_plain
 
-lib = torch.library.Library("swiglu", "DEF")
+# What computes each operation in torch's own, by its name.
+_plain: dict[str, Callable] = {}
+
+
+class _Library(torch.library.Library):
+    """Its rules for autograd leave operands with tangents to torch's operations: those of torch.library drop tangents."""
+
+    def impl(self, op_name, fn, dispatch_key="", **options):
+        rule = _rule_of_tangents(fn, _plain[op_name]) if dispatch_key == "Autograd" else fn
+        super().impl(op_name, rule, dispatch_key, **options)
+
+
+def _rule_of_tangents(rule: Callable, plain: Callable) -> Callable:
+    def of_any(keys, *operands):
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, operands)):
+            return plain(*operands)
+        return rule(keys, *operands)
+
+    return of_any
+
+
+lib = _Library("swiglu", "DEF")
 
 _AUTOCAST = {"cpu": DispatchKey.AutocastCPU, "cuda": DispatchKey.AutocastCUDA}
 _BOTH = DispatchKeySet(DispatchKey.AutocastCPU) | DispatchKeySet(DispatchKey.AutocastCUDA)
@@ -33,28 +54,21 @@ _uncounted: dict[Any, Callable[..., int]] = {}
 
 
 def define(
-    schema: str, run: Callable, fake: Callable, flops: Callable[..., int] | None = None
+    schema: str, run: Callable, fake: Callable, plain: Callable, flops: Callable[..., int] | None = None
 ) -> torch._ops.OpOverload:
     """Defines ``swiglu::schema``, computed by ``run`` on CPU and CUDA tensors and shaped by ``fake``.
 
-    ``flops`` takes the operands' shapes in place of tensors. It counts GEMMs alone, as torch's counter does.
+    ``plain`` computes it in torch's operations: under torch.func, and of operands with tangents. That takes
+    :func:`register_gradients` too.
 
-    Called with dual tensors it raises NotImplementedError: torch.library would drop the tangents, as it does under torch.func,
-    which hides them.
+    ``flops`` takes the operands' shapes in place of tensors. It counts GEMMs alone, as torch's counter does.
     """
     name = schema.partition("(")[0]
-
-    def run_without_tangents(*operands):
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, operands)):
-            raise NotImplementedError(
-                f"torch.ops.swiglu.{name} has no forward gradients: call swiglu.forward(), swiglu_ffn() or swiglu_fused() "
-                "under forward_ad.dual_level()"
-            )
-        return run(*operands)
-
+    _plain[name] = plain
     lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device_type in ("CPU", "CUDA"):
-        lib.impl(name, run_without_tangents, device_type)
+        lib.impl(name, run, device_type)
+    lib.impl(name, plain, "FuncTorchDynamicLayerFrontMode")
     torch.library.register_fake(f"swiglu::{name}", fake, lib=lib)
     op = getattr(torch.ops.swiglu, name)
     if flops is not None:

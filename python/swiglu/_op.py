@@ -134,15 +134,27 @@ def _fake_saving(x, gate, up, gate_bias=None, up_bias=None):
     return z, g, u
 
 
+def _plain(x, gate, up, gate_bias=None, up_bias=None):
+    check(x, gate, up, gate_bias, up_bias)
+    return reference(x, gate, up, gate_bias, up_bias)
+
+
+def plain_saving(x, gate, up, gate_bias=None, up_bias=None):
+    """As :func:`run_saving`, in torch's own operations."""
+    check(x, gate, up, gate_bias, up_bias)
+    g, u = F.linear(x, gate, gate_bias), F.linear(x, up, up_bias)
+    return F.silu(g) * u, g, u
+
+
 def gemm_flops(x: Sequence[int], gate: Sequence[int], *_others, **_results) -> int:
     """Of both GEMMs, of operands of these shapes."""
     return 4 * prod(x) * gate[0]
 
 
 _OPERANDS = "Tensor x, Tensor gate, Tensor up, Tensor? gate_bias=None, Tensor? up_bias=None"
-forward_op = define(f"forward({_OPERANDS}) -> Tensor", run, _fake, gemm_flops)
+forward_op = define(f"forward({_OPERANDS}) -> Tensor", run, _fake, _plain, gemm_flops)
 forward_saving_op = define(
-    f"forward_saving({_OPERANDS}) -> (Tensor, Tensor, Tensor)", run_saving, _fake_saving, gemm_flops
+    f"forward_saving({_OPERANDS}) -> (Tensor, Tensor, Tensor)", run_saving, _fake_saving, plain_saving, gemm_flops
 )
 register_autocast(forward_op, autocast_dtype)
 register_autocast(forward_saving_op, autocast_dtype)

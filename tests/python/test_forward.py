@@ -1,8 +1,12 @@
 """The operation: values, shapes, strides, refusals, and what torch.library asks of it."""
 
+import contextlib
+import functools
+
 import pytest
 import torch
 from conftest import DEVICES, TOLERANCE, assert_right, operands, reference, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import swiglu
 from swiglu._operands import dtype_word
@@ -178,10 +182,14 @@ def test_same_bits_in_every_run(device):
     assert all(torch.equal(first, swiglu.forward(*inputs)) for _ in range(5))
 
 
+class PassOn(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
 def test_nothing_of_torch_is_stepped_over():
     """Without gradients the call goes past the dispatcher, unless something waits there."""
     from torch._subclasses import FakeTensorMode
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     inputs = operands(5, 12, 8, bias=True)
     expected = swiglu.forward(*inputs)
@@ -259,16 +267,90 @@ def test_torch_func_and_forward_gradients_within_compiled_code(function):
         torch.testing.assert_close(tangent(compiled), tangent(call))
 
 
-def test_operations_that_would_drop_forward_gradients_refuse():
+RAW = {
+    "forward": lambda x, gate, up: torch.ops.swiglu.forward(x, gate, up),
+    "forward_saving": lambda x, gate, up: torch.ops.swiglu.forward_saving(x, gate, up)[0],
+    "ffn": lambda x, gate, up: torch.ops.swiglu.ffn(x, gate, up, gate.t(), None, None, None),
+    "ffn_saving": lambda x, gate, up: torch.ops.swiglu.ffn_saving(x, gate, up, gate.t(), None, None, None)[0],
+    "gate": lambda x, gate, up: torch.ops.swiglu.gate(x @ gate.t(), x @ up.t()),
+    "gate_packed": lambda x, gate, up: torch.ops.swiglu.gate_packed(x @ torch.cat([up, gate]).t(), True),
+    "backward": lambda x, gate, up: torch.ops.swiglu.backward(
+        x @ gate.t(), x, gate, up, None, None, None, None, None, [True, True, True, False, False, False]
+    )[0],
+    "gate_backward": lambda x, gate, up: torch.ops.swiglu.gate_backward(x, x.sin(), x.cos())[0],
+    "gate_packed_backward": lambda x, gate, up: torch.ops.swiglu.gate_packed_backward(x[:, :4], x, True),
+}
+
+
+def tangent_of(call, x, direction):
     from torch.autograd import forward_ad
 
-    x, gate, up, _, _ = operands(5, 12, 8)
     with forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, x)
-        for op, given in (("forward", (dual, gate, up)), ("gate", (dual, dual)), ("gate_packed", (dual, False))):
-            with pytest.raises(NotImplementedError, match=f"swiglu.{op} has no forward gradients: call swiglu.forward"):
-                getattr(torch.ops.swiglu, op)(*given)
-        torch.testing.assert_close(torch.ops.swiglu.forward(x, gate, up), swiglu.forward(x, gate, up))
+        return forward_ad.unpack_dual(call(forward_ad.make_dual(x, direction))).tangent
+
+
+@pytest.mark.filterwarnings("error:There is a performance drop", "ignore:Attempted to insert a get_attr Node")
+@pytest.mark.parametrize("name", RAW)
+def test_operations_called_by_their_names_have_all_derivatives(name, device):
+    """The public functions leave these to torch; operations arrive on their own by exported programs and through graphs."""
+    x, gate, up = (t.double() for t in operands(5, 12, 8, device=device)[:3])
+    direction = torch.randn_like(x)
+
+    def call(x):
+        return RAW[name](x, gate, up)
+
+    columns = [(call(x + h) - call(x - h)) / 2e-6 for h in 1e-6 * torch.eye(40, device=device).double().view(40, 5, 8)]
+    jacobian = torch.stack(columns, -1).view(*columns[0].shape, 5, 8)
+    along = torch.einsum("mnij,ij->mn", jacobian, direction)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+    close(torch.func.jvp(call, (x,), (direction,))[1], along)
+    close(torch.func.linearize(call, x)[1](direction), along)
+    close(torch.func.jacrev(call)(x), jacobian)
+    close(torch.func.jacfwd(call)(x), jacobian)
+    close(torch.func.vmap(call)(torch.stack([x, direction])), torch.stack([call(x), call(direction)]))
+    gradient = torch.func.grad(lambda x: call(x).sum())
+    close(torch.func.hessian(lambda x: call(x).sum())(x), torch.func.jacfwd(gradient)(x))
+    for context in (contextlib.nullcontext, torch.no_grad, PassOn):
+        with context():
+            close(tangent_of(call, x, direction), along)
+    close(tangent_of(call, x.clone().requires_grad_(), direction), along)
+    close(torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x))
+
+
+def test_tangents_of_tensors_without_memory_and_of_exported_programs():
+    x, gate, up, _, _ = operands(5, 12, 8)
+    bare = [t.to("meta") for t in (x, gate, up)]
+    assert tangent_of(lambda x: torch.ops.swiglu.forward(x, *bare[1:]), bare[0], bare[0]).shape == (5, 12)
+
+    class Block(torch.nn.Module):
+        def forward(self, x):
+            return swiglu.swiglu_ffn(x, gate, up, gate.t())
+
+    expected = torch.func.jvp(Block(), (x,), (x,))[1]
+    program = torch.export.export(Block(), (x,)).module()
+    torch.testing.assert_close(torch.func.jvp(program, (x,), (x,))[1], expected)
+    torch.testing.assert_close(tangent_of(program, x, x), expected)
+
+
+@pytest.mark.parametrize("function", [swiglu.forward, ffn_of_one_weight, double_fused])
+def test_forward_derivatives_through_a_recorded_graph(function, device):
+    x, gate, up, _, _ = operands(5, 12, 8, device=device)
+    y = function(x.requires_grad_(), gate, up)
+    dy, direction = torch.randn_like(y), torch.randn_like(y)
+
+    def gradient(dy):
+        return torch.autograd.grad(y, x, dy, retain_graph=True)[0]
+
+    torch.testing.assert_close(torch.func.jvp(gradient, (dy,), (direction,))[1], gradient(direction))
+    torch.testing.assert_close(tangent_of(gradient, dy, direction), gradient(direction))
+
+
+def test_gradients_of_the_backward_alone_are_refused():
+    x, gate, up, _, _ = operands(5, 12, 8)
+    needs = [True, False, False, False, False, False]
+    (dx,) = torch.ops.swiglu.backward(x @ gate.t(), x.requires_grad_(), gate, up, *[None] * 5, needs)
+    with pytest.raises(NotImplementedError, match="swiglu.backward has no gradients"):
+        dx.sum().backward()
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
