@@ -73,14 +73,13 @@ def _plain(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arrived=(None
     dz, d_down, dg, du = dy, None, None, None
     if down is not None:
         if need_down:
-            d_down = dy.reshape(-1, down.shape[0]).t() @ gate_op(g, u).reshape(-1, down.shape[1])
+            d_down = _as_matrix(dy).t() @ _as_matrix(gate_op(g, u))
         dz = dy @ down if need_dg or need_du else None
     if dz is not None:
         dg, du = gate_gradients(dz, g, u, need_dg, need_du)
     dg, du = (d if d is None or more is None else d + more for d, more in zip((dg, du), arrived))
-    n, k = gate.shape
-    rows = x.reshape(-1, k)
-    dg, du = (None if d is None else d.reshape(-1, n) for d in (dg, du))
+    rows = _as_matrix(x)
+    dg, du = (None if d is None else _as_matrix(d) for d in (dg, du))
     return (
         torch.addmm(dg @ gate, du, up).reshape(x.shape) if need_x else None,
         dg.t() @ rows if need_gate else None,
@@ -89,6 +88,11 @@ def _plain(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arrived=(None
         dg.sum(0) if need_gate_bias else None,
         du.sum(0) if need_up_bias else None,
     )
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    """Of all tokens: torch guesses no number of rows where there are no columns."""
+    return tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 # ---- the runtime's steps ----
@@ -257,7 +261,7 @@ def _backward_ffn_saving(ctx, dy, grad_g, grad_u):
 
 def down_bias_gradient(dy: Tensor | None, need: bool) -> Tensor | None:
     """The sum over all tokens, where it is needed and anything arrived."""
-    return dy.reshape(-1, dy.shape[-1]).sum(0) if need and dy is not None else None
+    return _as_matrix(dy).sum(0) if need and dy is not None else None
 
 
 register_gradients(backward_op, _setup_nothing, _refuse_again)

@@ -139,6 +139,23 @@ def test_leading_dimensions(m, save):
 
 
 @pytest.mark.parametrize("save", SAVE)
+@pytest.mark.parametrize("n, k, out", [(0, 8, 4), (12, 0, 4), (12, 8, 0), (0, 0, 0)])
+@pytest.mark.parametrize("m", [(2, 3), ()])
+def test_sizes_of_zero_have_gradients(m, n, k, out, save, device, launched):
+    inputs = [t.requires_grad_() for t in ffn_operands(m, n, k, device=device, bias=True, out=out)]
+    y = swiglu.swiglu_ffn(*inputs, save=save)
+    z = swiglu.forward(*inputs[:3], *inputs[4:6], save=save)
+    raw = torch.ops.swiglu.ffn_saving(*inputs)[0]
+    assert y.shape == (*m, out) and z.shape == (*m, n)
+    _, expected = float64(inputs, torch.ones_like(y))
+    for result in (y, raw):
+        for got, gradient in zip(torch.autograd.grad(result.sum(), inputs), expected):
+            torch.testing.assert_close(got.double(), gradient, rtol=1e-4, atol=1e-5)
+    used = [*inputs[:3], *inputs[4:6]]
+    assert all(d.shape == t.shape for d, t in zip(torch.autograd.grad(z.sum(), used), used))
+
+
+@pytest.mark.parametrize("save", SAVE)
 def test_non_contiguous_inputs(save):
     _, w_gate, _, w_down, *_ = ffn_operands((6, 5), 40, 24)
     strided = [
@@ -235,7 +252,7 @@ def test_the_down_projection_is_never_left_out(recording):
     from torch.utils.flop_counter import FlopCounterMode
 
     x, w_gate, w_up, _, _, _, b_down = ffn_operands(3, 8, 4, bias=True)
-    for context in (contextlib.nullcontext, lambda: FlopCounterMode(display=False)):  # straight, and through the dispatcher
+    for context in (contextlib.nullcontext, lambda: FlopCounterMode(display=False)):  # which the dispatcher serves
         with context(), pytest.raises(TypeError, match="argument `w_down`: is None"):
             swiglu.swiglu_ffn(x.requires_grad_(recording), w_gate, w_up, None, None, None, b_down)
 
