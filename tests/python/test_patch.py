@@ -172,6 +172,95 @@ def test_what_is_not_one_is_left_alone_with_the_reason(build, reason):
     assert reason in str(report)
 
 
+class Computed(MLP):
+    """Of another formula than a block's, by a little."""
+
+    def __init__(self, formula):
+        super().__init__(k=16, n=32)
+        self.formula = formula
+
+    def forward(self, x):
+        return self.formula(self, x)
+
+
+def swish(beta):
+    return lambda m, x: m.down_proj(m.gate_proj(x) * torch.sigmoid(beta * m.gate_proj(x)) * m.up_proj(x))
+
+
+def dropped(p):
+    return lambda m, x: F.dropout(MLP.forward(m, x), p, m.training)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "formula, is_one",
+    [
+        (swish(1.0), True),
+        (swish(1.02), False),
+        (lambda m, x: MLP.forward(m, x) * 1.019, False),
+        (lambda m, x: MLP.forward(m, x) * 0.999, False),
+        (lambda m, x: MLP.forward(m, x) + 0.001 * x, False),
+        (dropped(0.0), True),
+        (dropped(0.001), False),
+        (dropped(1e-7), False),
+    ],
+)
+def test_small_differences_are_refused_too(formula, is_one, dtype):
+    report = swiglu.patch(Computed(formula).to(dtype).train())
+    assert bool(report.replaced) == is_one, report
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_another_order_of_the_sums_is_no_difference(dtype):
+    """Of the projections, of the down projection in two parts, and of silu in float32."""
+
+    class Split(MLP):
+        def forward(self, x):
+            gate = torch.cat([self.gate_proj(row[None]) for row in x.flatten(0, -2)]).view(*x.shape[:-1], -1)
+            z = F.silu(gate.float()).to(x.dtype) * self.up_proj(x)
+            half, weight = z.shape[-1] // 2, self.down_proj.weight
+            return F.linear(z[..., :half], weight[:, :half]) + F.linear(z[..., half:], weight[:, half:])
+
+    assert swiglu.patch(Split(128, 344).to(dtype)).replaced
+
+
+class NeedsAWord(MLP):
+    def __init_subclass__(cls, *, word, **kwargs):
+        super().__init_subclass__(**kwargs)
+
+
+class Frozen(MLP):
+    def __setattr__(self, name, value):
+        if name.startswith("_swiglu"):
+            raise RuntimeError("frozen")
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("build, reason", [(NeedsAWord, "word"), (Frozen, "frozen")])
+def test_a_class_that_refuses_is_left_alone_and_the_others_are_patched(build, reason):
+    model, x = nn.Sequential(MLP(), build(), MLP()), torch.randn(3, 8)
+    plain = model(x)
+    report = swiglu.patch(model)
+    assert list(report.replaced) == ["0", "2"] and reason in report.refused["1"]
+    assert type(model[1]) is build
+    torch.testing.assert_close(model(x), plain)
+    assert swiglu.unpatch(model) == 2
+
+
+def test_a_graph_of_fx_is_left_alone():
+    graph, x = torch.fx.symbolic_trace(MLP()), torch.randn(3, 8)
+    plain = graph(x)
+    assert "torch.fx" in swiglu.patch(graph).refused[""]
+    graph.recompile()
+    assert torch.equal(graph(x), plain)
+
+
+def test_the_default_device_is_no_matter():
+    module = MLP()
+    with torch.device("meta"):
+        assert swiglu.patch(module).replaced
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("build", [MLP, Dropped])
 def test_the_probe_draws_no_random_numbers_and_leaves_modes_alone(build, training):
