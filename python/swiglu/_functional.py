@@ -18,7 +18,7 @@ from ._gate import (
     run_gate,
     run_gate_packed,
 )
-from ._library import is_plain_call, is_recording, is_transformed, is_undisturbed, tell_flop_counter
+from ._library import is_exporting, is_plain_call, is_recording, is_transformed, is_undisturbed, tell_flop_counter
 from ._op import forward_op, forward_saving_op, reference
 from ._operands import GATE_ORDERS, LAYOUTS, SAVE, are_halves, bad_type, bad_value, check, check_choice
 from ._sharding import prepare_for
@@ -84,7 +84,8 @@ def forward(
             check(*operands)
         return reference(*operands)
     _make_ready(*operands)
-    return forward_saving_op(*operands)[0] if recording and keep else forward_op(*operands)
+    saving = recording and keep and not is_exporting()
+    return forward_saving_op(*operands)[0] if saving else forward_op(*operands)
 
 
 def swiglu_ffn(
@@ -137,7 +138,8 @@ def swiglu_ffn(
             check_ffn(*operands)
         return F.linear(reference(x, w_gate, w_up, b_gate, b_up), w_down, b_down)
     _make_ready(*operands)
-    return ffn_saving_op(*operands)[0] if recording and keep else ffn_op(*operands)
+    saving = recording and keep and not is_exporting()
+    return ffn_saving_op(*operands)[0] if saving else ffn_op(*operands)
 
 
 def split_packed(weight: Tensor, *, layout: str, gate_order: str = "gate_first") -> tuple[Tensor, Tensor]:

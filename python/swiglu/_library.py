@@ -24,6 +24,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ._straight import are_plain
 
+# Whether torch.export is at work: parameters want gradients then, of a program that will have none. Since torch 2.7.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
 # What computes each operation in torch's own, by its name.
 _plain: dict[str, Callable] = {}
 

@@ -256,6 +256,29 @@ def test_what_waits_in_the_dispatcher_is_not_stepped_over(recording, monkeypatch
         assert torch.equal(program.module()(*inputs[:3]), expected)
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="this torch does not tell that it exports")
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_programs_save_nothing_for_a_backward_and_have_one(strict):
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.layer = swiglu.SwiGLU(8, 12), swiglu.FusedSwiGLU(8, 8)
+
+        def forward(self, x):
+            return self.layer(self.block(x))
+
+    module, x = Both(), torch.randn(5, 8)
+    program = torch.export.export(module, (x,), strict=strict)
+    ops = {node.target for node in program.graph.nodes if "swiglu" in str(node.target)}
+    assert ops == {torch.ops.swiglu.ffn.default, torch.ops.swiglu.forward.default}
+    exported = program.module()
+    parameters, ours = (list(m.parameters()) for m in (exported, module))
+    for got, expected in zip(
+        torch.autograd.grad(exported(x).sum(), parameters), torch.autograd.grad(module(x).sum(), ours), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+
+
 def test_a_torch_without_the_exchange_api(monkeypatch):
     inputs = operands(5, 12, 8, bias=True)
     expected = swiglu.forward(*inputs)
