@@ -18,7 +18,7 @@ from ._ffn import ffn_op, ffn_saving_op
 from ._gate import gate_gradients, gate_op
 from ._library import define, is_batch, is_plain_call, is_transformed, register_gradients, tell_flop_counter
 from ._op import forward_op, forward_saving_op, run_saving
-from ._operands import as_rows, as_weights, is_dtensor, lay
+from ._operands import as_dense, as_rows, as_weights, is_dtensor, lay
 from ._steps import Gradients
 from ._straight import empty
 
@@ -41,6 +41,7 @@ def gradients(
     Without ``down``, ``dy`` is the gradient of z. ``g`` and ``u`` are the pre-activations, whose gradients take their place if
     ``in_place``; where they are None, they are computed again, which takes the biases.
     """
+    dy = as_dense(dy)
     operands = (dy, x, gate, up, down, gate_bias, up_bias, g, u)
     # Of operands that are not alike torch says what is wrong.
     alike = all(t is None or (t.dtype is x.dtype and t.device == x.device) for t in operands)
@@ -235,7 +236,7 @@ def _of_saving(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arrived) 
     if torch.is_grad_enabled():  # from the operands again, on which the pre-activations depend
         g = u = None
     if arrived[0] is not None or arrived[1] is not None:
-        return _plain(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs, arrived)
+        return _plain(as_dense(dy), x, gate, up, down, gate_bias, up_bias, g, u, needs, arrived)
     return gradients(dy, x, gate, up, down, gate_bias, up_bias, g, u, needs)
 
 
@@ -261,7 +262,7 @@ def _backward_ffn_saving(ctx, dy, grad_g, grad_u):
 
 def down_bias_gradient(dy: Tensor | None, need: bool) -> Tensor | None:
     """The sum over all tokens, where it is needed and anything arrived."""
-    return _as_matrix(dy).sum(0) if need and dy is not None else None
+    return _as_matrix(as_dense(dy)).sum(0) if need and dy is not None else None
 
 
 register_gradients(backward_op, _setup_nothing, _refuse_again)

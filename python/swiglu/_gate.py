@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _steps
 from ._library import define, is_plain_call, recorded, register_autocast, register_gradients
-from ._operands import bad_type, bad_value, check_dtype
+from ._operands import as_dense, bad_type, bad_value, check_dtype
 from ._straight import empty
 
 _LONGEST_ROW = 2**20
@@ -126,6 +126,7 @@ gate_backward_op = define(
 
 def gate_gradients(dz: Tensor, gate: Tensor, up: Tensor | None, need_gate: bool, need_up: bool):
     """The gradients asked for, None for the others; ``up`` matters only to the gate's."""
+    dz = as_dense(dz)
     if need_gate:
         dgate, dup = _straight(_run_backward, gate_backward_op, dz, gate, up)
         return dgate, dup if need_up else None
@@ -222,7 +223,7 @@ def _save_packed(ctx, inputs, output):
 
 def _packed_backward(ctx, dz):
     (gate_up,) = ctx.saved_tensors
-    return _straight(_run_packed_backward, gate_packed_backward_op, dz, gate_up, ctx.up_first), None
+    return _straight(_run_packed_backward, gate_packed_backward_op, as_dense(dz), gate_up, ctx.up_first), None
 
 
 def _packed_second_backward(ctx, grad):

@@ -86,6 +86,11 @@ def is_dtensor(tensor: Tensor | None) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def as_dense(gradient: Tensor) -> Tensor:
+    """What a sparse gradient stands for: it may arrive where the result is dense."""
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
+
+
 def row_stride(matrix: Tensor) -> int | None:
     """Elements from row to row, if that says all: rows of adjacent elements that do not overlap."""
     rows, cols = matrix.shape

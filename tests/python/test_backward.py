@@ -122,6 +122,27 @@ def test_no_tokens_give_zero_gradients():
     assert all(t.grad.shape == t.shape and (t.grad == 0).all() for t in inputs)
 
 
+SPARSE = {
+    "forward": (lambda x, w: swiglu.forward(x, w, w), 1),
+    "ffn": (lambda x, w: swiglu.swiglu_ffn(x, w, w, w.t(), b_down=x[0]), 1),
+    "gate": (lambda x, w: swiglu.swiglu_fused(x, x.sin()), 0),
+    "gate_packed": (lambda x, w: swiglu.swiglu_fused(x), 0),
+    "raw": (lambda x, w: torch.ops.swiglu.ffn_saving(x, w, w, w.t(), None, None, x[0])[0], 1),
+}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_gradients(name, device, launched):
+    function, unused = SPARSE[name]
+    x, w = torch.randn(5, 8, device=device, requires_grad=True), torch.randn(12, 8, device=device, requires_grad=True)
+    y = function(x, w)
+    dy = torch.zeros_like(y).index_fill_(0, torch.tensor([1, 3], device=device), 2.0)
+    leaves = (x, w)[: 1 + unused]
+    expected = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    for got, wanted in zip(torch.autograd.grad(y, leaves, dy.to_sparse()), expected):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_elementwise():
     gate, up = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.equal(swiglu.swiglu_fused(gate, up), F.silu(gate) * up)
