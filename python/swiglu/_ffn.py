@@ -11,9 +11,9 @@ from torch import Tensor
 from . import _steps
 from ._library import autocast_dtype, define, register_autocast
 from ._op import gemm_flops, plain_saving, run_keeping, run_saving
-from ._operands import bad_type, bad_value, check, check_bias
+from ._operands import bad_type, bad_value, check, check_bias, check_tensors
 
-_NAMES = ("w_gate", "w_up", "b_gate", "b_up")
+NAMES = ("x", "w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")
 _OPERANDS = "Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? b_gate, Tensor? b_up, Tensor? b_down"
 
 
@@ -25,19 +25,26 @@ def check_ffn(
     b_gate: Tensor | None,
     b_up: Tensor | None,
     b_down: Tensor | None,
+    names: Sequence[str] = NAMES,
 ) -> None:
     """Raises TypeError (number format) or ValueError (shape, device) with the argument's name."""
-    check(x, w_gate, w_up, b_gate, b_up, _NAMES)
-    if w_down.dim() != 2 or w_down.shape[1] != w_gate.shape[0]:
-        bad_value(
-            "w_down", f"has shape {list(w_down.shape)}, expected [out, {w_gate.shape[0]}]: one column a row of `w_gate`"
-        )
+    _, gate_name, up_name, down_name, gate_bias_name, up_bias_name, down_bias_name = names
+    check(x, w_gate, w_up, b_gate, b_up, (gate_name, up_name, gate_bias_name, up_bias_name))
+    n = w_gate.shape[0]
+    if w_down.dim() != 2 or w_down.shape[1] != n:
+        bad_value(down_name, f"has shape {list(w_down.shape)}, expected [out, {n}]: one column a row of `{gate_name}`")
     if w_down.dtype != x.dtype:
-        bad_type("w_down", f"is {w_down.dtype}, expected {x.dtype} as `x`")
+        bad_type(down_name, f"is {w_down.dtype}, expected {x.dtype} as `x`")
     if w_down.device != x.device:
-        bad_value("w_down", f"is on {w_down.device}, expected {x.device} as `x`")
+        bad_value(down_name, f"is on {w_down.device}, expected {x.device} as `x`")
     if b_down is not None:
-        check_bias("b_down", b_down, x, w_down)
+        check_bias(down_bias_name, b_down, x, w_down.shape[0])
+
+
+def check_ffn_as(names: Sequence[str], *operands: Tensor | None) -> None:
+    """As :func:`check_ffn`, of whatever a caller passed under these names."""
+    check_tensors(names, operands, 4)
+    check_ffn(*operands, names=names)  # type: ignore[arg-type]
 
 
 def run_ffn(x, w_gate, w_up, w_down, b_gate, b_up, b_down):

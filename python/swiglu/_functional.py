@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _recorded
-from ._ffn import check_ffn, ffn_op, ffn_saving_op
+from ._ffn import NAMES, check_ffn, ffn_op, ffn_saving_op
 from ._gate import (
     check_packed,
     check_pair,
@@ -20,7 +23,18 @@ from ._gate import (
 )
 from ._library import is_exporting, is_plain_call, is_recording, is_transformed, is_undisturbed, tell_flop_counter
 from ._op import forward_op, forward_saving_op, reference
-from ._operands import GATE_ORDERS, LAYOUTS, SAVE, are_halves, bad_type, bad_value, check, check_choice
+from ._operands import (
+    GATE_ORDERS,
+    LAYOUTS,
+    SAVE,
+    are_halves,
+    bad_value,
+    check,
+    check_choice,
+    check_tensor,
+    check_tensors,
+    restated,
+)
 from ._sharding import prepare_for
 
 __all__ = ["forward", "split_packed", "swiglu_ffn", "swiglu_fused", "swiglu_torch"]
@@ -67,8 +81,8 @@ def forward(
     torch.Size([2, 3, 8])
     """
     if layout == "separate_kn":
-        gate, up = _transposed("gate", gate), _transposed("up", up)
-    elif layout != "separate_nk":
+        return _forward_kn(x, gate, up, gate_bias, up_bias, save)
+    if layout != "separate_nk":
         bad_value(
             "layout", f"is {layout!r}, expected 'separate_nk' or 'separate_kn'; split_packed() takes packed weights"
         )
@@ -79,6 +93,8 @@ def forward(
         z = _recorded.call(x, gate, up, None, gate_bias, up_bias, None, keep, recording)
         if z is not None:
             return z
+    if not _are_tensors(_NAMES, operands, 3):
+        return handle_torch_function(forward, operands, *operands, layout=layout, save=save)
     if _is_torchs(x):
         if not x.is_nested:  # whose shapes torch checks
             check(*operands)
@@ -86,6 +102,17 @@ def forward(
     _make_ready(*operands)
     saving = recording and keep and not is_exporting()
     return forward_saving_op(*operands)[0] if saving else forward_op(*operands)
+
+
+def _forward_kn(x, gate, up, gate_bias, up_bias, save):
+    """:func:`forward` of weights ``[K, N]``, which errors show as they were given."""
+    operands = (x, gate, up, gate_bias, up_bias)
+    if not _are_tensors(_NAMES, operands, 3):
+        return handle_torch_function(forward, operands, *operands, layout="separate_kn", save=save)
+    try:
+        return forward(x, _transposed("gate", gate), _transposed("up", up), gate_bias, up_bias, save=save)
+    except (TypeError, ValueError) as error:
+        raise restated(error, check, *operands, _NAMES[1:], True) from None
 
 
 def swiglu_ffn(
@@ -126,13 +153,15 @@ def swiglu_ffn(
     """
     check_choice("save", save, SAVE)
     if w_down is None:  # what is shared with forward() would leave it out
-        bad_type("w_down", "is None, expected a tensor")
+        check_tensor("w_down", w_down)
     operands = (x, w_gate, w_up, w_down, b_gate, b_up, b_down)
     recording, keep = is_recording(*operands), save == "preactivations"
     if is_undisturbed():
         y = _recorded.call(*operands, keep, recording)
         if y is not None:
             return y
+    if not _are_tensors(NAMES, operands, 4):
+        return handle_torch_function(swiglu_ffn, operands, *operands, save=save)
     if _is_torchs(x):
         if not x.is_nested:
             check_ffn(*operands)
@@ -160,6 +189,8 @@ def split_packed(weight: Tensor, *, layout: str, gate_order: str = "gate_first")
     """
     check_choice("layout", layout, LAYOUTS[2:])
     check_choice("gate_order", gate_order, GATE_ORDERS)
+    if not isinstance(weight, Tensor) and not _are_tensors(("weight",), (weight,), 1):
+        return handle_torch_function(split_packed, (weight,), weight, layout=layout, gate_order=gate_order)
     packed = weight if layout == "packed_nk" else _transposed("weight", weight)
     if packed.dim() != 2 or packed.shape[0] % 2:
         expected = "[2N, K]" if layout == "packed_nk" else "[K, 2N]"
@@ -220,6 +251,8 @@ def swiglu_fused(gate: Tensor, up: Tensor | None = None, *, gate_order: str = "g
         if up is None:
             return (gate_packed_recorded if recording else run_gate_packed)(gate, gate_order == "up_first")
         return (gate_recorded if recording else run_gate)(gate, up)
+    if not _are_tensors(("gate", "up"), (gate, up), 1):
+        return handle_torch_function(swiglu_fused, (gate, up), gate, up, gate_order=gate_order)
     if _is_torchs(gate):
         if up is None:
             if not gate.is_nested:
@@ -231,6 +264,21 @@ def swiglu_fused(gate: Tensor, up: Tensor | None = None, *, gate_order: str = "g
         return swiglu_torch(gate, up)
     _make_ready(gate, up)
     return gate_packed_op(gate, gate_order == "up_first") if up is None else gate_op(gate, up)
+
+
+_NAMES = ("x", "gate", "up", "gate_bias", "up_bias")
+
+
+def _are_tensors(names: tuple[str, ...], operands: tuple[Any, ...], required: int) -> bool:
+    """False where torch's protocol for what stands for a tensor takes the call, as ``torch.fx`` does that traces.
+
+    TypeError for anything else. The straight way need not ask: it takes tensors alone.
+    """
+    for operand in operands:
+        if operand is not None and not isinstance(operand, Tensor) and has_torch_function(operands):
+            return False
+    check_tensors(names, operands, required)
+    return True
 
 
 def _is_torchs(x: Tensor) -> bool:

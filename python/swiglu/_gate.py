@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _steps
 from ._library import define, is_plain_call, recorded, register_autocast, register_gradients
-from ._operands import as_dense, bad_type, bad_value, check_dtype
+from ._operands import as_dense, bad_type, bad_value, check_dtype, check_tensor
 from ._straight import empty
 
 _LONGEST_ROW = 2**20
@@ -54,6 +54,8 @@ def _silu_derivatives(gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def check_pair(gate: Tensor, up: Tensor) -> None:
     """Raises TypeError (number format) or ValueError (shape, device) with the argument's name."""
+    if gate is None:
+        check_tensor("gate", gate)
     check_dtype("gate", gate)
     if up.shape != gate.shape:
         bad_value("up", f"has shape {list(up.shape)}, expected {list(gate.shape)} as `gate`")
@@ -65,6 +67,8 @@ def check_pair(gate: Tensor, up: Tensor) -> None:
 
 def check_packed(gate_up: Tensor) -> None:
     """As :func:`check_pair`, of one tensor with both halves."""
+    if gate_up is None:
+        check_tensor("gate", gate_up)
     check_dtype("gate", gate_up)
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         bad_value("gate", f"has shape {list(gate_up.shape)}, expected [..., 2N] when `up` is not given")

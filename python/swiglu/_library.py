@@ -41,7 +41,7 @@ class _Library(torch.library.Library):
 
 def _rule_of_tangents(rule: Callable, plain: Callable) -> Callable:
     def of_any(keys, *operands):
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, operands)):
+        if forward_ad._current_level >= 0 and any(map(has_tangent, operands)):
             return plain(*operands)
         return rule(keys, *operands)
 
@@ -93,7 +93,8 @@ def tell_flop_counter() -> None:
         getattr(getattr(mode, "counter", mode), "flop_registry", {}).update(formulas)
 
 
-def _has_tangent(operand: object) -> bool:
+def has_tangent(operand: object) -> bool:
+    """Whether it has one at the current level of forward gradients."""
     return isinstance(operand, Tensor) and forward_ad.unpack_dual(operand).tangent is not None
 
 
@@ -113,9 +114,12 @@ def recorded(name: str, forward: Callable, backward: Callable) -> Callable:
 def is_recording(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for gradients of one of ``tensors``."""
     if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
+        try:
+            for tensor in tensors:
+                if tensor is not None and tensor.requires_grad is True:
+                    return True
+        except AttributeError:  # whoever takes what is no tensor refuses it by its name
+            pass
     return False
 
 

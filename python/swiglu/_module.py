@@ -108,7 +108,8 @@ class FusedSwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., hidden_dim]``; errors as :func:`swiglu.forward`."""
-        return forward(x, *split_packed(self.Wf, layout="packed_kn", gate_order=self.gate_order))
+        gate, up = split_packed(self.Wf, layout="packed_kn", gate_order=self.gate_order)
+        return forward(x, gate, up)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, hidden_dim={self.hidden_dim}, gate_order={self.gate_order!r}"
@@ -129,7 +130,8 @@ def mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module, save: str = 
 
 def packed_mlp(x: Tensor, gate_up: nn.Module, down: nn.Module, save: str = "preactivations") -> Tensor:
     """The same with gate and up in one projection, the gate first."""
-    if found := _linear(gate_up):
+    # What torch.fx traces with is no tensor, and would see halves as constants.
+    if isinstance(x, Tensor) and (found := _linear(gate_up)):
         weight, bias = found
         gate, up = split_packed(weight, layout="packed_nk")
         gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)

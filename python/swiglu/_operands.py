@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -31,6 +32,32 @@ def check_choice(argument: str, word: str, words: tuple[str, ...]) -> None:
         bad_value(argument, f"is {word!r}, expected {' or '.join(map(repr, words))}")
 
 
+def check_tensor(argument: str, tensor: Tensor) -> None:
+    """Raises TypeError for what is no tensor, or none of rows of numbers."""
+    if not isinstance(tensor, Tensor):
+        bad_type(argument, f"is {type(tensor).__name__ if tensor is not None else None}, expected a tensor")
+    if tensor.layout is not torch.strided and not tensor.is_nested:
+        bad_type(argument, f"has layout {tensor.layout}, expected torch.strided")
+    if tensor.is_quantized:
+        bad_type(argument, f"is quantised to {tensor.dtype}, expected bfloat16, float16, float32 or float64")
+
+
+def check_tensors(names: Sequence[str], tensors: Sequence[Tensor | None], required: int) -> None:
+    """The same of several, of which those behind the first ``required`` may be left out."""
+    for place, (name, tensor) in enumerate(zip(names, tensors)):
+        if tensor is not None or place < required:
+            check_tensor(name, tensor)  # type: ignore[arg-type]
+
+
+def restated(error: Exception, check_again: Callable, *operands) -> Exception:
+    """What ``check_again`` finds wrong with the operands as the caller named them; ``error`` if nothing."""
+    try:
+        check_again(*operands)
+    except (TypeError, ValueError) as said:
+        return said
+    return error
+
+
 def check_dtype(argument: str, tensor: Tensor) -> None:
     """Raises TypeError for a number format that no operation takes."""
     if tensor.dtype not in DTYPES and tensor.dtype is not torch.float64:
@@ -44,18 +71,23 @@ def check(
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
     names: tuple[str, str, str, str] = ("gate", "up", "gate_bias", "up_bias"),
+    transposed: bool = False,
 ) -> None:
-    """Raises TypeError (number format) or ValueError (shape, device) with the argument's name."""
+    """Raises TypeError (number format) or ValueError (shape, device) with the argument's name.
+
+    ``transposed``: ``gate`` and ``up`` are ``[K, N]``.
+    """
+    if x is None or gate is None or up is None:
+        check_tensors(("x", *names[:2]), (x, gate, up), 3)
     dtype, device = x.dtype, x.device
     gate_name, up_name, gate_bias_name, up_bias_name = names
     check_dtype("x", x)
     if gate.dim() != 2:
-        bad_value(gate_name, f"has shape {list(gate.shape)}, expected [N, K]")
-    if x.dim() == 0 or x.shape[-1] != gate.shape[1]:
-        bad_value(
-            "x",
-            f"has shape {list(x.shape)}, expected [..., {gate.shape[1]}] as `{gate_name}` has {gate.shape[1]} columns",
-        )
+        bad_value(gate_name, f"has shape {list(gate.shape)}, expected {'[K, N]' if transposed else '[N, K]'}")
+    k, n = gate.shape if transposed else gate.shape[::-1]
+    if x.dim() == 0 or x.shape[-1] != k:
+        lines = "rows" if transposed else "columns"
+        bad_value("x", f"has shape {list(x.shape)}, expected [..., {k}] as `{gate_name}` has {k} {lines}")
     if up.shape != gate.shape:
         bad_value(up_name, f"has shape {list(up.shape)}, expected {list(gate.shape)} as `{gate_name}`")
     if gate.dtype != dtype or up.dtype != dtype:
@@ -65,15 +97,15 @@ def check(
         name, other = (gate_name, gate) if gate.device != device else (up_name, up)
         bad_value(name, f"is on {other.device}, expected {device} as `x`")
     if gate_bias is not None:
-        check_bias(gate_bias_name, gate_bias, x, gate)
+        check_bias(gate_bias_name, gate_bias, x, n)
     if up_bias is not None:
-        check_bias(up_bias_name, up_bias, x, gate)
+        check_bias(up_bias_name, up_bias, x, n)
 
 
-def check_bias(name: str, bias: Tensor, x: Tensor, weight: Tensor) -> None:
-    """The same for the bias of a projection."""
-    if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
-        bad_value(name, f"has shape {list(bias.shape)}, expected [{weight.shape[0]}]")
+def check_bias(name: str, bias: Tensor, x: Tensor, rows: int) -> None:
+    """The same for the bias of a projection whose weight has so many rows."""
+    if bias.dim() != 1 or bias.shape[0] != rows:
+        bad_value(name, f"has shape {list(bias.shape)}, expected [{rows}]")
     if bias.dtype != x.dtype:
         bad_type(name, f"is {bias.dtype}, expected {x.dtype} as `x`")
     if bias.device != x.device:

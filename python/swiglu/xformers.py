@@ -9,11 +9,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ._ffn import check_ffn_as
 from ._functional import split_packed, swiglu_ffn
 from ._module import mlp, packed_mlp
-from ._operands import bad_value
+from ._operands import bad_value, check_tensor, restated
 
 __all__ = ["SwiGLU", "swiglu", "swiglu_packed"]
+
+# Of x, gate, up, down and the three biases.
+_NAMES = ("x", "w1", "w2", "w3", "b1", "b2", "b3")
+_NAMES_OF_PACKED = ("x", "w1w2", "w1w2", "w3", "b1b2", "b1b2", "b3")
 
 
 def swiglu(
@@ -36,7 +41,10 @@ def swiglu(
     >>> swiglu(torch.ones(2, 4), torch.ones(8, 4), None, torch.ones(8, 4), None, torch.ones(6, 8), None).shape
     torch.Size([2, 6])
     """
-    return swiglu_ffn(x, w1, w2, w3, b1, b2, b3)
+    try:
+        return swiglu_ffn(x, w1, w2, w3, b1, b2, b3)
+    except (TypeError, ValueError) as error:
+        raise restated(error, check_ffn_as, _NAMES, x, w1, w2, w3, b1, b2, b3) from None
 
 
 def swiglu_packed(
@@ -52,15 +60,23 @@ def swiglu_packed(
     >>> swiglu_packed(torch.ones(2, 4), torch.ones(2, 8, 4), None, torch.ones(6, 8), None).shape
     torch.Size([2, 6])
     """
+    if not isinstance(w1w2, Tensor):
+        check_tensor("w1w2", w1w2)
     if w1w2.dim() != 3 or w1w2.shape[0] != 2:
         bad_value("w1w2", f"has shape {list(w1w2.shape)}, expected [2, N, K]")
-    if b1b2 is not None and (b1b2.dim() != 2 or b1b2.shape[0] != 2):
-        bad_value("b1b2", f"has shape {list(b1b2.shape)}, expected [2, {w1w2.shape[1]}]")
+    if b1b2 is not None:
+        if not isinstance(b1b2, Tensor):
+            check_tensor("b1b2", b1b2)
+        if b1b2.shape != (2, w1w2.shape[1]):
+            bad_value("b1b2", f"has shape {list(b1b2.shape)}, expected [2, {w1w2.shape[1]}]")
     # Packed only where that is a view.
     is_packed = w1w2.is_contiguous()
     w1, w2 = split_packed(w1w2.flatten(0, 1), layout="packed_nk") if is_packed else w1w2.unbind()
     b1, b2 = (None, None) if b1b2 is None else b1b2.unbind()
-    return swiglu_ffn(x, w1, w2, w3, b1, b2, b3)
+    try:
+        return swiglu_ffn(x, w1, w2, w3, b1, b2, b3)
+    except (TypeError, ValueError) as error:
+        raise restated(error, check_ffn_as, _NAMES_OF_PACKED, x, w1, w2, w3, b1, b2, b3) from None
 
 
 class SwiGLU(nn.Module):

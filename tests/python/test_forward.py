@@ -105,6 +105,22 @@ def test_wrong_arguments_are_named(argument, error, inputs):
         swiglu.forward(*inputs)
 
 
+def test_shapes_of_another_layout_are_shown_as_they_were_given():
+    x, gate, up, bias, _ = operands(3, 8, 4, bias=True)
+    gate, up = gate.t(), up.t()
+    for argument, given, words in (
+        ("x", (x[:, :3], gate, up), r"has shape \[3, 3\], expected \[\.\.\., 4\] as `gate` has 4 rows"),
+        ("gate", (x, gate[0], up), r"has shape \[8\], expected"),
+        ("up", (x, gate, up[:, :7]), r"has shape \[4, 7\], expected \[4, 8\] as `gate`"),
+        ("up", (x, gate, up[0]), r"has shape \[8\], expected"),
+        ("up", (x, gate, up.half()), "is torch.float16"),
+        ("gate_bias", (x, gate, up, bias[:4]), r"has shape \[4\], expected \[8\]"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"argument `{argument}`: {words}") as caught:
+            swiglu.forward(*given, layout="separate_kn")
+        assert caught.value.__suppress_context__
+
+
 def test_wrong_words_are_named():
     x, gate, up, _, _ = operands(3, 8, 4)
     with pytest.raises(ValueError, match="argument `layout`: .*packed"):

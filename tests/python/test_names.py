@@ -214,6 +214,22 @@ def test_xformers_defaults_and_functions():
         xformers.swiglu_packed(x, w12.view(2, 40, 24), b12, w3, None)
 
 
+def test_xformers_functions_name_their_own_arguments():
+    x, w, b, down, shift = torch.randn(3, 4), torch.randn(8, 4), torch.randn(8), torch.randn(5, 8), torch.randn(5)
+    good = {"x": x, "w1": w, "b1": b, "w2": w, "b2": b, "w3": down, "b3": shift}
+    packed = {"x": x, "w1w2": torch.stack([w, w]), "b1b2": torch.stack([b, b]), "w3": down, "b3": shift}
+    for function, given in ((xformers.swiglu, good), (xformers.swiglu_packed, packed)):
+        assert function(**given).shape == (3, 5)
+        for name, tensor in given.items():
+            wrongs = [3, *([] if name[0] == "b" else [None]), *([] if name == "x" else [tensor.double()])]
+            wrongs += [tensor[..., :3]] if name[0] == "b" or name in ("w2", "w3") else []
+            for wrong in wrongs:
+                with pytest.raises((TypeError, ValueError), match=f"argument `{name}`: "):
+                    function(**{**given, name: wrong})
+        with pytest.raises(ValueError, match=r"argument `x`: .* as `w1(w2)?` has 4 columns"):
+            function(**{**given, "x": x[:, :3]})
+
+
 @pytest.mark.parametrize(
     "build",
     [
@@ -242,3 +258,38 @@ def test_a_replaced_or_hooked_projection_is_called(build):
         torch.testing.assert_close(mlp(x), plain)
         handle.remove()
     assert len(seen) == len(list(mlp.children()))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: swiglu.SwiGLU(8, 12, bias=True),
+        lambda: swiglu.FusedSwiGLU(8, 12, gate_order="up_first"),
+        lambda: liger.SwiGLUMLP(config(8, 12)),
+        lambda: liger.Phi3SwiGLUMLP(config(8, 12)),
+        lambda: xformers.SwiGLU(8, 12),
+    ],
+)
+def test_traced_by_fx(build):
+    module, x = build(), torch.randn(3, 8)
+    graph = torch.fx.symbolic_trace(module)
+    assert "swiglu_" in graph.code
+    torch.testing.assert_close(graph(x), module(x))
+    with torch.no_grad():
+        for parameter in module.parameters():  # which no constant of the graph stands for
+            parameter.mul_(0.5)
+    twin = copy.deepcopy(graph)
+    twin.load_state_dict(module.state_dict())
+    torch.testing.assert_close(twin(x), module(x))
+    twin(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in twin.parameters())
+
+
+def test_functions_traced_by_fx():
+    x, gate, up = torch.randn(3, 8), torch.randn(8, 12), torch.randn(8, 12)
+    for function, given in (
+        (lambda x, gate, up: swiglu.forward(x, gate, up, layout="separate_kn"), (x, gate, up)),
+        (lambda x, gate, up: swiglu.forward(x, gate.t(), up.t(), save="nothing"), (x, gate, up)),
+        (lambda x, up: swiglu.swiglu_fused(x, up), (gate, up)),
+    ):
+        torch.testing.assert_close(torch.fx.symbolic_trace(function)(*given), function(*given))

@@ -1,6 +1,7 @@
 """The straight way: what it gives is what the general way gives, and whatever is out of the ordinary leaves it."""
 
 import contextlib
+import itertools
 import weakref
 
 import pytest
@@ -189,14 +190,37 @@ def test_wrong_arguments_have_the_words_of_the_general_way(argument, error, inpu
     assert len(messages) == 1 and f"`{argument}`" in messages.pop()
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_no_tensors_at_all():
     x, gate, up, *_ = operands(3, 8, 4)
-    for given in ((None, gate, up), (x, 3, up), (x, gate, "up"), ([1.0], gate, up)):
-        with pytest.raises((AttributeError, TypeError, RuntimeError)):
-            swiglu.forward(*given)
+    names, good = ("x", "gate", "up"), (x, gate, up)
+    contexts = (contextlib.nullcontext, torch.no_grad, without_the_api, PassOn)
+    for context, layout, requires in itertools.product(contexts, ("nk", "kn"), (False, True)):
+        weights = [(t.t() if layout == "kn" else t).detach().requires_grad_(requires) for t in good[1:]]
+        operands_of_layout = [x, *weights]
+        for place, name in enumerate(names):
+            tensor = operands_of_layout[place].detach()
+            for wrong in (None, 3, "x", [1.0], tensor.to_sparse(), tensor.to_mkldnn(), quantised(tensor)):
+                given = [*operands_of_layout[:place], wrong, *operands_of_layout[place + 1 :]]
+                with context(), pytest.raises(TypeError, match=f"argument `{name}`: "):
+                    swiglu.forward(*given, layout=f"separate_{layout}")
+    for name in ("b_gate", "w_down", "b_down"):
+        given = {"w_down": gate.t(), name: [1.0]}
+        with pytest.raises(TypeError, match=f"argument `{name}`: is list, expected a tensor"):
+            swiglu.swiglu_ffn(*good, **given)
+    for context in contexts:
+        for given, name in (((None,), "gate"), ((None, up), "gate"), ((gate, 3), "up"), ((gate.to_sparse(),), "gate")):
+            with context(), pytest.raises(TypeError, match=f"argument `{name}`: "):
+                swiglu.swiglu_fused(*given)
+    with pytest.raises(TypeError, match="argument `weight`: is None"):
+        swiglu.split_packed(None, layout="packed_nk")
     for wrong in (None, 3, "x", object(), Torchlike()):
         assert _straight.native.are_plain(wrong) == (wrong is None)
         assert _straight.native.empty(wrong) is None
+
+
+def quantised(tensor):
+    return torch.quantize_per_tensor(tensor, 0.1, 0, torch.quint8)
 
 
 class Torchlike:
