@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from . import _native, _steps
-from ._operands import DTYPES, LAYOUTS, bad_type, bad_value, check_choice, dtype_word, row_stride, stream_of
-from ._straight import empty
+from ._library import has_tangent
+from ._operands import (
+    DTYPES,
+    LAYOUTS,
+    bad_type,
+    bad_value,
+    check_choice,
+    check_tensor,
+    dtype_word,
+    row_stride,
+    stream_of,
+)
+from ._straight import are_plain, empty
 from ._tuning import note_untuned
 
 _MANY_TOKENS = 4096  # of the Ms that a plan may meet, one where tuning matters
@@ -18,7 +32,14 @@ class Plan:
     """A prepared ``(device, dtype, order of the weights, N, K)``; made by :func:`prepare`. Any M, any thread."""
 
     def __init__(
-        self, native: _native.Plan, device: torch.device, dtype: torch.dtype, transposed: bool, n: int, k: int
+        self,
+        native: _native.Plan,
+        device: torch.device,
+        dtype: torch.dtype,
+        transposed: bool,
+        n: int,
+        k: int,
+        preparation: tuple,
     ):
         self._native = native
         self._launch = native.launch
@@ -26,8 +47,16 @@ class Plan:
         self._transposed = transposed
         self._n = n
         self._k = k
+        self._preparation = preparation
         self.device = device
         self.dtype = dtype
+
+    def __deepcopy__(self, _memo: dict) -> Plan:
+        return self  # nothing of it changes
+
+    def __reduce__(self) -> tuple:
+        """Unpickled, it is prepared again: on the machine that unpickles."""
+        return _prepare, self._preparation
 
     def __call__(
         self,
@@ -46,32 +75,42 @@ class Plan:
 
         Raises:
             TypeError, ValueError: an argument does not fit, or would have to be copied; the message names it.
-            RuntimeError: gradients would be lost, or the driver refused the launch.
+            RuntimeError: gradients would be lost, forward ones too, or the driver refused the launch.
         """
         n, k = self._n, self._k
-        if x.dim() != 2:
-            bad_value("x", f"has shape {list(x.shape)}, expected [M, {k}]")
-        m = x.shape[0]
-        z = empty(x, (m, n)) if out is None else out
-        if torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad or up.requires_grad or z.requires_grad):
-            raise RuntimeError("a plan records no gradients: call it under torch.no_grad(), or call swiglu.forward()")
-        rows, cols = n, k
-        if self._transposed:
-            gate, up, rows, cols = gate.t(), up.t(), k, n
-        stride = self._matrix
-        arguments = (
-            m,
-            x.data_ptr(),
-            stride("x", x, m, k),
-            gate.data_ptr(),
-            stride("gate", gate, rows, cols),
-            up.data_ptr(),
-            stride("up", up, rows, cols),
-            0 if gate_bias is None else self._bias("gate_bias", gate_bias),
-            0 if up_bias is None else self._bias("up_bias", up_bias),
-            z.data_ptr(),
-            stride("out", z, m, n),
-        )
+        try:
+            if x.dim() != 2:
+                bad_value("x", f"has shape {list(x.shape)}, expected [M, {k}]")
+            m = x.shape[0]
+            z = empty(x, (m, n)) if out is None else out
+            if torch.is_grad_enabled() and (
+                x.requires_grad or gate.requires_grad or up.requires_grad or z.requires_grad
+            ):
+                raise RuntimeError(
+                    "a plan records no gradients: call it under torch.no_grad(), or call swiglu.forward()"
+                )
+            if forward_ad._current_level >= 0 and any(map(has_tangent, (x, gate, up, gate_bias, up_bias, out))):
+                raise RuntimeError("a plan has no forward gradients: call swiglu.forward()")
+            rows, cols = n, k
+            if self._transposed:
+                gate, up, rows, cols = gate.t(), up.t(), k, n
+            stride = self._matrix
+            arguments = (
+                m,
+                x.data_ptr(),
+                stride("x", x, m, k),
+                gate.data_ptr(),
+                stride("gate", gate, rows, cols),
+                up.data_ptr(),
+                stride("up", up, rows, cols),
+                0 if gate_bias is None else self._bias("gate_bias", gate_bias),
+                0 if up_bias is None else self._bias("up_bias", up_bias),
+                z.data_ptr(),
+                stride("out", z, m, n),
+            )
+        except (AttributeError, RuntimeError):  # of what has no address
+            _check_memory(x, gate, up, gate_bias, up_bias, out)
+            raise
         self._launch(stream_of(self._index), *arguments)
         if out is not None:
             increment_version(out)  # a backward that saved it is told
@@ -112,6 +151,19 @@ class Plan:
         return bias.data_ptr()
 
 
+def _check_memory(*operands: Tensor | None) -> None:
+    """Raises TypeError for an operand of a plan that is no tensor, or none with an address."""
+    for place, (name, operand) in enumerate(zip(("x", "gate", "up", "gate_bias", "up_bias", "out"), operands)):
+        if operand is not None or place < 3:
+            check_tensor(name, operand)  # type: ignore[arg-type]
+            if not are_plain(operand):
+                bad_type(name, "has no memory of its own, as under torch.func: call swiglu.forward()")
+
+
+def _prepare(sizes: tuple[int, int], options: dict[str, Any]) -> Plan:
+    return prepare(*sizes, **options)
+
+
 def prepare(
     hidden_size: int,
     intermediate_size: int,
@@ -142,7 +194,7 @@ def prepare(
             itself makes that promise.
 
     Raises:
-        TypeError: ``dtype`` is not supported.
+        TypeError: ``dtype`` is not supported, or a size is no integer.
         ValueError: a size, ``device`` or ``layout`` is not; the message names the argument.
         RuntimeError: the GPU, its driver or NVRTC cannot be used, or kernels do not compile.
 
@@ -157,9 +209,14 @@ def prepare(
     out = hidden_size if out_features is None else out_features
     most = _native.largest_size(DTYPES[dtype])
     for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size), ("out_features", out)):
+        if not hasattr(size, "__index__"):
+            bad_type(name, f"is {size!r}, expected an integer")
         if not 0 <= size <= most:
             bad_value(name, f"is {size}, expected 0 to {most} in {dtype}")
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        bad_value("device", f"is {device!r}: {str(error).splitlines()[0]}")
     if device.type not in ("cpu", "cuda"):
         bad_value("device", f"is {device}, expected a CPU or a CUDA device")
     if device.type == "cpu":
@@ -178,4 +235,7 @@ def prepare(
     if index >= 0 and min(*sizes, out) > 0:
         _steps.prepare(index, word, layout.endswith("kn"), *sizes, out, training, static_weights)
     note_untuned(plain, index, word, layout, *sizes, training, _MANY_TOKENS)
-    return Plan(native, device, dtype, layout.endswith("kn"), intermediate_size, hidden_size)
+    options = {"dtype": dtype, "device": device, "layout": layout, "out_features": out_features}
+    options |= {"training": training, "static_weights": static_weights}
+    preparation = (hidden_size, intermediate_size), options
+    return Plan(native, device, dtype, layout.endswith("kn"), intermediate_size, hidden_size, preparation)

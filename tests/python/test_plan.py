@@ -1,6 +1,8 @@
 """Plans: prepared ahead, called without copies, captured in graphs."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -67,6 +69,38 @@ def test_wrong_arguments_are_named(device):
         gate.requires_grad_(False)
 
 
+def test_what_has_no_address_is_named_and_tangents_are_not_lost(device):
+    from torch.autograd import forward_ad
+
+    x, gate, up, bias, _ = operands(9, 40, 24, device=device, bias=True)
+    plan = swiglu.prepare(24, 40, dtype=torch.float32, device=device)
+    good = {
+        "x": x,
+        "gate": gate,
+        "up": up,
+        "gate_bias": bias,
+        "up_bias": bias,
+        "out": torch.empty_like(plan(x, gate, up)),
+    }
+    for name, tensor in good.items():
+        for wrong in (tensor.to_sparse(), tensor.tolist(), 3):
+            with pytest.raises((TypeError, ValueError), match=f"argument `{name}`: "):
+                plan(**{**good, name: wrong})
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward gradients: call swiglu.forward"):
+            plan(**{**good, name: forward_ad.make_dual(tensor, tensor)})
+    for name in ("x", "gate", "up"):
+        with pytest.raises(TypeError, match=f"argument `{name}`: is None"):
+            plan(**{**good, name: None})
+    with forward_ad.dual_level():  # of operands that have none
+        assert plan(**good) is good["out"]
+    with pytest.raises(TypeError, match="argument `x`: .* torch.func"):
+        torch.func.vmap(lambda x: plan(x, gate, up))(x[None])
+    with pytest.raises(TypeError, match="argument `x`: .* torch.func"):
+        torch.func.jvp(lambda x: plan(x, gate, up), (x,), (x,))
+    with pytest.raises(TypeError, match="argument `gate`: .* torch.func"):
+        torch.func.vmap(lambda gate: plan(x, gate, up))(gate[None])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_backward_is_told_that_what_it_saved_was_written(device):
     x, gate, up, _, _ = operands(9, 40, 24, device=device)
@@ -78,6 +112,17 @@ def test_a_backward_is_told_that_what_it_saved_was_written(device):
         loss.backward()
     with torch.inference_mode():
         plan(x, gate, up, out=torch.empty(9, 40, device=device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_copies_and_pickles(device):
+    x, gate, up, _, _ = operands(9, 40, 24, device=device)
+    plan = swiglu.prepare(24, 40, dtype=torch.float32, device=device, layout="separate_kn")
+    gate, up = (t.t().contiguous().t() for t in (gate, up))
+    assert copy.deepcopy(plan) is plan and copy.deepcopy([plan])[0] is plan
+    twin = pickle.loads(pickle.dumps(plan))
+    assert (twin.device, twin.dtype) == (plan.device, plan.dtype) and twin.config(9) == plan.config(9)
+    assert torch.equal(twin(x, gate, up), plan(x, gate, up))
 
 
 def test_wrong_preparations_are_named():
@@ -92,6 +137,11 @@ def test_wrong_preparations_are_named():
     refuses("hidden_size", ValueError, 2**29, 8, dtype=torch.bfloat16)
     refuses("out_features", ValueError, 8, 8, out_features=-1)
     refuses("device", ValueError, 8, 8, device="meta")
+    refuses("device", ValueError, 8, 8, device="bogus")
+    refuses("device", ValueError, 8, 8, device=None)
+    refuses("hidden_size", TypeError, "8", 8)
+    refuses("intermediate_size", TypeError, 8, 8.0)
+    refuses("out_features", TypeError, 8, 8, out_features="8")
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
