@@ -17,6 +17,7 @@ from torch._C import (
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
 )
+from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
@@ -143,7 +144,7 @@ def is_batch(gradient: Tensor) -> bool:
 
 def is_undisturbed() -> bool:
     """Whether nothing waits in torch's dispatcher for any tensor: compilation, modes, autocast, tracing, torch.func, forward
-    gradients.
+    gradients, a profiler.
 
     Of compilation only dynamo's own tracing need be asked for: what traces behind it, and export, does so with modes.
     """
@@ -154,6 +155,7 @@ def is_undisturbed() -> bool:
         and not _is_any_autocast_enabled()
         and not _is_tracing()
         and not is_transformed()
+        and not _profiler_enabled()
     )
 
 

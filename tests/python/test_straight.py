@@ -280,6 +280,17 @@ def test_what_waits_in_the_dispatcher_is_not_stepped_over(recording, monkeypatch
         assert torch.equal(program.module()(*inputs[:3]), expected)
 
 
+@pytest.mark.parametrize("recording", [False, True])
+def test_a_profiler_sees_the_operations(recording):
+    x, gate, up, _, _ = (None if t is None else t.requires_grad_(recording) for t in operands(5, 12, 8))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        y = swiglu.swiglu_ffn(swiglu.forward(x, gate, up), gate.t(), up.t(), gate)
+        swiglu.swiglu_fused(y)
+    saving = "_saving" if recording else ""
+    names = {event.key for event in profile.key_averages()}
+    assert {f"swiglu::forward{saving}", f"swiglu::ffn{saving}", "swiglu::gate_packed"} <= names
+
+
 @pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="this torch does not tell that it exports")
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_programs_save_nothing_for_a_backward_and_have_one(strict):
