@@ -49,7 +49,13 @@ def _rule_of_tangents(rule: Callable, plain: Callable) -> Callable:
     return of_any
 
 
-lib = _Library("swiglu", "DEF")
+try:
+    lib = _Library("swiglu", "DEF")
+except RuntimeError as error:
+    raise ImportError(
+        "torch has operations named swiglu already: the package was imported before in this process, which torch allows once. "
+        "Start a new process, or leave its modules in sys.modules"
+    ) from error
 
 _AUTOCAST = {"cpu": DispatchKey.AutocastCPU, "cuda": DispatchKey.AutocastCUDA}
 _BOTH = DispatchKeySet(DispatchKey.AutocastCPU) | DispatchKeySet(DispatchKey.AutocastCUDA)

@@ -37,6 +37,19 @@ def test_an_older_torch_is_a_sentence():
     assert done.stderr.splitlines()[-1] == "ImportError: swiglu needs torch 2.5 or later, found 2.4.1+cpu: update torch"
 
 
+def test_a_second_import_is_a_sentence():
+    import subprocess
+    import sys
+
+    script = (
+        "import sys, swiglu; kept = dict(sys.modules)\n"
+        "for name in kept:\n    if name.partition('.')[0] == 'swiglu': del sys.modules[name]\n"
+        "import swiglu"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith("ImportError: torch has operations named swiglu already: ")
+
+
 def test_types_are_shipped():
     from pathlib import Path
 
