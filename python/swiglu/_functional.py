@@ -33,7 +33,7 @@ from ._operands import (
     check_choice,
     check_tensor,
     check_tensors,
-    restated,
+    raise_restated,
 )
 from ._sharding import prepare_for
 
@@ -107,12 +107,13 @@ def forward(
 def _forward_kn(x, gate, up, gate_bias, up_bias, save):
     """:func:`forward` of weights ``[K, N]``, which errors show as they were given."""
     operands = (x, gate, up, gate_bias, up_bias)
-    if not _are_tensors(_NAMES, operands, 3):
+    both = isinstance(gate, Tensor) and isinstance(up, Tensor)  # the others are looked at where the straight way ends
+    if not both and not _are_tensors(_NAMES, operands, 3):
         return handle_torch_function(forward, operands, *operands, layout="separate_kn", save=save)
     try:
         return forward(x, _transposed("gate", gate), _transposed("up", up), gate_bias, up_bias, save=save)
     except (TypeError, ValueError) as error:
-        raise restated(error, check, *operands, _NAMES[1:], True) from None
+        raise_restated(error, check, *operands, _NAMES[1:], True)
 
 
 def swiglu_ffn(

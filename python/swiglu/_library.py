@@ -25,8 +25,16 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ._straight import are_plain
 
-# Whether torch.export is at work: parameters want gradients then, of a program that will have none. Since torch 2.7.
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+_tells_of_exports: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is at work: parameters want gradients then, of a program that will have none.
+
+    Not of strict exports: under dynamo torch 2.7 to 2.13 tell so of every compiled call.
+    """
+    return not is_dynamo_compiling() and _tells_of_exports()
+
 
 # What computes each operation in torch's own, by its name.
 _plain: dict[str, Callable] = {}
@@ -52,6 +60,8 @@ def _rule_of_tangents(rule: Callable, plain: Callable) -> Callable:
 try:
     lib = _Library("swiglu", "DEF")
 except RuntimeError as error:
+    if "namespace" not in str(error):
+        raise
     raise ImportError(
         "torch has operations named swiglu already: the package was imported before in this process, which torch allows once. "
         "Start a new process, or leave its modules in sys.modules"

@@ -8,6 +8,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
 
 # float64 is served by torch's own operations: for gradient checks.
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
@@ -49,13 +50,15 @@ def check_tensors(names: Sequence[str], tensors: Sequence[Tensor | None], requir
             check_tensor(name, tensor)  # type: ignore[arg-type]
 
 
-def restated(error: Exception, check_again: Callable, *operands) -> Exception:
-    """What ``check_again`` finds wrong with the operands as the caller named them; ``error`` if nothing."""
+def raise_restated(error: Exception, check_again: Callable, *operands) -> NoReturn:
+    """Raises what ``check_again`` finds wrong with the operands as the caller named them; ``error`` if nothing of its kind."""
     try:
         check_again(*operands)
-    except (TypeError, ValueError) as said:
-        return said
-    return error
+    except Exception as said:  # of no tensors, anything
+        # Autocast makes formats alike that are checked as they are here.
+        if type(said) is type(error) and not _is_any_autocast_enabled():
+            raise said from None
+    raise error
 
 
 def check_dtype(argument: str, tensor: Tensor) -> None:

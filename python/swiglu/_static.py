@@ -18,7 +18,7 @@ def static_weights() -> Iterator[None]:
     On Hopper and later a kernel may start before the one ahead of it has ended. Those for few tokens then read weights at once and
     wait for ``x`` alone, which saves 0.7 to 3.2 us a launch of few tokens. Calls that are captured in a CUDA graph within keep the promise for every
     replay; call :func:`prepare` with ``static_weights=True`` before. Calls that record gradients are not concerned, nor are those that
-    torch's dispatcher serves (``torch.compile``, autocast, ``torch.ops.swiglu``) or that copy an operand, nor is the CPU.
+    torch's dispatcher serves (``torch.compile``, autocast, a profiler, ``torch.ops.swiglu``) or that copy an operand, nor is the CPU.
 
     What a call computes whose weights are being written (by an optimiser's step right before, say) is not defined: synchronise
     first, or leave the promise out. Per thread, as every context variable.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._ffn import check_ffn_as
 from ._functional import split_packed, swiglu_ffn
 from ._module import mlp, packed_mlp
-from ._operands import bad_value, check_tensor, restated
+from ._operands import bad_value, check_tensor, raise_restated
 
 __all__ = ["SwiGLU", "swiglu", "swiglu_packed"]
 
@@ -44,7 +44,7 @@ def swiglu(
     try:
         return swiglu_ffn(x, w1, w2, w3, b1, b2, b3)
     except (TypeError, ValueError) as error:
-        raise restated(error, check_ffn_as, _NAMES, x, w1, w2, w3, b1, b2, b3) from None
+        raise_restated(error, check_ffn_as, _NAMES, x, w1, w2, w3, b1, b2, b3)
 
 
 def swiglu_packed(
@@ -76,7 +76,7 @@ def swiglu_packed(
     try:
         return swiglu_ffn(x, w1, w2, w3, b1, b2, b3)
     except (TypeError, ValueError) as error:
-        raise restated(error, check_ffn_as, _NAMES_OF_PACKED, x, w1, w2, w3, b1, b2, b3) from None
+        raise_restated(error, check_ffn_as, _NAMES_OF_PACKED, x, w1, w2, w3, b1, b2, b3)
 
 
 class SwiGLU(nn.Module):

@@ -94,7 +94,14 @@ impl Index {
         let (mut kept, mut found) = (None, Entries::new());
         if fs::symlink_metadata(&path).is_ok() {
             remove_unfinished_snapshots(&path)?;
-            match open_equal(&path, entries)? {
+            // What is wanted anew need not open: whoever works with it alone keeps it.
+            let opened = match open_equal(&path, entries) {
+                Err(error) if anew && !matches!(error, OpenError::Busy(_)) => {
+                    Err(Useless { reason: error.to_string(), found: Entries::new() })
+                }
+                opened => opened?,
+            };
+            match opened {
                 Ok(db) if !anew => return Ok(Opened { index: Self { db, path }, kept, found }),
                 Ok(db) => {
                     drop(db);

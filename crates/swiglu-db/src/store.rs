@@ -4,6 +4,7 @@
 //! Whatever is interrupted in between is made good from the journal at the next open.
 
 use crate::error::{Context, FileError};
+use crate::files::move_aside;
 use crate::index::{Entries, Index, OpenError, Opened};
 use crate::journal::{self, Journal, JournalError};
 use crate::lock::{Lock, LockError};
@@ -17,7 +18,7 @@ use swiglu_kernels::Config;
 pub use crate::index::{IndexBusy, IndexError};
 
 /// Name of the lock file in a tuning directory.
-pub(crate) const LOCK_NAME: &str = "tune.lock";
+pub const LOCK_NAME: &str = "tune.lock";
 
 /// Why the database could not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -263,11 +264,15 @@ pub struct Taken {
     pub refused: usize,
 }
 
-/// The snapshot at `path`; `None` where it is missing or damaged, and published again.
+/// The snapshot at `path`; `None` where it is missing, or damaged and set aside. Either is published again.
 fn published(path: &Path) -> Result<Option<Snapshot>, SnapshotError> {
     match Snapshot::published(path) {
-        Err(SnapshotError::NewerSchema(newer)) => Err(newer.into()),
-        read => Ok(read.ok().flatten()),
+        Err(SnapshotError::Damaged { reason, .. }) => {
+            let kept = move_aside(path, "corrupt")?;
+            tracing::warn!(%reason, kept = %kept.display(), "publishing the snapshot anew from the journal");
+            Ok(None)
+        }
+        read => read,
     }
 }
 

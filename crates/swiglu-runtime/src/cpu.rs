@@ -13,7 +13,7 @@ use faer::MatRef;
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use swiglu_db::Device;
 use swiglu_kernels::families::cpu::default_config;
 use swiglu_kernels::families::{CpuConfig, Target};
@@ -41,11 +41,45 @@ pub struct CpuPlan {
     spec: ForwardSpec,
     table: BucketTable,
     /// One per anchor, ascending.
-    entries: Vec<(CpuConfig, Arc<ThreadPool>)>,
+    entries: Vec<(CpuConfig, Threads)>,
 }
 
-/// Pools by their process and threads; one ends with the last plan that has it. A process that was forked has none of its
-/// parent's threads.
+/// The threads of a plan, in whatever process it is: one that was forked has none of its parent's.
+#[derive(Debug)]
+struct Threads {
+    process: u32,
+    pool: Arc<ThreadPool>,
+    /// Those of a child, once it asks.
+    of_child: OnceLock<(u32, Arc<ThreadPool>)>,
+}
+
+impl Threads {
+    fn new(threads: u32) -> Result<Self, CpuError> {
+        Ok(Self { process: std::process::id(), pool: pool(threads)?, of_child: OnceLock::new() })
+    }
+
+    /// Runs `work` on them; on the caller's thread where a child cannot start its own.
+    fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        let here = std::process::id();
+        if here == self.process {
+            return self.pool.install(work);
+        }
+        let threads = u32::try_from(self.pool.current_num_threads()).unwrap_or(1);
+        let mine = || pool(threads).ok().map(|pool| (here, pool));
+        let kept = self.of_child.get().cloned().or_else(mine);
+        // A child's child starts its own each time.
+        match kept.filter(|(process, _)| *process == here).or_else(mine) {
+            Some(found) => {
+                let (_, pool) = &found;
+                let _ = self.of_child.set(found.clone());
+                pool.install(work)
+            }
+            None => work(),
+        }
+    }
+}
+
+/// Pools by their process and threads; one ends with the last plan that has it.
 static POOLS: Mutex<BTreeMap<(u32, u32), Weak<ThreadPool>>> = Mutex::new(BTreeMap::new());
 
 /// The process's pool of so many threads.
@@ -92,7 +126,7 @@ impl CpuPlan {
         let mut entries = Vec::with_capacity(anchors.len());
         for &(m, config) in anchors {
             Config::Cpu(config).check(&spec.problem(m), Target::Cpu { threads: threads() })?;
-            entries.push((config, pool(config.threads)?));
+            entries.push((config, Threads::new(config.threads)?));
         }
         let table = BucketTable::new(&anchors.iter().map(|&(m, _)| m).collect::<Vec<_>>(), |_, _| None);
         Ok(Self { spec, table, entries })
@@ -313,7 +347,7 @@ mod tests {
             CpuPlan::new(spec, &[(1, CpuConfig { block_m: 8, block_n: 16, threads: 1 })]).unwrap()
         };
         let plans: Vec<CpuPlan> = (1..=100).map(plan).collect();
-        let pools: Vec<_> = plans.iter().map(|plan| Arc::clone(&plan.entries[0].1)).collect();
+        let pools: Vec<_> = plans.iter().map(|plan| Arc::clone(&plan.entries[0].1.pool)).collect();
         assert!(pools.iter().all(|pool| Arc::ptr_eq(pool, &pools[0])));
         assert_eq!(pools[0].current_num_threads(), 1);
         let last = Arc::downgrade(&pools[0]);

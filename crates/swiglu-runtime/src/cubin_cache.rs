@@ -7,7 +7,8 @@ use std::sync::{Arc, Once};
 use std::time::{Duration, SystemTime};
 use swiglu_kernels::{ArchSpec, KernelSource};
 
-/// What a folder holds at most, of which the kernels go that were not used for longest: some ten thousand are kept.
+/// What a folder is cut down to when a process first stores in it: the kernels go that were not used for longest, some ten thousand
+/// are kept.
 const MOST_BYTES: u64 = 2 << 30;
 
 /// How exactly a file tells when it was last used.
@@ -74,12 +75,20 @@ fn mark_used(path: &Path) {
     }
 }
 
+/// Whether a file is named as [`name`] does: the folder may hold others' too.
+fn is_ours(path: &Path) -> bool {
+    let shelf = path.parent().and_then(Path::file_name).and_then(|shelf| shelf.to_str());
+    let digest = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".cubin"));
+    let is_digest = |text: &str| text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    digest.zip(shelf).is_some_and(|(digest, shelf)| is_digest(digest) && digest.starts_with(shelf) && shelf.len() == 2)
+}
+
 /// Removes the kernels that were not used for longest until the others take at most `most` bytes. Another process that reads one
 /// has it open.
 fn trim(folder: &Path, most: u64) {
     let files = |folder: &Path| folder.read_dir().into_iter().flatten().flatten().map(|entry| entry.path());
     let kernels = files(folder).flat_map(|shelf| files(&shelf).collect::<Vec<_>>());
-    let kernels = kernels.filter(|path| path.extension().is_some_and(|extension| extension == "cubin"));
+    let kernels = kernels.filter(|path| is_ours(path));
     let mut kernels: Vec<(SystemTime, u64, PathBuf)> = kernels
         .filter_map(|path| {
             let data = path.metadata().ok()?;
@@ -157,22 +166,24 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let at = |name: &str| folder.path().join(name);
         let days = |days: u32| SystemTime::now() - USED * days;
-        for (name, age) in [("aa/a.cubin", 3), ("aa/b.cubin", 9), ("bb/c.cubin", 6), ("bb/notes.txt", 20)] {
+        let kernel = |first: char| format!("{first}{first}/{}.cubin", String::from(first).repeat(64));
+        let names = [kernel('a'), kernel('b'), kernel('c'), "cc/of-others.cubin".into(), "cc/notes.txt".into()];
+        for (name, age) in names.iter().zip([3, 9, 6, 20, 20]) {
             std::fs::create_dir_all(at(name).parent().unwrap()).unwrap();
             std::fs::write(at(name), [0; 100]).unwrap();
             std::fs::File::options().write(true).open(at(name)).unwrap().set_modified(days(age)).unwrap();
         }
-        let left = || ["aa/a.cubin", "aa/b.cubin", "bb/c.cubin", "bb/notes.txt"].map(|name| at(name).exists());
+        let left = || names.each_ref().map(|name| at(name).exists());
         trim(folder.path(), 300);
-        assert_eq!(left(), [true; 4]);
+        assert_eq!(left(), [true; 5]);
         trim(folder.path(), 299);
-        assert_eq!(left(), [true, false, true, true]);
-        mark_used(&at("bb/c.cubin"));
+        assert_eq!(left(), [true, false, true, true, true]);
+        mark_used(&at(&names[2]));
         trim(folder.path(), 100);
-        assert_eq!(left(), [false, false, true, true], "what was read just now is kept");
-        let used = at("bb/c.cubin").metadata().unwrap().modified().unwrap();
-        mark_used(&at("bb/c.cubin"));
-        assert_eq!(at("bb/c.cubin").metadata().unwrap().modified().unwrap(), used, "not written at each read");
+        assert_eq!(left(), [false, false, true, true, true], "what was read just now is kept");
+        let used = at(&names[2]).metadata().unwrap().modified().unwrap();
+        mark_used(&at(&names[2]));
+        assert_eq!(at(&names[2]).metadata().unwrap().modified().unwrap(), used, "not written at each read");
         trim(&at("no-such-folder"), 0);
     }
 }

@@ -40,7 +40,7 @@ fn told(incomplete: &[Incomplete]) -> String {
 
 /// What a library must have.
 struct Needed {
-    /// The functions that are called, so that none is found missing later.
+    /// Functions that are called, of each version and use some: a library that has them all has the others too.
     symbols: &'static [&'static str],
     bindings: Bindings,
 }
@@ -78,6 +78,7 @@ const DRIVER: Needed = Needed {
         "cuDeviceGet",
         "cuDeviceGetName",
         "cuDeviceGetAttribute",
+        "cuDeviceTotalMem_v2",
         "cuDevicePrimaryCtxRetain",
         "cuDevicePrimaryCtxRelease_v2",
         "cuCtxGetCurrent",

@@ -26,8 +26,8 @@ pub enum LaunchError {
     Context(DriverError),
     /// The launch's stream cannot wait for what was launched before on one of the slices. Nothing was launched.
     #[error(
-        "the stream cannot wait for earlier work on an operand: {0}; to capture a launch, turn the context's event tracking off, or \
-         launch raw addresses"
+        "the stream cannot wait for earlier work on an operand: {0}; work before may have failed, or the stream is captured with the \
+         context's event tracking on, where raw addresses can be launched"
     )]
     Order(DriverError),
     /// The driver refused the launch, or an earlier one failed.

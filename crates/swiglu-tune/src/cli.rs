@@ -315,7 +315,13 @@ fn run_tune(cli: &Cli, options: &Options) -> Result<ExitCode> {
     let told = Arc::new(AtomicBool::new(false));
     let signal = Signal::heard_by(&told).context("installing the Ctrl-C handler")?;
     let stop = Stop::new(told, budget);
-    let crew = crew(cli, &devices, &stop)?;
+    let crew = match (crew(cli, &devices, &stop), signal.exit_code()) {
+        (Err(why), Some(code)) => {
+            notice(format!("{why:#}"));
+            return Ok(code.into());
+        }
+        (crew, _) => crew?,
+    };
     let records = db.records()?;
     let classes: BTreeSet<&str> = crew.measuring.iter().map(|worker| worker.facts.device.class.as_str()).collect();
     for class in classes {

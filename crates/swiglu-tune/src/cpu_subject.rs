@@ -56,8 +56,20 @@ fn bytes_needed(problem: &Problem) -> u128 {
     m * (k + outputs) * bytes + 2 * n * k * (bytes + size_of::<f64>() as u128)
 }
 
-/// What Linux can still give without taking from others, in bytes; elsewhere it is not known.
+/// What Linux can still give without taking from others, in bytes, at most what is left of a container's limit; elsewhere it is
+/// not known.
 fn available_memory() -> Option<u128> {
+    let left = memory_left_in("/sys/fs/cgroup").unwrap_or(u128::MAX);
+    memory_of_machine().map(|available| available.min(left))
+}
+
+/// Of the limit of the control group (version 2) at `folder`, if it has one.
+fn memory_left_in(folder: &str) -> Option<u128> {
+    let number = |name| std::fs::read_to_string(format!("{folder}/{name}")).ok()?.trim().parse::<u128>().ok();
+    Some(number("memory.max")?.saturating_sub(number("memory.current")?))
+}
+
+fn memory_of_machine() -> Option<u128> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u128 = line.split_whitespace().next()?.parse().ok()?;

@@ -6,10 +6,11 @@ use crate::report::one_line;
 use anyhow::Result;
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use swiglu_db::snapshot::{self, Snapshot};
+use swiglu_db::store::LOCK_NAME;
 use swiglu_db::{Layer, Record, TuningTable, record};
 use swiglu_runtime::gpu::{self, Gpu, GpuError};
 use swiglu_runtime::nvrtc::Nvrtc;
@@ -115,8 +116,10 @@ fn cache(folder: &Path) -> Result<String, String> {
     let probe = folder.join(format!("doctor-{}", std::process::id()));
     let written = fs::create_dir_all(folder).and_then(|()| fs::write(&probe, "doctor"));
     let removed = fs::remove_file(&probe);
+    let has_some = || fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some());
     match written.and(removed) {
         Ok(()) => Ok(folder.display().to_string()),
+        Err(error) if has_some() => Ok(format!("{}, read only ({error}): new ones are not kept", folder.display())),
         Err(error) => Err(format!(
             "`{}` cannot be written: {error}; every process compiles again; set SWIGLU_CUBIN_CACHE to a folder that can be",
             folder.display()
@@ -127,11 +130,21 @@ fn cache(folder: &Path) -> Result<String, String> {
 fn database(options: &Options) -> Result<String, String> {
     let records = || Ok((records::read(options)?, records::db_dir(options)?));
     let (records, dir) = records().map_err(|error: anyhow::Error| format!("{error:#}"))?;
-    published(&records, &dir)?;
+    if let Err(why) = published(&records, &dir)
+        && !is_at_work(&dir)
+    {
+        return Err(why);
+    }
     // Without a GPU the CPU is what would be tuned.
     let class = Gpu::open(0).map_or_else(|_| swiglu_runtime::cpu::device().class, |gpu| gpu.device.class);
     let whose = records::foreign(&records, &class).map(|whose| format!("; {whose}, so `swiglu-tune --gpu auto` pays"));
     Ok(format!("{} records in {}{}", records.len(), dir.display(), whose.unwrap_or_default()))
+}
+
+/// Whether a tuner holds the lock: it publishes every other second.
+fn is_at_work(dir: &Path) -> bool {
+    let lock = File::open(dir.join(LOCK_NAME));
+    lock.is_ok_and(|lock| matches!(lock.try_lock_shared(), Err(TryLockError::WouldBlock)))
 }
 
 /// Whether readers are given what the journal says.

@@ -15,10 +15,12 @@ const ENDING: [i32; 3] = [SIGHUP, SIGINT, SIGTERM];
 pub(crate) struct Signal(Arc<AtomicUsize>);
 
 impl Signal {
-    /// Has Ctrl-C, SIGTERM and SIGHUP set `told` instead of ending the process.
+    /// Has Ctrl-C, SIGTERM and SIGHUP set `told` instead of ending the process, but for those that it was started to ignore, as by
+    /// `nohup`.
     pub(crate) fn heard_by(told: &Arc<AtomicBool>) -> io::Result<Self> {
         let came = Arc::default();
-        for number in ENDING {
+        let ignored = ignored();
+        for number in ENDING.into_iter().filter(|number| ignored >> (number - 1) & 1 == 0) {
             flag::register_usize(number, Arc::clone(&came), number.unsigned_abs() as usize)?;
             flag::register(number, Arc::clone(told))?;
         }
@@ -29,6 +31,13 @@ impl Signal {
     pub(crate) fn exit_code(&self) -> Option<u8> {
         u8::try_from(self.0.load(Ordering::Relaxed)).ok().filter(|&number| number != 0).map(|number| 128 + number)
     }
+}
+
+/// The signals that this process ignores, the lowest bit for number 1; none where Linux does not say.
+fn ignored() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
 }
 
 /// Shared by everything that works on one run.

@@ -419,12 +419,8 @@ impl<'a> Tuner<'a> {
         let (at, station) = &mut self.stations[worker];
         let (at, stopped) = (*at, self.order.stop.is_set());
         station.is_busy = false;
-        station.faults = match &result {
-            Ok(finding) if finding.lost.is_none() => 0,
-            // As it opened the problem, without any candidate: it may be too large for the machine, and others not.
-            Err(Fault::Crashed) => station.faults,
-            Ok(_) | Err(_) => station.faults + 1,
-        };
+        let is_whole = matches!(&result, Ok(finding) if finding.lost.is_none());
+        station.faults = if is_whole { 0 } else { station.faults + 1 };
         let front = &mut self.fronts[at];
         let Some(key) = front.key(task.item) else { return Ok(()) };
         match result {

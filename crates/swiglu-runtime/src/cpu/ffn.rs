@@ -1,13 +1,11 @@
 //! The whole FFN on the CPU, forward and backward, by the steps of [`FfnPlan`](crate::FfnPlan).
 
 use super::product::{Product, View, cut};
-use super::{CpuElement, CpuPlan, add, check_type, round, silu};
+use super::{CpuElement, CpuPlan, Threads, add, check_type, round, silu};
 use crate::ffn::operands::{FfnBackward, FfnForward, FfnGradients, FfnWeights};
 use crate::ffn::{FfnSpec, Gradients};
 use crate::operands::{ArgumentError, Forward, Matrix, Preactivations, Weights};
-use rayon::ThreadPool;
 use rayon::prelude::*;
-use std::sync::Arc;
 use swiglu_kernels::families::CpuConfig;
 use swiglu_kernels::{DType, Op, Problem, WeightMajor};
 
@@ -178,7 +176,7 @@ impl CpuFfnPlan {
 struct Step<'a> {
     problem: Problem,
     config: &'a CpuConfig,
-    pool: &'a Arc<ThreadPool>,
+    pool: &'a Threads,
 }
 
 impl Step<'_> {
