@@ -370,6 +370,9 @@ pub fn candidates(problem: &Problem, target: Target) -> Vec<Config> {
     space(problem, target).into_iter().filter(|config| config.check(problem, target).is_ok()).collect()
 }
 
+/// Tokens from which fp32 on sm_90a is faster in parts than in plain fp32: the fewest that were measured.
+const FEWEST_IN_PARTS: u32 = 64;
+
 /// The config used when nothing was tuned: always legal where anything is.
 ///
 /// # Errors
@@ -378,7 +381,10 @@ pub fn default_config(problem: &Problem, arch: &'static ArchSpec) -> Result<Conf
     let families: &[Family] = match problem.dtype {
         _ if problem.op.is_elementwise() => &[Family::Elementwise],
         _ if problem.op.is_column_sum() => &[Family::ColumnSum],
-        DType::F32 if !problem.op.is_forward() && problem.m <= 256 => &[Family::SimtGemm, Family::WgmmaGemm],
+        // Of few tokens cutting the operands costs more than products save, but where M is summed over: then the output is large.
+        DType::F32 if !problem.op.is_forward() && !problem.sums_over_m() && problem.m < FEWEST_IN_PARTS => {
+            &[Family::SimtGemm, Family::WgmmaGemm]
+        }
         _ if !problem.op.is_forward() => &[Family::WgmmaGemm, Family::MmaGemm, Family::SimtGemm],
         DType::E4m3 => &[Family::WgmmaTma],
         DType::Bf16E4m3 | DType::F16E4m3 | DType::Bf16Int4 | DType::F16Int4 => {
@@ -386,6 +392,10 @@ pub fn default_config(problem: &Problem, arch: &'static ArchSpec) -> Result<Conf
         }
         // Three products of tensor cores for one of fp32, and cutting the operands before, do not pay everywhere.
         DType::F32 if problem.m > 256 => &[Family::WgmmaTma, Family::Simt, Family::MmaSync],
+        // Measured on sm_90a only.
+        DType::F32 if arch.has_wgmma && problem.m >= FEWEST_IN_PARTS => {
+            &[Family::MmaSync, Family::Simt, Family::WgmmaTma]
+        }
         DType::F32 => &[Family::Simt, Family::MmaSync, Family::WgmmaTma],
         // Up to a tile's worth of tokens reading the weights decides, and small blocks read them better.
         DType::Tf32 | DType::F16 | DType::Bf16 if problem.m <= 64 => {

@@ -58,6 +58,42 @@ fn every_architecture_has_a_legal_default_for_every_problem_it_supports() {
     }
 }
 
+/// `tuning-db/nvidia-h200.toml` says so of 64 tokens and more (`swiglu-db` holds the defaults to it); nothing else was measured.
+#[test]
+fn fp32_is_multiplied_in_parts_where_that_was_measured_to_win() {
+    let family = |op, m, arch| {
+        let problem = Problem::forward(DType::F32, WeightMajor::K, m, 4096, 4096).with_op(op);
+        families::default_config(&problem, arch::by_name(arch).unwrap()).unwrap().family()
+    };
+    for (op, m, expected) in [
+        (Op::Forward, 1, Family::Simt),
+        (Op::Forward, 63, Family::Simt),
+        (Op::Forward, 64, Family::MmaSync),
+        (Op::ForwardSave, 256, Family::MmaSync),
+        (Op::Forward, 257, Family::WgmmaTma),
+        (Op::InputGrad, 1, Family::SimtGemm),
+        (Op::Down, 63, Family::SimtGemm),
+        (Op::Down, 64, Family::WgmmaGemm),
+        (Op::InputGrad, 64, Family::WgmmaGemm),
+        (Op::WeightGrad, 1, Family::WgmmaGemm),
+        (Op::DownWeightGradAdd, 64, Family::WgmmaGemm),
+        (Op::Dgated, 4096, Family::SimtGemm),
+    ] {
+        assert_eq!(family(op, m, "sm_90a"), expected, "{op} M {m}");
+    }
+    for (m, tile) in [(64, (32, 64, 32, 6)), (256, (128, 64, 32, 2))] {
+        let problem = Problem::forward(DType::F32, WeightMajor::N, m, 4096, 4096);
+        match families::default_config(&problem, arch::by_name("sm_90a").unwrap()).unwrap() {
+            Config::MmaSync(won) => assert_eq!((won.block_m, won.block_n, won.block_k, won.stages), tile),
+            other => panic!("M {m}: {other}"),
+        }
+    }
+    for m in [1, 64, 256, 4096] {
+        assert_eq!(family(Op::Forward, m, "sm_80"), Family::Simt, "M {m}");
+        assert_eq!(family(Op::WeightGrad, m, "sm_80"), Family::SimtGemm, "M {m}");
+    }
+}
+
 #[test]
 fn every_space_has_candidates_and_they_survive_toml_and_json() {
     for arch in &ARCHES {

@@ -8,8 +8,8 @@ use swiglu_db::record::winners;
 use swiglu_db::shipped::{self, ShippedError, TABLES};
 use swiglu_db::snapshot::Snapshot;
 use swiglu_db::{Device, Match, Record, TuningTable};
-use swiglu_kernels::arch;
-use swiglu_kernels::families::Target;
+use swiglu_kernels::families::{Family, Target, default_config};
+use swiglu_kernels::{DType, arch};
 
 fn h200() -> Device {
     Device { class: CLASS.into(), name: "NVIDIA H200".into() }
@@ -72,6 +72,28 @@ fn what_a_plan_of_a_shipped_problem_takes_is_legal_and_its_own_wherever_it_was_t
             }
         }
     }
+}
+
+/// Which kernel of fp32 is the fastest of ours depends on the op and on M: operands may be multiplied in parts.
+#[test]
+fn an_untuned_fp32_problem_takes_the_family_that_won_wherever_it_was_tuned() {
+    let mut compared = 0;
+    for (name, text) in TABLES {
+        for record in parse(text).unwrap_or_else(|error| panic!("{name}: {error}")) {
+            let Target::Gpu(arch) = target_of(&record.device.class) else { continue };
+            let library = record.config.family() == Family::Cublaslt;
+            let ours = if library { record.measurement().unwrap().stand_in } else { Some(record.config) };
+            if record.problem.dtype != DType::F32
+                || record.problem.product().is_none() && !record.problem.op.is_forward()
+            {
+                continue;
+            }
+            let default = default_config(&record.problem, arch).unwrap();
+            assert_eq!(Some(default.family()), ours.map(|config| config.family()), "{name}: {}", record.key());
+            compared += 1;
+        }
+    }
+    assert!(compared >= 20, "{compared}");
 }
 
 #[test]
