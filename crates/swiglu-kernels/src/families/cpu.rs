@@ -3,7 +3,7 @@
 //! Design: `docs/kernels/cpu.md`. Implementation: `crates/swiglu-runtime/src/cpu.rs`.
 
 use super::{Rejected, check_unscaled, ensure};
-use crate::problem::{DType, Problem};
+use crate::problem::{Activation, DType, Problem};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -26,6 +26,10 @@ impl CpuConfig {
             "sizes are positive and small",
             || format!("{block_m}x{block_n}"),
         )?;
+        // The one that `cpu/silu.rs` of swiglu-runtime computes.
+        match problem.activation {
+            Activation::Silu => {}
+        }
         check_unscaled(problem)?;
         ensure(problem.dtype != DType::Tf32, "the CPU multiplies in fp32", || "tf32 asked for".into())?;
         ensure((1..=threads).contains(&wanted), "no more threads than the machine has", || {
