@@ -2,13 +2,16 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use proptest::prelude::*;
+use proptest::sample::Index;
+use proptest::test_runner::TestRunner;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use swiglu_kernels::arch::{self, ARCHES};
 use swiglu_kernels::families::{
-    self, ColumnSumConfig, CublasltConfig, ElementwiseConfig, Family, MmaDirectConfig, MmaGemmConfig, MmaSyncConfig,
-    Raster, Schedule, SimtConfig, SimtGemmConfig, Staging, Target, WeightOnlyTmaConfig, WgmmaGemmConfig,
-    WgmmaStreamConfig, WgmmaTmaConfig, wgmma_tma,
+    self, CublasltConfig, Family, MmaSyncConfig, Raster, Schedule, Staging, Target, WeightOnlyTmaConfig,
+    WgmmaGemmConfig, WgmmaStreamConfig, WgmmaTmaConfig, wgmma_tma,
 };
-use swiglu_kernels::{Config, DType, Format, Op, Problem, WeightMajor, render};
+use swiglu_kernels::{ArchSpec, Config, DType, Format, Op, Problem, WeightMajor, render};
 
 fn problems() -> impl Iterator<Item = Problem> {
     DType::ALL.into_iter().flat_map(|dtype| {
@@ -94,22 +97,57 @@ fn fp32_is_multiplied_in_parts_where_that_was_measured_to_win() {
     }
 }
 
+/// Whether `family` must have candidates of `op` where operands are aligned and 16-bit weights lie along K.
+fn has_candidates(family: Family, op: Op, dtype: DType, arch: &ArchSpec) -> bool {
+    let is_forward = op == Op::Forward;
+    let is_product = matches!(op, Op::Dgated | Op::Down);
+    let is_half = matches!(dtype, DType::F16 | DType::Bf16);
+    let (is_scaled, is_weight_only) = (dtype.is_scaled(), dtype.is_scaled() && dtype != DType::E4m3);
+    match family {
+        Family::Simt => is_forward && !is_scaled && dtype != DType::Tf32,
+        Family::MmaDirect => is_forward && (is_half || is_weight_only) && arch.has_cp_async,
+        // It fills the shared memory of data-centre GPUs.
+        Family::WeightOnlyTma => is_forward && is_weight_only && ["sm_90a", "sm_100a", "sm_103a"].contains(&arch.name),
+        Family::MmaSync => is_forward && !is_scaled && arch.has_cp_async,
+        Family::WgmmaStream => is_forward && is_half && arch.has_wgmma,
+        Family::WgmmaTma => is_forward && (is_half || matches!(dtype, DType::F32 | DType::E4m3)) && arch.has_wgmma,
+        Family::Elementwise => op == Op::Gate && !is_scaled,
+        Family::ColumnSum => op == Op::BiasGrad && !is_scaled,
+        Family::SimtGemm => is_product && !is_scaled,
+        Family::MmaGemm => is_product && (is_half || dtype == DType::Tf32) && arch.has_cp_async,
+        Family::WgmmaGemm => is_product && (is_half || dtype == DType::F32 && op == Op::Down) && arch.has_wgmma,
+        Family::Cublaslt => {
+            let is_fused = is_forward || op == Op::Dgated;
+            let runs = matches!(dtype, DType::F32 | DType::F16) || arch.has_cp_async;
+            (is_forward || is_product) && !is_scaled && !(is_fused && is_half) && runs
+        }
+        Family::Cpu => false,
+    }
+}
+
 #[test]
-fn every_space_has_candidates_and_they_survive_toml_and_json() {
+fn every_space_has_the_candidates_it_must_and_they_survive_toml_and_json() {
     for arch in &ARCHES {
         for dtype in DType::ALL {
             let major = if dtype.weights() == Format::Int4 { WeightMajor::N } else { WeightMajor::K };
             let problem = Problem::forward(dtype, major, 512, 14336, 4096);
-            for problem in [Op::Forward, Op::Gate, Op::Dgated, Op::Down, Op::BiasGrad].map(|op| problem.with_op(op)) {
+            for op in [Op::Forward, Op::Gate, Op::Dgated, Op::Down, Op::BiasGrad] {
+                let problem = problem.with_op(op);
                 let candidates = families::candidates(&problem, Target::Gpu(arch));
                 for family in Family::GPU.into_iter().chain([Family::Cublaslt]) {
-                    let count = candidates.iter().filter(|config| config.family() == family).count();
-                    let possible = families::default_of(family, &problem, arch).is_ok();
-                    assert_eq!(possible, count > 0, "{family} {dtype} on {arch}");
+                    let some = candidates.iter().any(|config| config.family() == family);
+                    assert_eq!(some, has_candidates(family, op, dtype, arch), "{family} {op} {dtype} on {arch}");
+                    assert_eq!(
+                        some,
+                        families::default_of(family, &problem, arch).is_ok(),
+                        "{family} {op} {dtype} on {arch}"
+                    );
                 }
                 for config in candidates {
                     let text = toml::to_string(&config).unwrap();
                     assert_eq!(toml::from_str::<Config>(&text).unwrap(), config);
+                    let text = serde_json::to_string(&config).unwrap();
+                    assert_eq!(serde_json::from_str::<Config>(&text).unwrap(), config);
                 }
             }
         }
@@ -351,34 +389,83 @@ fn size() -> impl Strategy<Value = u32> {
     prop_oneof![0..=300u32, Just(u32::MAX), Just(1 << 31), (0..32u32).prop_map(|shift| 1 << shift)]
 }
 
-proptest! {
-    #[test]
-    fn no_config_makes_check_panic(values in proptest::collection::vec(size(), 8), n_major: bool, tma: bool, dtype in 0..DType::ALL.len()) {
-        let major = if n_major { WeightMajor::N } else { WeightMajor::K };
-        let problem = Problem::forward(DType::ALL[dtype], major, values[7], values[6], values[5]);
-        let staging = if tma { Staging::Tma } else { Staging::CpAsync };
-        let [a, b, c, d, e, f, g, h] = values[..] else { panic!("eight values") };
-        let configs = [
-            Config::MmaSync(MmaSyncConfig { staging, block_m: a, block_n: b, block_k: c, stages: d, warps_m: e, warps_n: f, access_bytes: g, fast_silu: tma, raster: Raster::AlongM, raster_group: h }),
-            Config::MmaDirect(MmaDirectConfig { block_m: a, block_n: b, warps: c, loads: d, fast_silu: tma }),
-            Config::WeightOnlyTma(WeightOnlyTmaConfig { block_m: a, block_n: b, warps_n: c, warps_k: d, order_warps: h, stages: e, blocks_per_sm: f, prefetch: g, fast_silu: tma }),
-            Config::WgmmaStream(WgmmaStreamConfig { block_m: a, block_n: b, stages: c, cluster_k: d, blocks_per_sm: e, fill: f, prefetch: g, stagger: h, fast_silu: tma }),
-            Config::WgmmaTma(WgmmaTmaConfig { block_m: a, block_n: b, block_k: c, stages: d, consumers: e, schedule: if tma { Schedule::Pingpong } else { Schedule::Cooperative }, cluster_m: f, cluster_n: g, cluster_k: 1 + f % 2, store_cols: h, store_buffers: e, blocks_per_sm: 1 + b % 2, fill: 1 + c % 2, prefetch: a, fast_silu: tma, raster: if tma { Raster::Resident } else { Raster::AlongM }, raster_group: d }),
-            Config::Simt(SimtConfig { block_m: a, block_n: b, block_k: c, thread_m: d, thread_n: e, stages: f, access_bytes: g, raster: Raster::AlongN, raster_group: h }),
-            Config::Elementwise(ElementwiseConfig { threads: a, rows: b, access_bytes: c }),
-            Config::Cublaslt(CublasltConfig { algorithm: a }),
-            Config::ColumnSum(ColumnSumConfig { threads: a, lanes: b, access_bytes: c }),
-            Config::SimtGemm(SimtGemmConfig { block_m: a, block_n: b, block_k: c, thread_m: d, thread_n: e, access_bytes: g, raster: Raster::AlongN, raster_group: h }),
-            Config::MmaGemm(MmaGemmConfig { block_m: a, block_n: b, block_k: c, stages: d, warps_m: e, warps_n: f, access_bytes: g, raster: Raster::AlongM, raster_group: h }),
-            Config::WgmmaGemm(WgmmaGemmConfig { block_m: a, block_n: b, block_k: c, tail_n: 64 * (h % 2), stages: d, consumers: e, schedule: if tma { Schedule::Pingpong } else { Schedule::Cooperative }, cluster_m: f, cluster_n: g, cluster_k: 1 + f % 4, store_cols: h, store_buffers: e, blocks_per_sm: 1 + b % 2, fill: 1 + c % 2, prefetch: a, raster: Raster::AlongM, raster_group: d }),
-        ];
-        let problems = Op::ALL.map(|op| problem.with_op(op));
-        for arch in &ARCHES {
-            for (config, problem) in configs.into_iter().flat_map(|config| problems.map(|problem| (config, problem))) {
-                if config.check(&problem, Target::Gpu(arch)).is_ok() {
-                    render::digest(&problem, &config, arch).unwrap();
+/// Legal configs of every family, with problems of every number format and of an op of each kind.
+fn legal() -> BTreeMap<Family, Vec<(Problem, Config, Target)>> {
+    let hopper = Target::Gpu(arch::by_name("sm_90a").unwrap());
+    let mut legal: BTreeMap<Family, Vec<_>> = BTreeMap::new();
+    for dtype in DType::ALL {
+        let major = if dtype.weights() == Format::Int4 { WeightMajor::N } else { WeightMajor::K };
+        let problem = Problem::forward(dtype, major, 64, 14336, 4096);
+        for problem in
+            [Op::Forward, Op::Gate, Op::Dgated, Op::Down, Op::WeightGradAdd, Op::BiasGrad].map(|op| problem.with_op(op))
+        {
+            for target in [hopper, Target::Cpu { threads: 8 }] {
+                // An odd step, so that all values of every field come.
+                for config in families::candidates(&problem, target).into_iter().step_by(7) {
+                    legal.entry(config.family()).or_default().push((problem, config, target));
                 }
             }
         }
+    }
+    legal
+}
+
+/// What takes the place of a number of a config: any, or what another legal config of the family has there.
+#[derive(Debug, Clone, Copy)]
+enum Other {
+    Any(u32),
+    Of(Index),
+}
+
+/// `config` with its number at `field`, of those it has, replaced.
+fn with_number(config: &Config, field: usize, other: Other, all: &[(Problem, Config, Target)]) -> Config {
+    let mut fields = toml::Table::try_from(config).unwrap();
+    let numbers: Vec<_> = fields.iter().filter(|(_, value)| value.is_integer()).map(|(name, _)| name.clone()).collect();
+    let name = &numbers[field % numbers.len()];
+    let value = match other {
+        Other::Any(value) => toml::Value::Integer(value.into()),
+        Other::Of(index) => toml::Table::try_from(index.get(all).1).unwrap().remove(name).unwrap(),
+    };
+    fields.insert(name.clone(), value);
+    fields.try_into().unwrap()
+}
+
+/// Legal configs and problems in which a few numbers are others.
+#[test]
+fn no_config_makes_check_or_render_panic() {
+    let legal = legal();
+    let rendered = RefCell::new(BTreeMap::new());
+    let other = prop_oneof![size().prop_map(Other::Any), any::<Index>().prop_map(Other::Of)];
+    let of_config = proptest::collection::vec((0..32usize, other), 0..=2);
+    let of_problem = proptest::option::of((0..4usize, size()));
+    let strategy = (any::<Index>(), of_config, of_problem);
+    let test = |(which, of_config, of_problem): (Index, Vec<(usize, Other)>, Option<(usize, u32)>)| {
+        for (&family, all) in &legal {
+            let &(mut problem, config, target) = which.get(all);
+            let replace = |config, &(field, other): &(usize, Other)| with_number(&config, field, other, all);
+            let config = of_config.iter().fold(config, replace);
+            if let Some((field, value)) = of_problem {
+                let Problem { m, n, k, alignment, .. } = &mut problem;
+                *[m, n, k, alignment][field] = value;
+            }
+            if matches!(target, Target::Cpu { .. }) {
+                let legal = config.check(&problem, target).is_ok();
+                *rendered.borrow_mut().entry(family).or_insert(0) += u32::from(legal);
+                continue;
+            }
+            // Every architecture's rules; the source is the same for all.
+            let legal: Vec<_> =
+                ARCHES.iter().filter(|arch| config.check(&problem, Target::Gpu(arch)).is_ok()).collect();
+            if let Some(arch) = legal.last() {
+                render::digest(&problem, &config, arch).unwrap();
+                *rendered.borrow_mut().entry(family).or_insert(0) += 1;
+            }
+        }
+        Ok(())
+    };
+    let config = ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() };
+    TestRunner::new(config).run(&strategy, test).unwrap_or_else(|error| panic!("{error}"));
+    for family in Family::GPU.into_iter().chain([Family::Cublaslt, Family::Cpu]) {
+        assert!(rendered.borrow().get(&family).is_some_and(|&count| count >= 10), "{family}: {rendered:?}");
     }
 }
