@@ -5,7 +5,7 @@ use crate::families::{Config, Family, Rejected, Staging, Target, wgmma_tma};
 use crate::problem::Problem;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::LazyLock;
-use tera::{Context, Delimiters, Tera};
+use tera::{Context, Delimiters, Tera, Value};
 
 /// One compilable CUDA source, headers written out in place.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -153,7 +153,10 @@ fn engine(template: &'static str) -> Result<&'static Tera, RenderError> {
 pub fn render(problem: &Problem, config: &Config, arch: &'static ArchSpec) -> Result<KernelSource, RenderError> {
     check(problem, config, arch)?;
     let template = template_of(problem, config)?;
-    let context = context(problem, config, template)?;
+    let mut context = Context::new();
+    for (name, value) in values(problem, config, template)? {
+        context.insert_value(name, value);
+    }
     let entry = if problem.op.is_forward() { "swiglu_forward" } else { "swiglu_step" };
     let is_split = matches!(config, Config::WgmmaTma(_) | Config::WgmmaGemm(_)) && wgmma_tma::is_split(problem.dtype);
     let rendered = source(config.family().name(), entry, template, &context)?;
@@ -261,30 +264,31 @@ fn problem_names(problem: &Problem) -> Vec<(&'static str, &'static str)> {
 }
 
 /// What the template sees: the config's fields, the problem's names, the derived sizes.
-fn context(problem: &Problem, config: &Config, template: &'static str) -> Result<Context, RenderError> {
+fn values(problem: &Problem, config: &Config, template: &'static str) -> Result<BTreeMap<String, Value>, RenderError> {
     let fields = match config {
-        Config::Simt(config) => Context::from_serialize(config),
-        Config::MmaDirect(config) => Context::from_serialize(config),
-        Config::WeightOnlyTma(config) => Context::from_serialize(config),
-        Config::MmaSync(config) => Context::from_serialize(config),
-        Config::WgmmaStream(config) => Context::from_serialize(config),
-        Config::WgmmaTma(config) => Context::from_serialize(config),
-        Config::Elementwise(config) => Context::from_serialize(config),
-        Config::ColumnSum(config) => Context::from_serialize(config),
-        Config::SimtGemm(config) => Context::from_serialize(config),
-        Config::MmaGemm(config) => Context::from_serialize(config),
-        Config::WgmmaGemm(config) => Context::from_serialize(config),
+        Config::Simt(config) => Value::try_from_serializable(config),
+        Config::MmaDirect(config) => Value::try_from_serializable(config),
+        Config::WeightOnlyTma(config) => Value::try_from_serializable(config),
+        Config::MmaSync(config) => Value::try_from_serializable(config),
+        Config::WgmmaStream(config) => Value::try_from_serializable(config),
+        Config::WgmmaTma(config) => Value::try_from_serializable(config),
+        Config::Elementwise(config) => Value::try_from_serializable(config),
+        Config::ColumnSum(config) => Value::try_from_serializable(config),
+        Config::SimtGemm(config) => Value::try_from_serializable(config),
+        Config::MmaGemm(config) => Value::try_from_serializable(config),
+        Config::WgmmaGemm(config) => Value::try_from_serializable(config),
         Config::Cublaslt(_) | Config::Cpu(_) => return Err(RenderError::NoSource(config.family())),
     };
-    let mut context = fields.map_err(|source| RenderError::Template { template, source })?;
+    let fields = fields.map_err(|source| RenderError::Template { template, source })?.into_map().unwrap_or_default();
+    let mut values: BTreeMap<_, _> = fields.into_iter().map(|(name, value)| (name.to_string(), value)).collect();
     for field in LAUNCH_FIELDS.into_iter().chain(TEMPLATE_FIELDS) {
-        context.remove(field);
+        values.remove(field);
     }
     for (name, value) in problem_names(problem) {
-        context.insert(name, value);
+        values.insert(name.into(), Value::from(value));
     }
     if let Some(shape) = config.launch_shape(problem).filter(|shape| shape.smem_bytes > 0) {
-        context.insert("smem_bytes", &shape.smem_bytes);
+        values.insert("smem_bytes".into(), Value::from(shape.smem_bytes));
     }
     // Tiles of many tokens read them no earlier, and have one source.
     let reads_ahead = match config {
@@ -294,9 +298,9 @@ fn context(problem: &Problem, config: &Config, template: &'static str) -> Result
         _ => None,
     };
     if let Some(reads_ahead) = reads_ahead {
-        context.insert("static_weights", &(reads_ahead && problem.op.has_static_weights()));
+        values.insert("static_weights".into(), Value::from(reads_ahead && problem.op.has_static_weights()));
     }
-    Ok(context)
+    Ok(values)
 }
 
 fn source(
@@ -363,19 +367,14 @@ mod tests {
             if !seen.insert(template) {
                 continue;
             }
-            let used: BTreeSet<_> =
-                engine(template).unwrap().get_template_variables(template).unwrap().into_iter().collect();
-            let context = context(&problem, &config, template).unwrap();
-            for name in &used {
-                assert!(context.contains_key(name), "{template} uses `{name}`, which it is not given");
-            }
-            let given = serde_names(&config)
-                .into_iter()
-                .chain(problem_names(&problem).into_iter().map(|(name, _)| name.into()))
-                .chain(context.contains_key("smem_bytes").then(|| "smem_bytes".into()));
-            let exempt = |name: &str| LAUNCH_FIELDS.contains(&name) || TEMPLATE_FIELDS.contains(&name);
-            for name in given.filter(|name| !exempt(name)) {
-                assert!(used.contains(name.as_str()), "{template} does not use `{name}`");
+            let used = engine(template).unwrap().get_template_variables(template).unwrap();
+            let used: BTreeSet<_> = used.into_iter().map(String::from).collect();
+            let given: BTreeSet<_> = values(&problem, &config, template).unwrap().into_keys().collect();
+            assert_eq!(used, given, "left: names that {template} uses, right: those it is given");
+            let exempt = LAUNCH_FIELDS.into_iter().chain(TEMPLATE_FIELDS).map(String::from);
+            let kept: BTreeSet<_> = given.into_iter().chain(exempt).collect();
+            for name in serde_names(&config) {
+                assert!(kept.contains(&name), "{template} is not given `{name}`");
             }
         }
         assert_eq!(seen.len(), TEMPLATES.len() - 1, "every template but the support kernels");
