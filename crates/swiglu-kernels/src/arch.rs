@@ -11,6 +11,8 @@ pub struct ArchSpec {
     pub compute_capability: (u32, u32),
     /// Shared memory that one block may opt in to.
     pub smem_per_block: u32,
+    /// Threads that one multiprocessor holds at a time.
+    pub threads_per_sm: u32,
     /// 32-bit registers of one multiprocessor.
     pub registers_per_sm: u32,
     /// `cp.async`, bf16 and tf32 `mma.sync`: compute capability 8.0 and later.
@@ -21,11 +23,12 @@ pub struct ArchSpec {
     pub has_wgmma: bool,
 }
 
-const fn spec(name: &'static str, major: u32, minor: u32, smem_kib: u32) -> ArchSpec {
+const fn spec(name: &'static str, (major, minor): (u32, u32), smem_kib: u32, threads_per_sm: u32) -> ArchSpec {
     ArchSpec {
         name,
         compute_capability: (major, minor),
         smem_per_block: smem_kib * 1024,
+        threads_per_sm,
         registers_per_sm: 65536,
         has_cp_async: major >= 8,
         has_tma: major >= 9,
@@ -34,22 +37,22 @@ const fn spec(name: &'static str, major: u32, minor: u32, smem_kib: u32) -> Arch
 }
 
 /// Hopper, of whose multiprocessor the families on `wgmma` make the most.
-pub(crate) const HOPPER: ArchSpec = spec("sm_90a", 9, 0, 227);
+pub(crate) const HOPPER: ArchSpec = spec("sm_90a", (9, 0), 227, 2048);
 
-/// Every known architecture. Shared memory per block: CUDA C++ Programming Guide, "Technical
+/// Every known architecture. Shared memory per block and threads per multiprocessor: CUDA C++ Programming Guide, "Technical
 /// Specifications per Compute Capability".
 pub const ARCHES: [ArchSpec; 11] = [
-    spec("sm_70", 7, 0, 96),
-    spec("sm_75", 7, 5, 64),
-    spec("sm_80", 8, 0, 163),
-    spec("sm_86", 8, 6, 99),
-    spec("sm_87", 8, 7, 163),
-    spec("sm_89", 8, 9, 99),
+    spec("sm_70", (7, 0), 96, 2048),
+    spec("sm_75", (7, 5), 64, 1024),
+    spec("sm_80", (8, 0), 163, 2048),
+    spec("sm_86", (8, 6), 99, 1536),
+    spec("sm_87", (8, 7), 163, 1536),
+    spec("sm_89", (8, 9), 99, 1536),
     HOPPER,
-    spec("sm_100a", 10, 0, 227),
-    spec("sm_103a", 10, 3, 227),
-    spec("sm_120", 12, 0, 99),
-    spec("sm_121", 12, 1, 99),
+    spec("sm_100a", (10, 0), 227, 2048),
+    spec("sm_103a", (10, 3), 227, 2048),
+    spec("sm_120", (12, 0), 99, 1536),
+    spec("sm_121", (12, 1), 99, 1536),
 ];
 
 /// An architecture that is not in [`ARCHES`].

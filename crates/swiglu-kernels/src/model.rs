@@ -258,7 +258,7 @@ fn resident(problem: &Problem, shape: &LaunchShape, arch: &ArchSpec) -> f64 {
     let sums = 2 * shape.block_m * shape.block_n / shape.cluster.max(1) / threads;
     let registers = (sums + if problem.dtype == DType::F32 { 100 } else { 50 }).min(255);
     let by_smem = (arch.smem_per_block + RESERVED_BYTES) / (shape.smem_bytes + RESERVED_BYTES);
-    f64::from(by_smem.min(2048 / threads).min(arch.registers_per_sm / (registers * threads)).max(1))
+    f64::from(by_smem.min(arch.threads_per_sm / threads).min(arch.registers_per_sm / (registers * threads)).max(1))
 }
 
 /// The peak memory bandwidth that a device class tells, in bytes a second: two transfers a clock over the bus,
@@ -376,6 +376,16 @@ mod tests {
                 let asked = shape.per_sm.filter(|&asked| asked < u32::MAX).map_or(1.0, f64::from);
                 assert!(resident(&problem, &shape, h200().arch) >= asked, "{config}");
             }
+        }
+    }
+
+    #[test]
+    fn a_multiprocessor_holds_no_more_blocks_than_it_has_threads_for() {
+        let problem = Problem::forward(DType::F16, WeightMajor::K, 4096, 4096, 4096);
+        let shape = families::default_of(Family::Simt, &problem, h200().arch).unwrap().launch_shape(&problem).unwrap();
+        let small = LaunchShape { smem_bytes: 0, threads: 128, block_m: 16, block_n: 16, ..shape };
+        for (name, blocks) in [("sm_75", 8.0), ("sm_86", 9.0), ("sm_90a", 9.0)] {
+            assert_eq!(resident(&problem, &small, arch::by_name(name).unwrap()), blocks, "{name}");
         }
     }
 

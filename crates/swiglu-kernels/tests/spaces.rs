@@ -439,7 +439,7 @@ fn no_config_makes_check_or_render_panic() {
     let of_config = proptest::collection::vec((0..32usize, other), 0..=2);
     let of_problem = proptest::option::of((0..4usize, size()));
     let strategy = (any::<Index>(), of_config, of_problem);
-    let test = |(which, of_config, of_problem): (Index, Vec<(usize, Other)>, Option<(usize, u32)>)| {
+    let test = |(which, of_config, of_problem): (Index, Vec<_>, Option<(usize, u32)>)| {
         for (&family, all) in &legal {
             let &(mut problem, config, target) = which.get(all);
             let replace = |config, &(field, other): &(usize, Other)| with_number(&config, field, other, all);
