@@ -70,9 +70,6 @@ impl Op {
         Self::DownBiasGradAdd,
     ];
 
-    /// The operations that have no GEMM and sum nothing.
-    pub const ELEMENTWISE: [Self; 2] = [Self::Gate, Self::GateBackward];
-
     /// The operations that are one GEMM, perhaps with the gate's backward behind it.
     pub const PRODUCTS: [Self; 9] = [
         Self::Down,

@@ -3,7 +3,7 @@
 //!
 //! Design: `docs/kernels/weight_only_tma.md`. Template: `templates/weight_only_tma/kernel.cu.tera`.
 
-use super::wgmma_tma::{RESERVED_BYTES, smem_budget, stages_that_fit};
+use super::wgmma_tma::{check_room, smem_budget, stages_that_fit};
 use super::{
     LaunchShape, Raster, Rejected, check_block, check_fast_silu, check_registers, check_sizes, ensure, narrowest_wave,
 };
@@ -134,12 +134,7 @@ impl WeightOnlyTmaConfig {
         ensure(stages >= 2 && stages.is_multiple_of(warps_k), "a stage belongs to one group of warps", || {
             format!("{stages} stages, {warps_k} groups")
         })?;
-        let smem = u64::from(blocks_per_sm) * u64::from(self.smem_bytes(weights) + RESERVED_BYTES);
-        ensure(
-            smem <= u64::from(arch.smem_per_block + RESERVED_BYTES),
-            "the stages of all blocks of a multiprocessor fit in its shared memory",
-            || format!("{blocks_per_sm} blocks of {} bytes", self.smem_bytes(weights)),
-        )?;
+        check_room(blocks_per_sm, self.smem_bytes(weights), arch)?;
         check_fast_silu(self.fast_silu, problem)?;
         check_block(&self.launch_shape(problem), problem, arch)?;
         let sums = block_m * block_n / warps_n / 16;

@@ -200,8 +200,14 @@ pub(super) fn check_blocks_per_sm(
         || format!("{blocks_per_sm} blocks of {consumers} consumers"),
     )?;
     ensure(fill <= blocks_per_sm, "no more blocks are launched than fit", || format!("{fill} of {blocks_per_sm}"))?;
+    check_room(blocks_per_sm, smem_bytes, arch)
+}
+
+/// Rule of the shared memory of blocks that share a multiprocessor.
+pub(super) fn check_room(blocks_per_sm: u32, smem_bytes: u32, arch: &ArchSpec) -> Result<(), Rejected> {
+    let needed = u64::from(blocks_per_sm) * u64::from(smem_bytes + RESERVED_BYTES);
     ensure(
-        blocks_per_sm * (smem_bytes + RESERVED_BYTES) <= arch.smem_per_block + RESERVED_BYTES,
+        needed <= u64::from(arch.smem_per_block + RESERVED_BYTES),
         "the stages of all blocks of a multiprocessor fit in its shared memory",
         || format!("{blocks_per_sm} blocks of {smem_bytes} bytes"),
     )
