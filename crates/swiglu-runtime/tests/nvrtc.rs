@@ -4,9 +4,10 @@
 use rand::rngs::SmallRng;
 use rand::{SeedableRng, seq::IndexedRandom};
 use rayon::prelude::*;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use swiglu_kernels::arch::ARCHES;
 use swiglu_kernels::families::{Family, Target, candidates, default_of};
-use swiglu_kernels::{ArchSpec, Config, DType, KernelSource, Op, Problem, WeightMajor, arch, render};
+use swiglu_kernels::{ArchSpec, Config, DType, Format, KernelSource, Op, Problem, WeightMajor, arch, render};
 use swiglu_runtime::Options;
 use swiglu_runtime::cubin_cache::CubinCache;
 use swiglu_runtime::nvrtc::{CompileError, Nvrtc, Resources, SPILL_BUDGET_BYTES};
@@ -15,17 +16,25 @@ fn nvrtc() -> Nvrtc {
     Nvrtc::load(Options::from_env().nvrtc.as_deref()).unwrap_or_else(|error| panic!("{error}; or run scripts/test"))
 }
 
+/// Every known architecture, less what this NVRTC has dropped or does not know yet.
+fn arches(nvrtc: &Nvrtc) -> Vec<&'static ArchSpec> {
+    ARCHES.iter().filter(|arch| nvrtc.check_arch(arch).is_ok()).collect()
+}
+
+/// Architectures for which more is compiled than defaults: one of each that differs in what its kernels may use.
+const THOROUGH: [&str; 6] = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"];
+
 /// What the worst legal config spills (docs/compile-all.md); the tuner drops such a config, a default may not be one.
 const RECORDED_SPILL_BYTES: u32 = 96;
 
-/// The default, the extreme and a sampled config of every family, number format, weight order and architecture,
+/// The default, the extreme and a sampled config of every family, number format, weight order and architecture of [`THOROUGH`],
 /// for aligned and for misaligned operands.
 #[test]
-fn every_family_compiles_for_every_architecture_within_the_recorded_spills() {
+fn every_family_compiles_within_the_recorded_spills() {
     let nvrtc = nvrtc();
     let mut rng = SmallRng::seed_from_u64(1);
     let mut jobs: BTreeMap<(&str, String), (&'static ArchSpec, String, KernelSource, u32)> = BTreeMap::new();
-    for name in ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"] {
+    for name in THOROUGH {
         let arch = arch::by_name(name).unwrap();
         for dtype in DType::ALL {
             for major in WeightMajor::ALL {
@@ -65,6 +74,41 @@ fn every_family_compiles_for_every_architecture_within_the_recorded_spills() {
                 }
                 Err(error) => Some(format!("{what}: {error}")),
             }
+        })
+        .collect();
+    assert!(broken.is_empty(), "{}", broken.join("\n"));
+}
+
+/// On the architectures that the test above leaves out: the default of every family for the forward in every number format,
+/// and for every step in bf16.
+#[test]
+fn every_default_compiles_for_the_other_architectures() {
+    let nvrtc = nvrtc();
+    let mut jobs: BTreeMap<(&str, String), (&'static ArchSpec, String, KernelSource)> = BTreeMap::new();
+    let mut families = BTreeSet::new();
+    for arch in arches(&nvrtc).into_iter().filter(|arch| !THOROUGH.contains(&arch.name)) {
+        let forwards = DType::ALL.map(|dtype| (dtype, Op::Forward)).into_iter();
+        let steps = Op::ALL.into_iter().filter(|op| !op.is_forward()).map(|op| (DType::Bf16, op));
+        for (dtype, op) in forwards.chain(steps) {
+            let major = if dtype.weights() == Format::Int4 { WeightMajor::N } else { WeightMajor::K };
+            let problem = Problem::forward(dtype, major, 16, 14336, 4096).with_op(op);
+            for config in Family::GPU.into_iter().filter_map(|family| default_of(family, &problem, arch).ok()) {
+                families.insert((arch.name, config.family()));
+                let source = render::render(&problem, &config, arch).unwrap();
+                let what = format!("{arch} {op} {dtype} {config}");
+                jobs.insert((arch.name, source.digest.clone()), (arch, what, source));
+            }
+        }
+    }
+    for name in ["sm_100a", "sm_103a"].into_iter().filter(|name| nvrtc.check_arch(arch::by_name(name).unwrap()).is_ok())
+    {
+        assert!(families.contains(&(name, Family::WeightOnlyTma)), "{name}");
+    }
+    let broken: Vec<String> = jobs
+        .into_par_iter()
+        .filter_map(|(_, (arch, what, source))| match nvrtc.compile(&source, arch).map(|it| it.resources) {
+            Ok(resources) => resources.objection().map(|objection| format!("{what}: {objection}")),
+            Err(error) => Some(format!("{what}: {error}")),
         })
         .collect();
     assert!(broken.is_empty(), "{}", broken.join("\n"));
@@ -200,10 +244,10 @@ fn the_forwards_tiles_of_few_tokens_spill_nothing() {
 #[test]
 fn the_tuners_helper_kernels_compile_everywhere() {
     let nvrtc = nvrtc();
-    for name in ["sm_75", "sm_80", "sm_90a", "sm_120"] {
+    for arch in arches(&nvrtc) {
         for dtype in DType::ALL {
             let source = render::render_support(&Problem::forward(dtype, WeightMajor::N, 8, 8, 8)).unwrap();
-            nvrtc.compile(&source, arch::by_name(name).unwrap()).unwrap();
+            nvrtc.compile(&source, arch).unwrap();
         }
     }
 }
