@@ -8,6 +8,7 @@ use rand::{SeedableRng, seq::IndexedRandom};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::process::ExitCode;
+use swiglu_kernels::arch::ARCHES;
 use swiglu_kernels::families::{self, Family, Target};
 use swiglu_kernels::problem::WeightMajor;
 use swiglu_kernels::{ArchSpec, Config, DType, KernelSource, Op, Problem, arch, render};
@@ -16,13 +17,8 @@ use swiglu_runtime::nvrtc::Nvrtc;
 
 #[derive(Debug, Clone, Args)]
 pub(crate) struct CompileArgs {
-    /// Architectures to compile for.
-    #[arg(
-        long,
-        value_delimiter = ',',
-        default_value = "sm_75,sm_80,sm_86,sm_89,sm_90a,sm_120",
-        value_name = "sm_80,..."
-    )]
+    /// Architectures to compile for; without it all that this NVRTC compiles for.
+    #[arg(long, value_delimiter = ',', value_name = "sm_80,...")]
     arch: Vec<String>,
     /// Operations.
     #[arg(long, value_delimiter = ',', default_value = "forward", value_name = "forward,dgated,...")]
@@ -67,8 +63,12 @@ struct Counts {
 pub(crate) fn run(args: &CompileArgs, options: &Options) -> Result<ExitCode> {
     let nvrtc = Nvrtc::load(options.nvrtc.as_deref())?;
     let mut jobs = Vec::new();
-    for name in &args.arch {
-        let arch = arch::by_name(name)?;
+    let mut arches: Vec<&'static ArchSpec> =
+        args.arch.iter().map(|name| arch::by_name(name)).collect::<Result<_, _>>()?;
+    if arches.is_empty() {
+        arches = ARCHES.iter().filter(|arch| nvrtc.check_arch(arch).is_ok()).collect();
+    }
+    for arch in arches {
         nvrtc.check_arch(arch)?;
         for &dtype in &args.dtype {
             for weight_major in WeightMajor::ALL {
