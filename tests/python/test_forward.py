@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import os
+import signal
 
 import pytest
 import torch
@@ -461,3 +463,14 @@ def test_tf32_follows_torch(switch, precision):
     turn()
     error = relative_error(swiglu.forward(*inputs), reference(*inputs))
     assert 1e-5 < error < 1e-3 if allows_tf32 else error <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_has_threads_of_its_own():
+    x, gate, up, *_ = operands(5, 12, 8)
+    expected = swiglu.forward(x, gate, up)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)  # who waits for the parent's threads waits for ever
+        os._exit(0 if all(torch.equal(swiglu.forward(x, gate, up), expected) for _ in range(3)) else 1)
+    assert os.waitpid(child, 0)[1] == 0
