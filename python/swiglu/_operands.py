@@ -56,7 +56,8 @@ def raise_restated(error: Exception, check_again: Callable, *operands) -> NoRetu
         check_again(*operands)
     except Exception as said:  # of no tensors, anything
         # Autocast makes formats alike that are checked as they are here.
-        if type(said) is type(error) and not _is_any_autocast_enabled():
+        is_of_formats = type(error) is TypeError and _is_any_autocast_enabled()
+        if type(said) is type(error) and not is_of_formats:
             raise said from None
     raise error
 

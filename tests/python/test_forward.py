@@ -472,5 +472,9 @@ def test_a_forked_child_has_threads_of_its_own():
     child = os.fork()
     if child == 0:
         signal.alarm(30)  # who waits for the parent's threads waits for ever
-        os._exit(0 if all(torch.equal(swiglu.forward(x, gate, up), expected) for _ in range(3)) else 1)
+        code = 1
+        try:
+            code = 0 if all(torch.equal(swiglu.forward(x, gate, up), expected) for _ in range(3)) else 2
+        finally:
+            os._exit(code)
     assert os.waitpid(child, 0)[1] == 0

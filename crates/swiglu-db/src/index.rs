@@ -93,10 +93,10 @@ impl Index {
         let path = dir.join(DIR_NAME);
         let (mut kept, mut found) = (None, Entries::new());
         if fs::symlink_metadata(&path).is_ok() {
-            remove_unfinished_snapshots(&path)?;
-            // What is wanted anew need not open: whoever works with it alone keeps it.
-            let opened = match open_equal(&path, entries) {
-                Err(error) if anew && !matches!(error, OpenError::Busy(_)) => {
+            let opened = remove_unfinished_snapshots(&path).map_err(OpenError::from);
+            let opened = match opened.and_then(|()| open_equal(&path, entries)) {
+                // What is wanted anew need not be ours to open.
+                Err(OpenError::File(error)) if anew && error.cause.kind() == io::ErrorKind::PermissionDenied => {
                     Err(Useless { reason: error.to_string(), found: Entries::new() })
                 }
                 opened => opened?,

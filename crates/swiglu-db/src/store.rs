@@ -93,15 +93,14 @@ impl TuningDb {
         Index::must_be_free(dir)?;
         let snapshot = dir.join(snapshot::FILE_NAME);
         let path = dir.join(journal::FILE_NAME);
-        let published = match published(&snapshot) {
-            Ok(published) => published,
-            Err(newer) => {
-                // Of two that are newer the journal is named: it is the truth.
-                journal::read(&path)?;
-                return Err(newer.into());
-            }
-        };
+        let read = Snapshot::published(&snapshot);
+        if let Err(SnapshotError::NewerSchema(newer)) = read {
+            // Of two that are newer the journal is named: it is the truth.
+            journal::read(&path)?;
+            return Err(SnapshotError::from(newer).into());
+        }
         let (mut journal, contents) = Journal::open(&path)?;
+        let published = published(&snapshot, read)?;
         let mut records = contents.records;
         let Opened { index, kept, found } = Index::open(dir, &entries(&records)?, anew)?;
         // The index first: what has failed since the snapshot was published must not come back from it.
@@ -264,16 +263,13 @@ pub struct Taken {
     pub refused: usize,
 }
 
-/// The snapshot at `path`; `None` where it is missing, or damaged and set aside. Either is published again.
-fn published(path: &Path) -> Result<Option<Snapshot>, SnapshotError> {
-    match Snapshot::published(path) {
-        Err(SnapshotError::Damaged { reason, .. }) => {
-            let kept = move_aside(path, "corrupt")?;
-            tracing::warn!(%reason, kept = %kept.display(), "publishing the snapshot anew from the journal");
-            Ok(None)
-        }
-        read => read,
-    }
+/// What was `read` of the snapshot at `path`; `None` where it is missing, or cannot be used and is set aside. It is published again.
+fn published(path: &Path, read: Result<Option<Snapshot>, SnapshotError>) -> Result<Option<Snapshot>, FileError> {
+    read.or_else(|reason| {
+        let kept = move_aside(path, "corrupt")?;
+        tracing::warn!(%reason, kept = %kept.display(), "publishing the snapshot anew from the journal");
+        Ok(None)
+    })
 }
 
 /// Records of an index that no line of the journal has: it was cut off or lost the line. What a tuner indexes is in the journal

@@ -58,7 +58,7 @@ impl Threads {
         Ok(Self { process: std::process::id(), pool: pool(threads)?, of_child: OnceLock::new() })
     }
 
-    /// Runs `work` on them; on the caller's thread where a child cannot start its own.
+    /// Runs `work` on them; on the caller's thread alone where a child cannot start its own.
     fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         let here = std::process::id();
         if here == self.process {
@@ -74,7 +74,10 @@ impl Threads {
                 let _ = self.of_child.set(found.clone());
                 pool.install(work)
             }
-            None => work(),
+            None => match ThreadPoolBuilder::new().num_threads(1).use_current_thread().build() {
+                Ok(alone) => alone.install(work),
+                Err(_) => work(),
+            },
         }
     }
 }

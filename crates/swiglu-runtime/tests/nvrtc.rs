@@ -18,7 +18,9 @@ fn nvrtc() -> Nvrtc {
 
 /// Every known architecture, less what this NVRTC has dropped or does not know yet.
 fn arches(nvrtc: &Nvrtc) -> Vec<&'static ArchSpec> {
-    ARCHES.iter().filter(|arch| nvrtc.check_arch(arch).is_ok()).collect()
+    let known: Vec<_> = ARCHES.iter().filter(|arch| nvrtc.check_arch(arch).is_ok()).collect();
+    assert!(THOROUGH.iter().all(|name| known.iter().any(|arch| arch.name == *name)), "{known:?}");
+    known
 }
 
 /// Architectures for which more is compiled than defaults: one of each that differs in what its kernels may use.

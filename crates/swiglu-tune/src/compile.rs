@@ -1,7 +1,7 @@
 //! `compile`: kernels through NVRTC for any architecture, without a GPU.
 
 use crate::log::{emit, notice};
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::Args;
 use rand::rngs::SmallRng;
 use rand::{SeedableRng, seq::IndexedRandom};
@@ -68,6 +68,10 @@ pub(crate) fn run(args: &CompileArgs, options: &Options) -> Result<ExitCode> {
     if arches.is_empty() {
         arches = ARCHES.iter().filter(|arch| nvrtc.check_arch(arch).is_ok()).collect();
     }
+    ensure!(
+        !arches.is_empty(),
+        "this NVRTC knows no architecture that has kernels here; `swiglu-tune doctor` tells which it is"
+    );
     for arch in arches {
         nvrtc.check_arch(arch)?;
         for &dtype in &args.dtype {

@@ -6,6 +6,7 @@ use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use rand_distr::{Distribution, StandardNormal};
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Instant;
 use swiglu_kernels::{Config, DType, GateOrder, Problem, WeightLayout, WeightMajor, oracle};
 use swiglu_runtime::cpu::CpuPlan;
@@ -59,14 +60,23 @@ fn bytes_needed(problem: &Problem) -> u128 {
 /// What Linux can still give without taking from others, in bytes, at most what is left of a container's limit; elsewhere it is
 /// not known.
 fn available_memory() -> Option<u128> {
-    let left = memory_left_in("/sys/fs/cgroup").unwrap_or(u128::MAX);
+    // `0::/group`; in a container the group itself may be mounted as the root.
+    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let group = groups.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/");
+    let folders = Path::new(group).ancestors().map(|group| format!("/sys/fs/cgroup{}", group.display()));
+    let left = folders.filter_map(|folder| memory_left_in(&folder)).min().unwrap_or(u128::MAX);
     memory_of_machine().map(|available| available.min(left))
 }
 
-/// Of the limit of the control group (version 2) at `folder`, if it has one.
+/// Of the limit of the control group (version 2) at `folder`, if it has one; files that it could let go of are no use of it.
 fn memory_left_in(folder: &str) -> Option<u128> {
-    let number = |name| std::fs::read_to_string(format!("{folder}/{name}")).ok()?.trim().parse::<u128>().ok();
-    Some(number("memory.max")?.saturating_sub(number("memory.current")?))
+    let text = |name| std::fs::read_to_string(format!("{folder}/{name}")).ok();
+    let number = |name| text(name)?.trim().parse::<u128>().ok();
+    let stat = text("memory.stat")?;
+    let files =
+        stat.lines().filter_map(|line| line.strip_prefix("inactive_file ").or(line.strip_prefix("active_file ")));
+    let files: u128 = files.filter_map(|bytes| bytes.parse::<u128>().ok()).sum();
+    Some((number("memory.max")? + files).saturating_sub(number("memory.current")?))
 }
 
 fn memory_of_machine() -> Option<u128> {
@@ -242,5 +252,22 @@ mod tests {
         assert_eq!(check_memory(&small, bytes_needed(&small)), Ok(()));
         assert!(check_memory(&small, bytes_needed(&small) - 1).is_err());
         assert!(CpuSubject::new(small, 1).is_ok());
+    }
+
+    #[test]
+    fn what_is_left_of_a_containers_limit_counts_files_that_it_can_let_go_of() {
+        let folder = tempfile::tempdir().unwrap();
+        let left = |max: &str| {
+            for (name, text) in [
+                ("memory.max", max),
+                ("memory.current", "700\n"),
+                ("memory.stat", "anon 200\ninactive_file 300\nactive_file 100\n"),
+            ] {
+                std::fs::write(folder.path().join(name), text).unwrap();
+            }
+            memory_left_in(folder.path().to_str().unwrap())
+        };
+        assert_eq!((left("1000\n"), left("max\n")), (Some(700), None));
+        assert_eq!(memory_left_in("/no/such/group"), None);
     }
 }

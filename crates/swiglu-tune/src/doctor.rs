@@ -7,6 +7,7 @@ use anyhow::Result;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
+use std::io::{Error, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use swiglu_db::snapshot::{self, Snapshot};
@@ -116,10 +117,14 @@ fn cache(folder: &Path) -> Result<String, String> {
     let probe = folder.join(format!("doctor-{}", std::process::id()));
     let written = fs::create_dir_all(folder).and_then(|()| fs::write(&probe, "doctor"));
     let removed = fs::remove_file(&probe);
+    let is_read_only =
+        |error: &Error| matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem);
     let has_some = || fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some());
     match written.and(removed) {
         Ok(()) => Ok(folder.display().to_string()),
-        Err(error) if has_some() => Ok(format!("{}, read only ({error}): new ones are not kept", folder.display())),
+        Err(error) if is_read_only(&error) && has_some() => {
+            Ok(format!("{}, read only ({error}): new ones are not kept", folder.display()))
+        }
         Err(error) => Err(format!(
             "`{}` cannot be written: {error}; every process compiles again; set SWIGLU_CUBIN_CACHE to a folder that can be",
             folder.display()
