@@ -15,12 +15,12 @@ const ENDING: [i32; 3] = [SIGHUP, SIGINT, SIGTERM];
 pub(crate) struct Signal(Arc<AtomicUsize>);
 
 impl Signal {
-    /// Has Ctrl-C, SIGTERM and SIGHUP set `told` instead of ending the process, but for those that it was started to ignore, as by
-    /// `nohup`.
+    /// Has Ctrl-C, SIGTERM and SIGHUP set `told` instead of ending the process; the last not where it was started to ignore that, as
+    /// by `nohup`.
     pub(crate) fn heard_by(told: &Arc<AtomicBool>) -> io::Result<Self> {
         let came = Arc::default();
-        let ignored = ignored();
-        for number in ENDING.into_iter().filter(|number| ignored >> (number - 1) & 1 == 0) {
+        let outlives_terminal = ignores(SIGHUP);
+        for number in ENDING.into_iter().filter(|&number| number != SIGHUP || !outlives_terminal) {
             flag::register_usize(number, Arc::clone(&came), number.unsigned_abs() as usize)?;
             flag::register(number, Arc::clone(told))?;
         }
@@ -33,11 +33,12 @@ impl Signal {
     }
 }
 
-/// The signals that this process ignores, the lowest bit for number 1; none where Linux does not say.
-fn ignored() -> u64 {
+/// Whether this process ignores a signal; not where Linux does not say.
+fn ignores(number: i32) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
+    // The lowest bit is of number 1.
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask >> (number - 1) & 1 == 1)
 }
 
 /// Shared by everything that works on one run.
