@@ -65,13 +65,11 @@ impl Threads {
             return self.pool.install(work);
         }
         let threads = u32::try_from(self.pool.current_num_threads()).unwrap_or(1);
-        let mine = || pool(threads).ok().map(|pool| (here, pool));
-        let kept = self.of_child.get().cloned().or_else(mine);
-        // A child's child starts its own each time.
-        match kept.filter(|(process, _)| *process == here).or_else(mine) {
-            Some(found) => {
-                let (_, pool) = &found;
-                let _ = self.of_child.set(found.clone());
+        let kept = self.of_child.get().filter(|(process, _)| *process == here).map(|(_, pool)| Arc::clone(pool));
+        match kept.or_else(|| pool(threads).ok()) {
+            Some(pool) => {
+                // A child's child starts its own each time.
+                let _ = self.of_child.set((here, Arc::clone(&pool)));
                 pool.install(work)
             }
             None => match ThreadPoolBuilder::new().num_threads(1).use_current_thread().build() {
